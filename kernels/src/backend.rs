@@ -1,0 +1,340 @@
+//! [`Backend`]: what a device must be able to do to run a decoder.
+//!
+//! The decoder is written once against this trait; nothing above it knows where the numbers live. A step is described once
+//! by a [`Step`], handed over with [`Backend::begin`], and then each operation works on the first [`Step::rows`] rows of its
+//! activation buffers. Operations are fused where fusing saves a pass over memory. Buffers are sized when the model is
+//! loaded: no operation allocates in steady state.
+
+use crate::Error;
+
+/// The number format of a stored matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// 32-bit IEEE float.
+    F32,
+    /// 16-bit IEEE float.
+    F16,
+    /// bfloat16: the upper half of an f32.
+    Bf16,
+    /// GGML Q8_0: blocks of 32 along k, one f16 scale, 32 signed bytes.
+    Q8_0,
+    /// GGML Q4_0: blocks of 32 along k, one f16 scale, 32 nibbles offset by 8.
+    Q4_0,
+}
+
+/// Rows of a matrix as a checkpoint stores them: row-major `[rows, cols]`, little-endian, in `format`.
+#[derive(Debug, Clone, Copy)]
+pub struct MatrixPart<'a> {
+    /// Output features.
+    pub rows: usize,
+    /// Input features; the same for every part of one matrix.
+    pub cols: usize,
+    /// How `data` is encoded.
+    pub format: Format,
+    /// The encoded rows; exactly as long as `rows`, `cols` and `format` demand.
+    pub data: &'a [u8],
+}
+
+/// The precision in which keys and values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvDtype {
+    /// 16-bit IEEE float.
+    F16,
+    /// 32-bit IEEE float.
+    F32,
+}
+
+impl KvDtype {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}
+
+/// The shape of a paged KV cache: `layers × blocks × kv_heads × (K, V) × block_size × head_dim`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShape {
+    /// Decoder layers that hold keys and values.
+    pub layers: usize,
+    /// Pages in the pool; block ids are `0..blocks`.
+    pub blocks: usize,
+    /// Positions in a page; a multiple of 16.
+    pub block_size: usize,
+    /// Key/value heads of a layer.
+    pub kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+    /// Precision of the elements.
+    pub dtype: KvDtype,
+}
+
+impl KvShape {
+    /// Bytes of one block over all layers.
+    pub fn block_bytes(&self) -> usize {
+        self.layers * self.kv_heads * 2 * self.block_size * self.head_dim * self.dtype.size()
+    }
+}
+
+/// The attention geometry of one layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; `heads` is a multiple of it (grouped-query attention).
+    pub kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+    /// What scores are multiplied with before the softmax, usually `1/sqrt(head_dim)`.
+    pub scale: f32,
+}
+
+/// The non-linearity of a gated MLP: `gate(g, u) = act(g) · u`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// `x · sigmoid(x)`.
+    Silu,
+}
+
+/// Consecutive rows of a step that belong to one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// First row of the step that belongs to the sequence.
+    pub row: u32,
+    /// How many rows do: 1 for a decode, the chunk's length for a prefill.
+    pub rows: u32,
+    /// Position in the sequence of the first of these rows; earlier positions are in the KV cache already.
+    pub start: u32,
+    /// Where the sequence's block table begins in [`Step::block_tables`].
+    pub table: u32,
+}
+
+/// One forward pass over rows of many sequences: what a device needs to know beside the weights.
+///
+/// Kept and refilled from step to step by its owner, so that it allocates only while it grows.
+#[derive(Debug, Clone, Default)]
+pub struct Step {
+    /// Token id of each row. `[rows]`
+    pub tokens: Vec<u32>,
+    /// Position of each row in its sequence. `[rows]`
+    pub positions: Vec<u32>,
+    /// The sequences, in row order, covering every row once.
+    pub spans: Vec<Span>,
+    /// The sequences' block tables, one after the other. Position `p` of a span lives in block `block_tables[table + p / block_size]`.
+    pub block_tables: Vec<u32>,
+    /// Rows whose logits are wanted, ascending.
+    pub logit_rows: Vec<u32>,
+}
+
+impl Step {
+    /// Rows in the step.
+    pub fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Empties the step and keeps its memory.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.spans.clear();
+        self.block_tables.clear();
+        self.logit_rows.clear();
+    }
+}
+
+/// The per-layer inputs of [`Backend::norm_rope_store`].
+pub struct QkvLayer<'a, B: Backend + ?Sized> {
+    /// Index of the layer in the KV cache.
+    pub layer: usize,
+    /// Heads and their size; the columns of a qkv row are `heads + 2·kv_heads` heads: queries, keys, values.
+    pub shape: AttentionShape,
+    /// RMS-norm weights `[head_dim]` for each query head, where the family has them.
+    pub q_norm: Option<&'a B::Vector>,
+    /// RMS-norm weights `[head_dim]` for each key head, where the family has them.
+    pub k_norm: Option<&'a B::Vector>,
+    /// Epsilon of those norms.
+    pub eps: f32,
+    /// Output of [`Backend::rotary`] for this step.
+    pub rotary: &'a B::Activations,
+}
+
+/// What a device must be able to do to run a decoder.
+///
+/// # Determinism
+///
+/// On the CPU every output row is a function of its own input row, the weights and (in attention) the sequence's own keys and
+/// values: bit for bit the same whatever else is in the step, however the rows are chunked into steps, and on any number of threads.
+pub trait Backend: Send + 'static {
+    /// A buffer of activations, `[rows, cols]`, in the precision the device computes in.
+    type Activations: Send;
+    /// A weight matrix `[rows = output features, cols = input features]`, packed for the device.
+    type Matrix: Send;
+    /// A vector of f32 parameters: norm weights, biases, rotary frequencies.
+    type Vector: Send;
+    /// Paged keys and values of all layers.
+    type KvCache: Send;
+
+    /// One line for logs: device, instruction set, threads.
+    fn description(&self) -> String;
+
+    /// Packs a matrix whose rows are the parts' rows, one part after the other. Float parts are quantised first where `quantize` says so.
+    ///
+    /// # Errors
+    /// Data that does not match the shape, a shape the format cannot hold (Q8_0 and Q4_0 need `cols % 32 == 0`), no memory.
+    fn matrix(
+        &self,
+        parts: &[MatrixPart<'_>],
+        quantize: Option<Format>,
+    ) -> Result<Self::Matrix, Error>;
+
+    /// Bytes a matrix occupies on the device.
+    fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
+
+    /// Uploads a vector.
+    ///
+    /// # Errors
+    /// No memory.
+    fn vector(&self, values: &[f32]) -> Result<Self::Vector, Error>;
+
+    /// Makes a zeroed activation buffer `[rows, cols]`.
+    ///
+    /// # Errors
+    /// No memory.
+    fn activations(&self, rows: usize, cols: usize) -> Result<Self::Activations, Error>;
+
+    /// Makes an empty KV cache.
+    ///
+    /// # Errors
+    /// No memory, or a shape the device's kernels do not support.
+    fn kv_cache(&self, shape: &KvShape) -> Result<Self::KvCache, Error>;
+
+    /// Starts a step; every operation until the next call works on its rows.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn begin(&mut self, step: &Step) -> Result<(), Error>;
+
+    /// Copies whole blocks of every layer, `(from, to)` in order, before the step touches them (copy-on-write).
+    ///
+    /// # Errors
+    /// The device failed.
+    fn copy_blocks(&mut self, kv: &mut Self::KvCache, copies: &[(u32, u32)]) -> Result<(), Error>;
+
+    /// `out[r] = scale · table[token(r)]`. `table` [vocabulary, hidden], `out` [rows, hidden].
+    ///
+    /// # Errors
+    /// The device failed.
+    fn embed(
+        &mut self,
+        table: &Self::Matrix,
+        scale: f32,
+        out: &mut Self::Activations,
+    ) -> Result<(), Error>;
+
+    /// Cosines and sines of the step's positions, made once a step and shared by the layers.
+    ///
+    /// `out[r] = [cos(p·f₀) … cos(p·fₙ₋₁), sin(p·f₀) … sin(p·fₙ₋₁)] · scale` where `p` is the row's position and `f` are the n
+    /// `frequencies` in radians per position. `out` [rows, 2n].
+    ///
+    /// # Errors
+    /// The device failed.
+    fn rotary(
+        &mut self,
+        frequencies: &Self::Vector,
+        scale: f32,
+        out: &mut Self::Activations,
+    ) -> Result<(), Error>;
+
+    /// `out[r] = x[r] / sqrt(mean(x[r]²) + eps) · weight`. Zhang & Sennrich 2019.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn rms_norm(
+        &mut self,
+        x: &Self::Activations,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Activations,
+    ) -> Result<(), Error>;
+
+    /// `out[r] = matrix · x[r] + bias`. `x` [rows, cols], `out` [rows, matrix rows].
+    ///
+    /// # Errors
+    /// The device failed.
+    fn linear(
+        &mut self,
+        x: &Self::Activations,
+        matrix: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Activations,
+    ) -> Result<(), Error>;
+
+    /// `out[r] += matrix · x[r] + bias`: a projection back into the residual stream.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn linear_add(
+        &mut self,
+        x: &Self::Activations,
+        matrix: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Activations,
+    ) -> Result<(), Error>;
+
+    /// Normalises (where the family does) and rotates the query and key heads of `qkv` in place, then stores keys and values in the cache.
+    ///
+    /// Rotation is the half-split ("NeoX") form over the first `2n` elements of a head, n being the number of frequencies: element
+    /// `i < n` pairs with `i + n`. `qkv` [rows, (heads + 2·kv_heads) · head_dim].
+    ///
+    /// # Errors
+    /// The device failed.
+    fn norm_rope_store(
+        &mut self,
+        qkv: &mut Self::Activations,
+        layer: &QkvLayer<'_, Self>,
+        kv: &mut Self::KvCache,
+    ) -> Result<(), Error>;
+
+    /// Causal grouped-query attention of each row over its sequence's positions `0..=position(row)`, read from the cache through the block tables.
+    ///
+    /// `qkv` as [`Backend::norm_rope_store`] left it, `out` [rows, heads · head_dim].
+    ///
+    /// # Errors
+    /// The device failed.
+    fn attention(
+        &mut self,
+        qkv: &Self::Activations,
+        layer: usize,
+        shape: &AttentionShape,
+        kv: &Self::KvCache,
+        out: &mut Self::Activations,
+    ) -> Result<(), Error>;
+
+    /// `out[r, i] = act(gate_up[r, i]) · gate_up[r, n + i]`. `gate_up` [rows, 2n], `out` [rows, n].
+    ///
+    /// # Errors
+    /// The device failed.
+    fn gate(
+        &mut self,
+        gate_up: &Self::Activations,
+        activation: Activation,
+        out: &mut Self::Activations,
+    ) -> Result<(), Error>;
+
+    /// Final norm and output head for the step's `logit_rows` only, brought to the host.
+    ///
+    /// `x` [rows, hidden], `head` [vocabulary, hidden]; `logits` is filled with [logit rows, vocabulary].
+    ///
+    /// # Errors
+    /// The device failed.
+    fn logits(
+        &mut self,
+        x: &Self::Activations,
+        norm: &Self::Vector,
+        eps: f32,
+        head: &Self::Matrix,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), Error>;
+}

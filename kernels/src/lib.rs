@@ -1,0 +1,29 @@
+//! The arithmetic of a decoder.
+//!
+//! [`Backend`] says what a device must be able to do; [`cpu::CpuBackend`] does it on CPUs. The crate knows no model and no request: in go
+//! weights, activations and block tables, out come numbers.
+
+pub mod backend;
+
+pub use backend::{
+    Activation, AttentionShape, Backend, Format, KvDtype, KvShape, MatrixPart, QkvLayer, Span, Step,
+};
+
+/// Why a device could not do what was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// A buffer did not fit.
+    #[error("cannot allocate {bytes} bytes for {what}")]
+    OutOfMemory {
+        /// What the memory was for.
+        what: &'static str,
+        /// How much was asked for.
+        bytes: usize,
+    },
+    /// Data and shape do not belong together, or no kernel exists for the shape.
+    #[error("{0}")]
+    Shape(String),
+    /// The device reported a fault.
+    #[error("device failure: {0}")]
+    Device(String),
+}
