@@ -47,6 +47,13 @@ pub struct Config {
     pub kv_events: bool,
 }
 
+impl Config {
+    /// What `Scheduler::add` would say of such a sequence whatever the load (never `QueueFull`).
+    pub fn check(&self, prompt: u32, max_tokens: u32, samples: u32) -> Result<(), AddError> {
+        todo!()
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct NewSequence {
     pub prompt: Vec<TokenId>,

@@ -1,0 +1,112 @@
+//! [`EngineConfig`]: what an operator may choose, with defaults that suit a shared machine.
+
+use std::time::Duration;
+
+use quire_kernels::{Format, KvDtype};
+use quire_scheduler::Policy;
+
+use crate::model::LoadError;
+
+/// How an engine is sized and how it shares itself between requests.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineConfig {
+    /// The name clients call the model by; `None`: the checkpoint's.
+    pub served_name: Option<String>,
+    /// Most tokens in one step, prefill and decode together.
+    pub max_batch_tokens: u32,
+    /// Most tokens of one prompt in one step while other prompts wait.
+    pub max_chunk_tokens: u32,
+    /// Most sequences that run at once.
+    pub max_seqs: u32,
+    /// Most requests that wait to run; more are refused.
+    pub max_waiting: u32,
+    /// Longest prompt plus generation; `None`: what the checkpoint was made for, or less where the KV cache is smaller.
+    pub max_model_len: Option<u32>,
+    /// Tokens of one KV-cache block, a multiple of 16.
+    pub block_size: u32,
+    /// Precision of the KV cache.
+    pub kv_dtype: KvDtype,
+    /// Bytes for the KV cache; `None`: half of what is available once the weights are loaded, but no more than could ever be used.
+    pub kv_cache_memory: Option<u64>,
+    /// Keep the blocks of finished sequences for prompts that begin alike.
+    pub prefix_cache: bool,
+    /// Who runs first.
+    pub policy: Policy,
+    /// One level of priority is worth this much waiting, under [`Policy::Priority`].
+    pub priority_aging: Duration,
+    /// Quantise the float matrices when they are loaded.
+    pub quantize: Option<Format>,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            served_name: None,
+            max_batch_tokens: 512,
+            max_chunk_tokens: 256,
+            max_seqs: 256,
+            max_waiting: 1024,
+            max_model_len: None,
+            block_size: 16,
+            kv_dtype: KvDtype::F16,
+            kv_cache_memory: None,
+            prefix_cache: true,
+            policy: Policy::Priority,
+            priority_aging: Duration::from_secs(10),
+            quantize: None,
+        }
+    }
+}
+
+/// What one step did, for observers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepReport {
+    /// Tokens computed.
+    pub tokens: u32,
+    /// Sequences they belonged to.
+    pub sequences: u32,
+    /// From the plan to the last token handed out.
+    pub duration: Duration,
+}
+
+/// Why an engine cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The weights could not be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A setting is outside its range.
+    #[error(transparent)]
+    Scheduler(#[from] quire_scheduler::ConfigError),
+    /// A setting is outside its range.
+    #[error("{name} is {value}, expected {expected}")]
+    Setting {
+        /// The setting's name, as on the command line.
+        name: &'static str,
+        /// What it is.
+        value: String,
+        /// What it should be.
+        expected: String,
+    },
+    /// The KV cache is too small for the context that was asked for.
+    #[error(
+        "a KV cache of {bytes} bytes holds {tokens} tokens, less than --max-model-len {max_model_len}: give it at least {needed_bytes} bytes \
+         (--kv-cache-memory) or shorten the context"
+    )]
+    CacheTooSmall {
+        /// Bytes there are for it.
+        bytes: u64,
+        /// Tokens that fit.
+        tokens: u64,
+        /// The context asked for.
+        max_model_len: u32,
+        /// Bytes that would do.
+        needed_bytes: u64,
+    },
+    /// The KV cache could not be made.
+    #[error("KV cache: {0}")]
+    Cache(#[source] quire_kernels::Error),
+    /// The operating system gives no thread.
+    #[error("cannot start the engine thread: {0}")]
+    Thread(#[source] std::io::Error),
+}

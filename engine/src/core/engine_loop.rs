@@ -1,0 +1,551 @@
+//! The engine thread: receive, schedule, forward, sample, complete, publish — and again.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use flume::{Receiver, Selector, Sender, TryRecvError};
+use quire_kernels::{Backend, Step};
+use quire_scheduler::{NewSequence, Sampled, Scheduler, SeqId, Time, TokenId};
+
+use crate::model::Decoder;
+use crate::sampling::{Choice, Sampler, Scratch};
+
+use super::config::StepReport;
+use super::handle::{EngineStats, Shared, Submission};
+use super::request::{Event, FinishReason};
+use super::step;
+use super::stream::{Control, RequestKey, Ticket};
+
+/// Everything the engine thread owns.
+pub(super) struct EngineLoop<B: Backend> {
+    decoder: Decoder<B>,
+    kv: B::KvCache,
+    scheduler: Scheduler,
+    shared: Arc<Shared>,
+    requests: Receiver<Submission>,
+    control: Receiver<Control>,
+    observer: Option<Box<dyn FnMut(StepReport) + Send>>,
+    started: Instant,
+
+    active: HashMap<RequestKey, Active>,
+    /// By [`SeqId::slot`].
+    sequences: Vec<Option<Sequence>>,
+    /// Soonest first; entries of requests that have ended are skipped when they come up.
+    deadlines: BinaryHeap<Reverse<(Instant, RequestKey)>>,
+    last_finish: Instant,
+    /// Mixed into the seeds of requests that did not choose one.
+    entropy: u64,
+    prompt_tokens: u64,
+    generation_tokens: u64,
+    blocks_used_peak: u32,
+
+    // Kept from step to step for their memory.
+    step: Step,
+    copies: Vec<(u32, u32)>,
+    logits: Vec<f32>,
+    row: Vec<f32>,
+    scratch: Scratch,
+    sampled: Vec<Sampled>,
+    outbox: Vec<(Sender<Event>, Event)>,
+    ended: Vec<RequestKey>,
+}
+
+/// A request that has not ended.
+struct Active {
+    ticket: Arc<Ticket>,
+    id: Arc<str>,
+    events: Sender<Event>,
+    samples: Vec<Sample>,
+    admitted: bool,
+}
+
+/// Where one of a request's `n` samples is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sample {
+    /// Waits for the prompt to be computed, then is forked from sample 0.
+    Pending,
+    Live(SeqId),
+    Ended,
+}
+
+/// A sequence the scheduler knows.
+struct Sequence {
+    request: RequestKey,
+    index: u32,
+    sampler: Sampler,
+    events: Sender<Event>,
+    limits: Arc<Limits>,
+}
+
+/// What ends the samples of a request.
+struct Limits {
+    max_tokens: u32,
+    /// Stop tokens, and the end-of-sequence tokens unless they are ignored.
+    stop: Vec<TokenId>,
+}
+
+impl<B: Backend> EngineLoop<B> {
+    pub fn new(
+        decoder: Decoder<B>,
+        kv: B::KvCache,
+        scheduler: Scheduler,
+        shared: Arc<Shared>,
+        (requests, control): (Receiver<Submission>, Receiver<Control>),
+        observer: Option<Box<dyn FnMut(StepReport) + Send>>,
+    ) -> Self {
+        let mut entropy = DefaultHasher::new();
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .hash(&mut entropy);
+        std::process::id().hash(&mut entropy);
+        Self {
+            decoder,
+            kv,
+            scheduler,
+            shared,
+            requests,
+            control,
+            observer,
+            started: Instant::now(),
+            active: HashMap::new(),
+            sequences: Vec::new(),
+            deadlines: BinaryHeap::new(),
+            last_finish: Instant::now(),
+            entropy: entropy.finish(),
+            prompt_tokens: 0,
+            generation_tokens: 0,
+            blocks_used_peak: 0,
+            step: Step::default(),
+            copies: Vec::new(),
+            logits: Vec::new(),
+            row: Vec::new(),
+            scratch: Scratch::default(),
+            sampled: Vec::new(),
+            outbox: Vec::new(),
+            ended: Vec::new(),
+        }
+    }
+
+    /// Runs until every handle is dropped and every request has ended.
+    pub fn run(mut self) {
+        while self.receive() {
+            self.expire();
+            self.step();
+            self.publish();
+        }
+    }
+
+    /// Takes in what arrived; waits for something when there is nothing to do. False: nothing will ever arrive.
+    fn receive(&mut self) -> bool {
+        if !self.scheduler.has_work() {
+            self.publish();
+            enum Arrival {
+                Request(Submission),
+                Control(Control),
+                Closed,
+            }
+            let arrival = Selector::new()
+                .recv(&self.requests, |request| {
+                    request.map_or(Arrival::Closed, Arrival::Request)
+                })
+                .recv(&self.control, |control| {
+                    control.map_or(Arrival::Closed, Arrival::Control)
+                })
+                .wait();
+            match arrival {
+                Arrival::Request(submission) => self.accept(submission),
+                Arrival::Control(control) => self.obey(control),
+                // The handles hold both channels' other ends; streams hold the control channel's alone.
+                Arrival::Closed => return false,
+            }
+        }
+        loop {
+            match self.requests.try_recv() {
+                Ok(submission) => self.accept(submission),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+            }
+        }
+        while let Ok(control) = self.control.try_recv() {
+            self.obey(control);
+        }
+        true
+    }
+
+    fn accept(&mut self, submission: Submission) {
+        let Submission {
+            request,
+            ticket,
+            events,
+        } = submission;
+        let key = ticket.key;
+        let sampling = Arc::new(request.sampling);
+        let mut active = Active {
+            ticket,
+            id: request.id,
+            events,
+            samples: vec![Sample::Pending; sampling.n as usize],
+            admitted: false,
+        };
+        if active.ticket.aborted.load(Ordering::SeqCst) {
+            self.end_all(active, FinishReason::Aborted);
+            return;
+        }
+        let eos = &self.shared.model.eos;
+        let seed = sampling.seed.unwrap_or_else(|| {
+            let mut seed = DefaultHasher::new();
+            (self.entropy, key).hash(&mut seed);
+            seed.finish()
+        });
+        let sampler = Sampler::new(Arc::clone(&sampling), seed, 0, &request.prompt, eos);
+        let mut stop = sampling.stop_token_ids.clone();
+        if !sampling.ignore_eos {
+            stop.extend_from_slice(eos);
+        }
+        let mut tenant = DefaultHasher::new();
+        request.tenant.hash(&mut tenant);
+        let added = self.scheduler.add(
+            NewSequence {
+                prompt: request.prompt,
+                max_tokens: sampling.max_tokens,
+                samples: sampling.n,
+                priority: request.priority,
+                tenant: tenant.finish(),
+                salt: request.cache_salt,
+            },
+            self.now(),
+        );
+        let seq = match added {
+            Ok(seq) => seq,
+            Err(error) => {
+                // `Engine::submit` asked the same question, so this is a fault of ours.
+                tracing::error!(request = %active.id, %error, "the scheduler refused an accepted request");
+                self.end_all(active, FinishReason::Failed);
+                return;
+            }
+        };
+        active.samples[0] = Sample::Live(seq);
+        let sequence = Sequence {
+            request: key,
+            index: 0,
+            sampler,
+            events: active.events.clone(),
+            limits: Arc::new(Limits {
+                max_tokens: sampling.max_tokens,
+                stop,
+            }),
+        };
+        self.place(seq, sequence);
+        if let Some(deadline) = request.deadline {
+            self.deadlines.push(Reverse((deadline, key)));
+        }
+        self.active.insert(key, active);
+    }
+
+    fn obey(&mut self, control: Control) {
+        match control {
+            Control::Abort(key) => self.end_request(key, FinishReason::Aborted),
+            Control::Stop(key, index) => self.stop_sample(key, index),
+            Control::ClearPrefixCache => self.scheduler.clear_prefix_cache(),
+        }
+    }
+
+    /// Ends the requests whose deadline has passed.
+    fn expire(&mut self) {
+        if self.deadlines.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        while let Some(&Reverse((deadline, key))) = self.deadlines.peek() {
+            if deadline > now {
+                break;
+            }
+            self.deadlines.pop();
+            self.end_request(key, FinishReason::DeadlineExceeded);
+        }
+    }
+
+    /// One step over everything that is scheduled.
+    fn step(&mut self) {
+        let began = Instant::now();
+        let now = self.now();
+        self.scheduler.schedule(now);
+        if self.scheduler.batch().sequences.is_empty() {
+            return;
+        }
+        self.announce_admitted();
+        step::fill(&self.scheduler, &mut self.step, &mut self.copies);
+        let forward =
+            self.decoder
+                .forward(&self.step, &self.copies, &mut self.kv, &mut self.logits);
+        if let Err(error) = forward {
+            tracing::error!(%error, "a step failed; its requests end");
+            self.fail_step();
+            return;
+        }
+        self.sample();
+        self.scheduler.complete(&self.sampled);
+        self.send();
+        if let Some(observer) = &mut self.observer {
+            observer(StepReport {
+                tokens: self.step.rows() as u32,
+                sequences: self.step.spans.len() as u32,
+                duration: began.elapsed(),
+            });
+        }
+    }
+
+    /// Tells the owners of sequences that leave the queue with this step.
+    fn announce_admitted(&mut self) {
+        for scheduled in &self.scheduler.batch().sequences {
+            let Some(cached_tokens) = scheduled.cached else {
+                continue;
+            };
+            let Some(sequence) = &self.sequences[scheduled.seq.slot()] else {
+                continue;
+            };
+            let Some(active) = self.active.get_mut(&sequence.request) else {
+                continue;
+            };
+            // A preempted sequence is admitted again; its owner was told already.
+            if !active.admitted {
+                active.admitted = true;
+                self.shared.left_queue();
+                self.prompt_tokens += self.scheduler.tokens(scheduled.seq).len() as u64;
+                let _ = active.events.send(Event::Admitted { cached_tokens });
+            }
+        }
+    }
+
+    /// Chooses a token for every row of logits, forks the prompts that want several samples, notes what ended.
+    fn sample(&mut self) {
+        self.sampled.clear();
+        let vocab = self.decoder.config().vocab_size;
+        // The batch is the scheduler's, and forking changes the scheduler: walk it by index.
+        let mut row = 0;
+        for at in 0..self.scheduler.batch().sequences.len() {
+            let scheduled = self.scheduler.batch().sequences[at];
+            if scheduled.logits == 0 {
+                continue;
+            }
+            let range = row * vocab..(row + 1) * vocab;
+            row += 1;
+            let parent = scheduled.seq;
+            for fork in self.forks(parent) {
+                self.row.clear();
+                self.row.extend_from_slice(&self.logits[range.clone()]);
+                let mut logits = std::mem::take(&mut self.row);
+                self.choose(fork, &mut logits);
+                self.row = logits;
+            }
+            let mut logits = std::mem::take(&mut self.logits);
+            self.choose(parent, &mut logits[range]);
+            self.logits = logits;
+        }
+    }
+
+    /// The sequences forked from `parent` now that its prompt is computed; none if it wants a single sample or has forked before.
+    fn forks(&mut self, parent: SeqId) -> Vec<SeqId> {
+        let Some(sequence) = &self.sequences[parent.slot()] else {
+            return Vec::new();
+        };
+        let key = sequence.request;
+        let Some(active) = self.active.get(&key) else {
+            return Vec::new();
+        };
+        let pending: Vec<u32> = (0..active.samples.len())
+            .filter(|&index| active.samples[index] == Sample::Pending)
+            .map(|index| index as u32)
+            .collect();
+        pending
+            .into_iter()
+            .filter_map(|index| {
+                let sequence = self.sequences[parent.slot()].as_ref()?;
+                let forked = Sequence {
+                    request: key,
+                    index,
+                    sampler: sequence.sampler.fork(index),
+                    events: sequence.events.clone(),
+                    limits: Arc::clone(&sequence.limits),
+                };
+                let seq = self.scheduler.fork(parent);
+                self.place(seq, forked);
+                self.active.get_mut(&key)?.samples[index as usize] = Sample::Live(seq);
+                Some(seq)
+            })
+            .collect()
+    }
+
+    /// Chooses the next token of one sequence from its row of logits.
+    fn choose(&mut self, seq: SeqId, logits: &mut [f32]) {
+        let Some(sequence) = &mut self.sequences[seq.slot()] else {
+            return;
+        };
+        let Choice { token, logprobs } = sequence.sampler.sample(logits, &mut self.scratch);
+        self.generation_tokens += 1;
+        let index = sequence.index;
+        self.outbox.push((
+            sequence.events.clone(),
+            Event::Token {
+                index,
+                token,
+                logprobs: logprobs.map(Box::new),
+            },
+        ));
+        let reason = if sequence.limits.stop.contains(&token) {
+            Some(FinishReason::Stop { token: Some(token) })
+        } else if sequence.sampler.generated() >= sequence.limits.max_tokens {
+            Some(FinishReason::Length)
+        } else {
+            None
+        };
+        self.sampled.push(Sampled {
+            seq,
+            token,
+            finished: reason.is_some(),
+        });
+        if let Some(reason) = reason {
+            self.outbox
+                .push((sequence.events.clone(), Event::Finished { index, reason }));
+            let key = sequence.request;
+            self.sequences[seq.slot()] = None;
+            if let Some(active) = self.active.get_mut(&key) {
+                active.samples[index as usize] = Sample::Ended;
+                if active.samples.iter().all(|s| *s == Sample::Ended) {
+                    self.ended.push(key);
+                }
+            }
+        }
+    }
+
+    /// Hands out what the step produced. After `complete` and `publish`: who is told that a request ended finds its blocks freed.
+    fn send(&mut self) {
+        self.publish();
+        for key in std::mem::take(&mut self.ended) {
+            if let Some(active) = self.active.remove(&key) {
+                self.forget(&active);
+            }
+        }
+        for (events, event) in self.outbox.drain(..) {
+            // The receiver is gone when this fails; its abort is on the way.
+            let _ = events.send(event);
+        }
+    }
+
+    /// The device failed: the sequences of the step cannot go on, the others may.
+    fn fail_step(&mut self) {
+        let mut failed: Vec<RequestKey> = self
+            .scheduler
+            .batch()
+            .sequences
+            .iter()
+            .filter_map(|scheduled| {
+                self.sequences[scheduled.seq.slot()]
+                    .as_ref()
+                    .map(|sequence| sequence.request)
+            })
+            .collect();
+        failed.dedup();
+        for key in failed {
+            self.end_request(key, FinishReason::Failed);
+        }
+        self.scheduler.complete(&[]);
+    }
+
+    /// Ends every open sample of a request, if it has not ended.
+    fn end_request(&mut self, key: RequestKey, reason: FinishReason) {
+        let Some(active) = self.active.remove(&key) else {
+            return;
+        };
+        for sample in &active.samples {
+            if let Sample::Live(seq) = *sample {
+                self.scheduler.abort(seq);
+                self.sequences[seq.slot()] = None;
+            }
+        }
+        self.end_all(active, reason);
+    }
+
+    /// Reports the end of every open sample of a request that holds nothing any more.
+    fn end_all(&mut self, active: Active, reason: FinishReason) {
+        self.publish();
+        self.forget(&active);
+        tracing::debug!(request = %active.id, ?reason, "ended early");
+        for (index, sample) in active.samples.iter().enumerate() {
+            if *sample != Sample::Ended {
+                let _ = active.events.send(Event::Finished {
+                    index: index as u32,
+                    reason,
+                });
+            }
+        }
+    }
+
+    /// Ends one sample whose owner has seen enough.
+    fn stop_sample(&mut self, key: RequestKey, index: u32) {
+        let Some(active) = self.active.get_mut(&key) else {
+            return;
+        };
+        let Some(sample) = active.samples.get_mut(index as usize) else {
+            return;
+        };
+        if let Sample::Live(seq) = std::mem::replace(sample, Sample::Ended) {
+            self.scheduler.abort(seq);
+            self.sequences[seq.slot()] = None;
+        }
+        if active.samples.iter().all(|s| *s == Sample::Ended)
+            && let Some(active) = self.active.remove(&key)
+        {
+            self.publish();
+            self.forget(&active);
+        }
+    }
+
+    /// Settles the shared counts of a request that ended.
+    fn forget(&mut self, active: &Active) {
+        if !active.admitted {
+            self.shared.left_queue();
+        }
+        let now = Instant::now();
+        let interval = now.duration_since(self.last_finish);
+        self.last_finish = now;
+        self.shared
+            .observe_finish_interval(interval.as_micros() as u64);
+        self.shared.ended();
+    }
+
+    fn publish(&mut self) {
+        let stats = self.scheduler.stats();
+        self.blocks_used_peak = self.blocks_used_peak.max(stats.blocks_used);
+        self.shared.publish(EngineStats {
+            running: stats.running,
+            waiting: stats.waiting,
+            blocks_used: stats.blocks_used,
+            blocks_cached: stats.blocks_cached,
+            blocks_total: stats.blocks_total,
+            prefix_queries: stats.prefix_queries,
+            prefix_hits: stats.prefix_hits,
+            preemptions: stats.preemptions,
+            prompt_tokens: self.prompt_tokens,
+            generation_tokens: self.generation_tokens,
+            blocks_used_peak: self.blocks_used_peak,
+            in_flight: 0,
+        });
+    }
+
+    fn place(&mut self, seq: SeqId, sequence: Sequence) {
+        let slot = seq.slot();
+        if self.sequences.len() <= slot {
+            self.sequences.resize_with(slot + 1, || None);
+        }
+        self.sequences[slot] = Some(sequence);
+    }
+
+    fn now(&self) -> Time {
+        Time(self.started.elapsed().as_micros() as u64)
+    }
+}

@@ -1,0 +1,297 @@
+//! [`Engine`]: the cloneable handle frontends hold, and the state it shares with the engine thread.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use flume::{Receiver, Sender, TrySendError};
+use quire_scheduler::{Config, TokenId};
+use tokio::sync::Notify;
+
+use super::request::{Event, Request, SubmitError};
+use super::stream::{Control, RequestStream, Ticket};
+
+/// What frontends need to know about the loaded model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelInfo {
+    /// The name clients call it by.
+    pub name: String,
+    /// The family, for example `qwen3`.
+    pub family: String,
+    /// Longest prompt plus generation, in tokens.
+    pub max_model_len: u32,
+    /// Rows of the output head.
+    pub vocab_size: u32,
+    /// Tokens that end a sample.
+    pub eos: Vec<TokenId>,
+    /// Number format of the weights, as shown to users: `bf16`, `q8_0`.
+    pub dtype: String,
+    /// Number format of the KV cache, as shown to users: `f16`.
+    pub kv_dtype: String,
+    /// KV-cache blocks in all.
+    pub num_blocks: u32,
+    /// Tokens of one block.
+    pub block_size: u32,
+    /// Bytes of one block over all layers.
+    pub block_bytes: u64,
+    /// Bytes of the weight matrices on the device.
+    pub weight_bytes: u64,
+    /// Whether the prefix cache is on.
+    pub prefix_cache: bool,
+    /// Most sequences in one step.
+    pub max_seqs: u32,
+    /// Most tokens in one step.
+    pub max_batch_tokens: u32,
+    /// Most requests that wait.
+    pub max_waiting: u32,
+    /// Where it runs, for logs.
+    pub device: String,
+}
+
+/// A moment's view of the engine.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct EngineStats {
+    /// Sequences being computed.
+    pub running: u32,
+    /// Requests waiting, in the channel and in the scheduler.
+    pub waiting: u32,
+    /// Blocks that sequences hold.
+    pub blocks_used: u32,
+    /// Free blocks that the prefix cache can still find.
+    pub blocks_cached: u32,
+    /// All blocks.
+    pub blocks_total: u32,
+    /// Tokens looked up in the prefix cache, since start.
+    pub prefix_queries: u64,
+    /// Tokens found there, since start.
+    pub prefix_hits: u64,
+    /// Sequences that lost their blocks to others, since start.
+    pub preemptions: u64,
+    /// Prompt tokens of the requests that left the queue (cached ones included), since start.
+    pub prompt_tokens: u64,
+    /// Tokens generated, since start.
+    pub generation_tokens: u64,
+    /// Most blocks ever held by sequences at once, since start.
+    pub blocks_used_peak: u32,
+    /// Requests that have a stream and are not finished.
+    pub in_flight: u32,
+}
+
+/// A request on its way to the engine thread.
+pub(super) struct Submission {
+    pub request: Request,
+    pub ticket: Arc<Ticket>,
+    pub events: Sender<Event>,
+}
+
+/// State that the handles and the engine thread share. It holds no channel ends: those tell who is still there.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub model: Arc<ModelInfo>,
+    /// What the scheduler will accept; asked before a request is sent so that a hopeless one is refused at once.
+    limits: Config,
+    max_waiting: usize,
+    stats: Mutex<EngineStats>,
+    /// Requests submitted and not yet admitted to run.
+    waiting: AtomicUsize,
+    /// Requests submitted and not ended.
+    in_flight: AtomicUsize,
+    /// Smoothed microseconds between the ends of requests.
+    finish_interval: AtomicU64,
+    draining: AtomicBool,
+    stopped: AtomicBool,
+    /// Told whenever `in_flight` reaches 0 or the engine stops.
+    idle: Notify,
+    next_key: AtomicU64,
+}
+
+impl Shared {
+    pub fn new(model: Arc<ModelInfo>, limits: Config, max_waiting: usize) -> Self {
+        Self {
+            model,
+            limits,
+            max_waiting,
+            stats: Mutex::new(EngineStats::default()),
+            waiting: AtomicUsize::new(0),
+            in_flight: AtomicUsize::new(0),
+            finish_interval: AtomicU64::new(1_000_000),
+            draining: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+            idle: Notify::new(),
+            next_key: AtomicU64::new(0),
+        }
+    }
+
+    /// The engine thread's view after a step.
+    pub fn publish(&self, stats: EngineStats) {
+        *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = stats;
+    }
+
+    /// A request left the queue: to run, or because it ended while it waited.
+    pub fn left_queue(&self) {
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// A request ended.
+    pub fn ended(&self) {
+        if self.in_flight.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.idle.notify_waiters();
+        }
+    }
+
+    /// Keeps the time between ends of requests, smoothed over about eight of them.
+    pub fn observe_finish_interval(&self, micros: u64) {
+        let old = self.finish_interval.load(Ordering::Relaxed);
+        self.finish_interval
+            .store((old * 7 + micros.min(60_000_000)) / 8, Ordering::Relaxed);
+    }
+
+    /// The engine thread ends, whatever the reason.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        self.idle.notify_waiters();
+    }
+
+    /// Takes a place in the queue, if there is one.
+    fn enter_queue(&self) -> Result<(), SubmitError> {
+        self.waiting
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |waiting| {
+                (waiting < self.max_waiting).then_some(waiting + 1)
+            })
+            .map(drop)
+            .map_err(|waiting| SubmitError::Overloaded {
+                waiting,
+                retry_after_s: self
+                    .finish_interval
+                    .load(Ordering::Relaxed)
+                    .div_ceil(1_000_000)
+                    .clamp(1, 60) as u32,
+            })
+    }
+}
+
+/// Handle to a running engine; clones are cheap and refer to the same engine.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    shared: Arc<Shared>,
+    requests: Sender<Submission>,
+    control: Sender<Control>,
+}
+
+impl std::fmt::Debug for Submission {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Submission").field(&self.request.id).finish()
+    }
+}
+
+impl Engine {
+    /// A handle, and the ends of its channels for the engine thread.
+    pub(super) fn new(shared: Arc<Shared>) -> (Self, Receiver<Submission>, Receiver<Control>) {
+        // `enter_queue` bounds what is in the channel to less than this, so sending never blocks.
+        let (requests, requests_end) = flume::bounded(shared.max_waiting + 1);
+        let (control, control_end) = flume::unbounded();
+        let engine = Self {
+            shared,
+            requests,
+            control,
+        };
+        (engine, requests_end, control_end)
+    }
+
+    /// Hands a request over. Never blocks.
+    ///
+    /// # Errors
+    /// See [`SubmitError`]; nothing is kept of a refused request.
+    pub fn submit(&self, request: Request) -> Result<RequestStream, SubmitError> {
+        let shared = &*self.shared;
+        let sampling = &request.sampling;
+        shared.limits.check(
+            u32::try_from(request.prompt.len()).unwrap_or(u32::MAX),
+            sampling.max_tokens,
+            sampling.n,
+        )?;
+        shared.enter_queue()?;
+        // Counted before the flag is read: a drain that misses this request finds it in flight.
+        shared.in_flight.fetch_add(1, Ordering::SeqCst);
+        let refuse = |error| {
+            shared.left_queue();
+            shared.ended();
+            Err(error)
+        };
+        if shared.draining.load(Ordering::SeqCst) {
+            return refuse(SubmitError::Draining);
+        }
+        let ticket = Arc::new(Ticket {
+            key: shared.next_key.fetch_add(1, Ordering::Relaxed),
+            aborted: AtomicBool::new(false),
+        });
+        let (events, events_end) = flume::unbounded();
+        let stream = RequestStream::new(
+            events_end,
+            Arc::clone(&ticket),
+            self.control.clone(),
+            sampling.n,
+        );
+        let submission = Submission {
+            request,
+            ticket,
+            events,
+        };
+        match self.requests.try_send(submission) {
+            Ok(()) => Ok(stream),
+            Err(TrySendError::Disconnected(_) | TrySendError::Full(_)) => {
+                refuse(SubmitError::Stopped)
+            }
+        }
+    }
+
+    /// The model served.
+    pub fn model(&self) -> &Arc<ModelInfo> {
+        &self.shared.model
+    }
+
+    /// Counters and gauges now.
+    pub fn stats(&self) -> EngineStats {
+        let shared = &*self.shared;
+        let mut stats = *shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        stats.waiting += self.requests.len() as u32;
+        stats.in_flight = shared.in_flight.load(Ordering::SeqCst) as u32;
+        stats
+    }
+
+    /// Forgets all cached prefixes that nobody holds.
+    pub fn clear_prefix_cache(&self) {
+        // An engine that has stopped has no cache either.
+        let _ = self.control.send(Control::ClearPrefixCache);
+    }
+
+    /// From now on [`Engine::submit`] refuses; what was accepted goes on.
+    pub fn drain(&self) {
+        self.shared.draining.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether [`Engine::drain`] was called.
+    pub fn is_draining(&self) -> bool {
+        self.shared.draining.load(Ordering::SeqCst)
+    }
+
+    /// Resolves when nothing is in flight, or the engine has stopped. After [`Engine::drain`] that is for good.
+    pub async fn drained(&self) {
+        loop {
+            let mut told = std::pin::pin!(self.shared.idle.notified());
+            // Registered before the count is read, so that no notice is missed.
+            told.as_mut().enable();
+            let shared = &self.shared;
+            if shared.in_flight.load(Ordering::SeqCst) == 0
+                || shared.stopped.load(Ordering::SeqCst)
+            {
+                return;
+            }
+            told.await;
+        }
+    }
+
+    /// Whether the engine thread lives.
+    pub fn is_healthy(&self) -> bool {
+        !self.shared.stopped.load(Ordering::SeqCst)
+    }
+}

@@ -1,0 +1,133 @@
+//! How large the KV cache is: from what was asked for, or from the memory that is left.
+
+use sysinfo::System;
+
+use super::config::{EngineConfig, StartError};
+
+/// Bytes a process may still use without swapping: the system's available memory, or its control group's if that is less.
+/// 0 where the system does not tell.
+pub fn available() -> u64 {
+    let Ok(mut system) = System::new() else {
+        return 0;
+    };
+    system.refresh_memory();
+    let free = system.available_memory();
+    match system.cgroup_limits() {
+        Some(group) => free.min(group.free_memory),
+        None => free,
+    }
+}
+
+/// The sizes an engine runs with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Sizes {
+    /// Blocks of the KV cache.
+    pub blocks: u32,
+    /// Longest prompt plus generation, in tokens.
+    pub max_model_len: u32,
+}
+
+/// Chooses the sizes. `block_bytes`: bytes of one block over all layers; `max_position`: the checkpoint's longest context;
+/// `available`: bytes left in memory.
+///
+/// # Errors
+/// A context longer than the checkpoint allows, or a cache that cannot hold one.
+pub(super) fn sizes(
+    config: &EngineConfig,
+    max_position: usize,
+    block_bytes: usize,
+    available: u64,
+) -> Result<Sizes, StartError> {
+    let max_position = u32::try_from(max_position).unwrap_or(u32::MAX);
+    if let Some(asked) = config.max_model_len
+        && (asked == 0 || asked > max_position)
+    {
+        return Err(StartError::Setting {
+            name: "--max-model-len",
+            value: asked.to_string(),
+            expected: format!("1 to {max_position}, the context the checkpoint was made for"),
+        });
+    }
+    let wanted = config.max_model_len.unwrap_or(max_position);
+    let bytes = config.kv_cache_memory.unwrap_or(available / 2);
+    let block_size = u64::from(config.block_size);
+    let fitting = bytes / block_bytes as u64;
+    let per_sequence = u64::from(wanted).div_ceil(block_size);
+    // More blocks than every running sequence at full length could hold would never be touched.
+    let useful = per_sequence.saturating_mul(u64::from(config.max_seqs));
+    let blocks = match config.kv_cache_memory {
+        Some(_) => fitting,
+        None => fitting.min(useful),
+    };
+    let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+    let tokens = u64::from(blocks) * block_size;
+    let max_model_len = match config.max_model_len {
+        None if tokens > 0 => wanted.min(u32::try_from(tokens).unwrap_or(u32::MAX)),
+        _ if tokens >= u64::from(wanted) => wanted,
+        _ => {
+            return Err(StartError::CacheTooSmall {
+                bytes,
+                tokens,
+                max_model_len: wanted,
+                needed_bytes: per_sequence * block_bytes as u64,
+            });
+        }
+    };
+    Ok(Sizes {
+        blocks,
+        max_model_len,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(max_model_len: Option<u32>, kv_cache_memory: Option<u64>) -> EngineConfig {
+        EngineConfig {
+            max_model_len,
+            kv_cache_memory,
+            max_seqs: 4,
+            ..EngineConfig::default()
+        }
+    }
+
+    #[test]
+    fn by_default_the_cache_takes_half_of_what_is_available() {
+        let sizes = sizes(&config(None, None), 2048, 1000, 200_000).unwrap();
+        assert_eq!(sizes.blocks, 100);
+        assert_eq!(sizes.max_model_len, 1600, "the context shrinks to the cache");
+    }
+
+    #[test]
+    fn by_default_the_cache_is_no_larger_than_all_sequences_need() {
+        let sizes = sizes(&config(None, None), 2048, 1000, 1 << 40).unwrap();
+        assert_eq!(sizes.blocks, 4 * 128);
+        assert_eq!(sizes.max_model_len, 2048);
+    }
+
+    #[test]
+    fn memory_that_was_asked_for_is_taken_whole() {
+        let sizes = sizes(&config(None, Some(1_000_000)), 2048, 1000, 0).unwrap();
+        assert_eq!(sizes.blocks, 1000);
+    }
+
+    #[test]
+    fn a_context_that_does_not_fit_the_cache_is_refused_with_the_numbers() {
+        let error = sizes(&config(Some(2048), Some(100_000)), 2048, 1000, 0).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("1600 tokens"), "{text}");
+        assert!(text.contains("128000 bytes"), "{text}");
+    }
+
+    #[test]
+    fn a_context_longer_than_the_checkpoint_was_made_for_is_refused() {
+        let error = sizes(&config(Some(4096), None), 2048, 1000, 1 << 30).unwrap_err();
+        assert!(error.to_string().contains("1 to 2048"), "{error}");
+    }
+
+    #[test]
+    fn no_memory_at_all_is_an_error_not_an_empty_cache() {
+        assert!(sizes(&config(None, Some(10)), 2048, 1000, 0).is_err());
+    }
+}

@@ -1,0 +1,163 @@
+//! Starts an engine: loads the model, sizes the cache, spawns the thread.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread;
+
+use quire_kernels::{Backend, Format, KvDtype};
+use quire_scheduler::{Config, Scheduler};
+
+use crate::checkpoint::Checkpoint;
+use crate::model::{Decoder, LoadOptions, LoadProgress};
+
+use super::config::{EngineConfig, StartError, StepReport};
+use super::engine_loop::EngineLoop;
+use super::handle::{Engine, ModelInfo, Shared};
+use super::memory;
+
+impl Engine {
+    /// Loads the checkpoint onto `backend` and starts the engine thread.
+    ///
+    /// `progress` hears how far loading has come; `observer`, on the engine thread, what each step did.
+    ///
+    /// # Errors
+    /// The checkpoint cannot be loaded, a setting is outside its range, or memory does not suffice; see [`StartError`].
+    pub fn start<B: Backend>(
+        checkpoint: &Checkpoint,
+        backend: B,
+        config: &EngineConfig,
+        observer: Option<Box<dyn FnMut(StepReport) + Send>>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, StartError> {
+        check(config)?;
+        let options = LoadOptions {
+            quantize: config.quantize,
+            max_rows: config.max_batch_tokens as usize,
+        };
+        let decoder = Decoder::load(checkpoint, backend, options, progress)?;
+        let model = decoder.config();
+        let block_size = config.block_size as usize;
+        let block_bytes =
+            Decoder::<B>::kv_shape(model, 1, block_size, config.kv_dtype).block_bytes();
+        let sizes = memory::sizes(config, model.max_position, block_bytes, memory::available())?;
+        let scheduling = Config {
+            block_size: config.block_size,
+            num_blocks: sizes.blocks,
+            max_batch_tokens: config.max_batch_tokens,
+            max_chunk_tokens: config.max_chunk_tokens.min(config.max_batch_tokens),
+            max_seqs: config.max_seqs,
+            max_model_len: sizes.max_model_len,
+            // The handle bounds what waits to be admitted; preempted sequences wait beside those.
+            max_waiting: config.max_waiting.saturating_add(config.max_seqs),
+            prefix_cache: config.prefix_cache,
+            policy: config.policy,
+            priority_aging: config.priority_aging.as_micros() as u64,
+            kv_events: false,
+        };
+        let scheduler = Scheduler::new(scheduling.clone())?;
+        let kv = decoder
+            .kv_cache(sizes.blocks as usize, block_size, config.kv_dtype)
+            .map_err(StartError::Cache)?;
+        let info = ModelInfo {
+            name: config
+                .served_name
+                .clone()
+                .unwrap_or_else(|| checkpoint.name.clone()),
+            family: model.family.clone(),
+            max_model_len: sizes.max_model_len,
+            vocab_size: model.vocab_size as u32,
+            eos: checkpoint.generation.eos.clone(),
+            dtype: dtype_name(config.quantize.map_or_else(|| stored_format(checkpoint), Ok)?),
+            kv_dtype: match config.kv_dtype {
+                KvDtype::F16 => "f16".to_owned(),
+                KvDtype::F32 => "f32".to_owned(),
+            },
+            num_blocks: sizes.blocks,
+            block_size: config.block_size,
+            block_bytes: block_bytes as u64,
+            weight_bytes: decoder.weight_bytes() as u64,
+            prefix_cache: config.prefix_cache,
+            max_seqs: config.max_seqs,
+            max_batch_tokens: config.max_batch_tokens,
+            max_waiting: config.max_waiting,
+            device: decoder.backend().description(),
+        };
+        let shared = Arc::new(Shared::new(
+            Arc::new(info),
+            scheduling,
+            config.max_waiting as usize,
+        ));
+        let (engine, requests, control) = Self::new(Arc::clone(&shared));
+        let engine_loop = EngineLoop::new(
+            decoder,
+            kv,
+            scheduler,
+            Arc::clone(&shared),
+            (requests, control),
+            observer,
+        );
+        thread::Builder::new()
+            .name("quire-engine".to_owned())
+            .spawn(move || {
+                // A panic here is a fault of ours. The streams end with `Failed` as their senders drop, and health checks see it.
+                if catch_unwind(AssertUnwindSafe(|| engine_loop.run())).is_err() {
+                    tracing::error!("the engine thread panicked; every request has failed");
+                }
+                shared.stop();
+            })
+            .map_err(StartError::Thread)?;
+        Ok(engine)
+    }
+}
+
+/// Refuses what would only fail later and less clearly.
+fn check(config: &EngineConfig) -> Result<(), StartError> {
+    let setting = |name, value: u32, expected: &str| StartError::Setting {
+        name,
+        value: value.to_string(),
+        expected: expected.to_owned(),
+    };
+    let at_least_one = [
+        ("--max-batch-tokens", config.max_batch_tokens),
+        ("--max-seqs", config.max_seqs),
+        ("--max-waiting", config.max_waiting),
+        ("--max-chunk-tokens", config.max_chunk_tokens),
+    ];
+    for (name, value) in at_least_one {
+        if value == 0 || value > 1 << 20 {
+            return Err(setting(name, value, "1 to 1048576"));
+        }
+    }
+    if config.block_size == 0 || config.block_size % 16 != 0 || config.block_size > 1024 {
+        return Err(setting(
+            "--block-size",
+            config.block_size,
+            "a multiple of 16 up to 1024",
+        ));
+    }
+    Ok(())
+}
+
+/// The format of the checkpoint's embedding table, which stands for the rest.
+fn stored_format(checkpoint: &Checkpoint) -> Result<Format, StartError> {
+    let config = &checkpoint.config;
+    let view = checkpoint
+        .tensors
+        .get(
+            "model.embed_tokens.weight",
+            &[config.vocab_size, config.hidden_size],
+        )
+        .map_err(crate::model::LoadError::from)?;
+    Ok(view.format)
+}
+
+fn dtype_name(format: Format) -> String {
+    match format {
+        Format::F32 => "f32",
+        Format::F16 => "f16",
+        Format::Bf16 => "bf16",
+        Format::Q8_0 => "q8_0",
+        Format::Q4_0 => "q4_0",
+    }
+    .to_owned()
+}

@@ -1,0 +1,36 @@
+//! Turns a scheduler's plan into what the decoder runs.
+
+use quire_kernels::{Span, Step};
+use quire_scheduler::Scheduler;
+
+/// Fills `step` and `copies` from the batch the scheduler has just planned; both keep their memory from step to step.
+pub(super) fn fill(scheduler: &Scheduler, step: &mut Step, copies: &mut Vec<(u32, u32)>) {
+    step.clear();
+    copies.clear();
+    let batch = scheduler.batch();
+    copies.extend(batch.copies.iter().map(|copy| (copy.from.0, copy.to.0)));
+    let block_size = scheduler.config().block_size;
+    for scheduled in &batch.sequences {
+        let end = scheduled.start + scheduled.len;
+        let row = step.tokens.len() as u32;
+        step.spans.push(Span {
+            row,
+            rows: scheduled.len,
+            start: scheduled.start,
+            table: step.block_tables.len() as u32,
+        });
+        let tokens = scheduler.tokens(scheduled.seq);
+        step.tokens.extend(
+            tokens[scheduled.start as usize..end as usize]
+                .iter()
+                .map(|token| token.0),
+        );
+        step.positions.extend(scheduled.start..end);
+        let blocks = end.div_ceil(block_size) as usize;
+        let table = scheduler.block_table(scheduled.seq);
+        step.block_tables
+            .extend(table[..blocks].iter().map(|block| block.0));
+        step.logit_rows
+            .extend(row + scheduled.len - scheduled.logits..row + scheduled.len);
+    }
+}
