@@ -1,3 +1,7 @@
 //! The `quire` binary.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    quire::cli::main()
+}

@@ -1,0 +1,193 @@
+//! The flags of every command that runs a model: which one, and how the engine is sized.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use quire_kernels::{Format, KvDtype};
+use quire_scheduler::Policy;
+
+use crate::checkpoint::{Checkpoint, ModelSource};
+use crate::core::{Engine, EngineConfig, StepReport};
+
+use super::progress::Loading;
+use super::size;
+
+/// Which model, and how the engine that runs it is sized.
+#[derive(Debug, Clone, Args)]
+pub(super) struct ModelArgs {
+    /// Directory with config.json, safetensors and tokenizer.json [default: the demo model inside the binary]
+    #[arg(long, short, env = "QUIRE_MODEL", value_name = "PATH")]
+    pub model: Option<PathBuf>,
+
+    /// Threads that compute [default: the cores this process may use]
+    #[arg(long, env = "QUIRE_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+
+    /// Most tokens computed in one step, prompts and generation together
+    #[arg(long, env = "QUIRE_MAX_BATCH_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_batch_tokens)]
+    pub max_batch_tokens: u32,
+
+    /// Most tokens of one prompt in one step while other prompts wait
+    #[arg(long, env = "QUIRE_MAX_CHUNK_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_chunk_tokens)]
+    pub max_chunk_tokens: u32,
+
+    /// Most sequences computed at once
+    #[arg(long, env = "QUIRE_MAX_SEQS", value_name = "N", default_value_t = EngineConfig::default().max_seqs)]
+    pub max_seqs: u32,
+
+    /// Most requests that wait for their turn; more are refused
+    #[arg(long, env = "QUIRE_MAX_WAITING", value_name = "N", default_value_t = EngineConfig::default().max_waiting)]
+    pub max_waiting: u32,
+
+    /// Longest prompt plus answer, in tokens [default: what the model was made for, if the KV cache holds it]
+    #[arg(long, env = "QUIRE_MAX_MODEL_LEN", value_name = "N")]
+    pub max_model_len: Option<u32>,
+
+    /// Memory for the KV cache, for example 4GiB [default: half of what is available after loading, at most what can be used]
+    #[arg(long, env = "QUIRE_KV_CACHE_MEMORY", value_name = "SIZE", value_parser = size::parse)]
+    pub kv_cache_memory: Option<u64>,
+
+    /// Tokens of one KV-cache block, a multiple of 16
+    #[arg(long, env = "QUIRE_BLOCK_SIZE", value_name = "N", default_value_t = EngineConfig::default().block_size)]
+    pub block_size: u32,
+
+    /// Precision of the KV cache
+    #[arg(
+        long,
+        env = "QUIRE_KV_CACHE_DTYPE",
+        value_name = "DTYPE",
+        default_value = "f16"
+    )]
+    pub kv_cache_dtype: KvCacheDtype,
+
+    /// Compute every prompt anew instead of reusing what earlier prompts began with
+    #[arg(long, env = "QUIRE_NO_PREFIX_CACHE")]
+    pub no_prefix_cache: bool,
+
+    /// Quantise the weights while loading: smaller and faster, a little less exact
+    #[arg(long, env = "QUIRE_QUANTIZE", value_name = "FORMAT")]
+    pub quantize: Option<Quantize>,
+
+    /// Who runs first when not all can
+    #[arg(
+        long,
+        env = "QUIRE_POLICY",
+        value_name = "POLICY",
+        default_value = "priority"
+    )]
+    pub policy: PolicyArg,
+}
+
+/// Precision of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum KvCacheDtype {
+    /// 16-bit float
+    F16,
+    /// 32-bit float
+    F32,
+}
+
+/// What weights may be quantised to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Quantize {
+    /// 8.5 bits a weight
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// 4.5 bits a weight
+    #[value(name = "q4_0")]
+    Q4_0,
+}
+
+/// Who runs first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum PolicyArg {
+    /// First come, first served
+    Fcfs,
+    /// Lower `priority` first; waiting counts, so nobody waits for ever
+    Priority,
+    /// Tenants in turn, by the tokens they use
+    FairShare,
+}
+
+impl ModelArgs {
+    /// The engine's settings.
+    pub fn engine_config(&self) -> EngineConfig {
+        EngineConfig {
+            served_name: None,
+            max_batch_tokens: self.max_batch_tokens,
+            max_chunk_tokens: self.max_chunk_tokens,
+            max_seqs: self.max_seqs,
+            max_waiting: self.max_waiting,
+            max_model_len: self.max_model_len,
+            block_size: self.block_size,
+            kv_dtype: match self.kv_cache_dtype {
+                KvCacheDtype::F16 => KvDtype::F16,
+                KvCacheDtype::F32 => KvDtype::F32,
+            },
+            kv_cache_memory: self.kv_cache_memory,
+            prefix_cache: !self.no_prefix_cache,
+            policy: match self.policy {
+                PolicyArg::Fcfs => Policy::Fcfs,
+                PolicyArg::Priority => Policy::Priority,
+                PolicyArg::FairShare => Policy::FairShare,
+            },
+            quantize: self.quantize.map(|quantize| match quantize {
+                Quantize::Q8_0 => Format::Q8_0,
+                Quantize::Q4_0 => Format::Q4_0,
+            }),
+            ..EngineConfig::default()
+        }
+    }
+
+    /// Opens the checkpoint the flags name.
+    ///
+    /// # Errors
+    /// It cannot be opened; the message names it.
+    pub fn open(&self) -> anyhow::Result<Checkpoint> {
+        let source = match &self.model {
+            None => ModelSource::Demo,
+            Some(path) => ModelSource::Path(path.clone()),
+        };
+        Checkpoint::open(&source).with_context(|| match &self.model {
+            None => "the demo model".to_owned(),
+            Some(path) => format!("model {}", path.display()),
+        })
+    }
+
+    /// Loads the model with a progress bar and starts its engine.
+    ///
+    /// # Errors
+    /// The model cannot be loaded or a setting is wrong.
+    pub fn start(
+        &self,
+        checkpoint: &Checkpoint,
+        config: &EngineConfig,
+        observer: Option<Box<dyn FnMut(StepReport) + Send>>,
+    ) -> anyhow::Result<Engine> {
+        let loading = Loading::start(&checkpoint.name);
+        let engine = Engine::start_on_cpu(
+            checkpoint,
+            self.threads.map(usize::from),
+            config,
+            observer,
+            &mut |progress| loading.update(progress),
+        );
+        let took = loading.finish();
+        let engine = engine?;
+        let model = engine.model();
+        tracing::info!(
+            model = %model.name,
+            family = %model.family,
+            weights = %model.dtype,
+            weight_memory = %size::show(model.weight_bytes),
+            kv_cache = %size::show(u64::from(model.num_blocks) * model.block_bytes),
+            kv_blocks = model.num_blocks,
+            context = model.max_model_len,
+            device = %model.device,
+            seconds = took.as_secs_f64(),
+            "model loaded"
+        );
+        Ok(engine)
+    }
+}

@@ -1,0 +1,83 @@
+//! What several integration tests need: the demo model, requests run to their end, a seeded random source.
+#![allow(dead_code, clippy::unwrap_used)]
+
+use quire::checkpoint::{Checkpoint, ModelSource};
+use quire::core::{Engine, Event, FinishReason, Request, RequestStream};
+use quire_scheduler::TokenId;
+
+/// One sample, with log-probabilities as bits: equal means equal to the last bit.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Answer {
+    pub tokens: Vec<TokenId>,
+    /// Per token: the chosen one's logprob and rank, then the alternatives.
+    pub logprobs: Vec<(u32, u32, Vec<(TokenId, u32)>)>,
+    pub reason: Option<FinishReason>,
+}
+
+pub fn submit(engine: &Engine, request: &Request) -> RequestStream {
+    engine.submit(request.clone()).unwrap()
+}
+
+/// Reads a stream to its end.
+pub fn answers(mut stream: RequestStream) -> Vec<Answer> {
+    let mut answers: Vec<Answer> = Vec::new();
+    while let Some(event) = stream.next_blocking() {
+        match event {
+            Event::Admitted { .. } => {}
+            Event::Token {
+                index,
+                token,
+                logprobs,
+            } => {
+                let answer = at(&mut answers, index);
+                assert_eq!(answer.reason, None, "no token follows the end");
+                answer.tokens.push(token);
+                if let Some(l) = logprobs {
+                    let top = l.top.iter().map(|&(id, p)| (id, p.to_bits())).collect();
+                    answer.logprobs.push((l.logprob.to_bits(), l.rank, top));
+                }
+            }
+            Event::Finished { index, reason } => at(&mut answers, index).reason = Some(reason),
+        }
+    }
+    answers
+}
+
+fn at(answers: &mut Vec<Answer>, index: u32) -> &mut Answer {
+    let index = index as usize;
+    if answers.len() <= index {
+        answers.resize_with(index + 1, Answer::default);
+    }
+    &mut answers[index]
+}
+
+pub fn demo_checkpoint() -> Checkpoint {
+    Checkpoint::open(&ModelSource::Demo).unwrap()
+}
+
+/// SplitMix64 (Steele et al. 2014): enough for tests, the same everywhere.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        for i in (1..items.len()).rev() {
+            items.swap(i, self.below(i + 1));
+        }
+    }
+}

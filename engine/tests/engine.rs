@@ -1,0 +1,214 @@
+//! The engine's life: refusal, abort, deadline, drain, and what becomes of the KV cache.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::{answers, demo_checkpoint, submit};
+use quire::core::{Engine, EngineConfig, Event, FinishReason, Request, SubmitError};
+use quire::sampling::SamplingParams;
+use quire_kernels::cpu::CpuBackend;
+use quire_scheduler::{AddError, TokenId};
+
+fn start(config: &EngineConfig) -> Engine {
+    let backend = CpuBackend::new(common::backend_options(1));
+    Engine::start(&demo_checkpoint(), backend, config, None, &mut |_| {}).unwrap()
+}
+
+fn request(prompt: u32, max_tokens: u32) -> Request {
+    Request {
+        id: Arc::from("test"),
+        prompt: (0..prompt).map(|t| TokenId(t % 3000)).collect(),
+        sampling: SamplingParams {
+            temperature: 0.0,
+            max_tokens,
+            ignore_eos: true,
+            ..SamplingParams::default()
+        },
+        priority: 0,
+        tenant: Arc::from(""),
+        cache_salt: 0,
+        deadline: None,
+    }
+}
+
+/// Waits until the engine thread has caught up: a later request has been served.
+fn settle(engine: &Engine) {
+    answers(submit(engine, &request(1, 1)));
+}
+
+#[test]
+fn a_request_ends_by_length_with_exactly_max_tokens() {
+    let engine = start(&EngineConfig::default());
+    let got = answers(submit(&engine, &request(20, 7)));
+    assert_eq!(got.len(), 1);
+    assert_eq!(got[0].tokens.len(), 7);
+    assert_eq!(got[0].reason, Some(FinishReason::Length));
+}
+
+#[test]
+fn a_stop_token_ends_a_sample_and_is_reported() {
+    let engine = start(&EngineConfig::default());
+    let first = answers(submit(&engine, &request(20, 3)));
+    let third = first[0].tokens[2];
+    let mut stopped = request(20, 50);
+    stopped.sampling.stop_token_ids = vec![third];
+    let got = answers(submit(&engine, &stopped));
+    assert_eq!(got[0].tokens.last(), Some(&third));
+    assert!(got[0].tokens.len() <= 3);
+    assert_eq!(got[0].reason, Some(FinishReason::Stop { token: Some(third) }));
+}
+
+#[test]
+fn every_sample_of_n_is_delivered_and_ends() {
+    let engine = start(&EngineConfig::default());
+    let mut request = request(33, 9);
+    request.sampling.n = 5;
+    request.sampling.temperature = 1.0;
+    request.sampling.seed = Some(1);
+    let got = answers(submit(&engine, &request));
+    assert_eq!(got.len(), 5);
+    assert!(got.iter().all(|a| a.tokens.len() == 9 && a.reason.is_some()));
+    assert!(got.iter().any(|a| a.tokens != got[0].tokens), "samples differ");
+}
+
+#[test]
+fn a_prompt_that_can_never_fit_is_refused_with_the_numbers() {
+    let engine = start(&EngineConfig::default());
+    let error = engine.submit(request(2000, 100)).unwrap_err();
+    assert!(matches!(error, SubmitError::Rejected(AddError::ContextExceeded { .. })), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("2000") && text.contains("100") && text.contains("2048"), "{text}");
+}
+
+#[test]
+fn a_full_queue_refuses_at_once_and_what_was_accepted_finishes() {
+    let engine = start(&EngineConfig {
+        max_seqs: 2,
+        max_waiting: 3,
+        ..EngineConfig::default()
+    });
+    let mut accepted = Vec::new();
+    let mut refused = 0;
+    for _ in 0..200 {
+        match engine.submit(request(30, 20)) {
+            Ok(stream) => accepted.push(stream),
+            Err(SubmitError::Overloaded { waiting, retry_after_s }) => {
+                assert_eq!(waiting, 3);
+                assert!(retry_after_s >= 1);
+                refused += 1;
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(refused > 100, "{refused} refused");
+    for stream in accepted {
+        assert_eq!(answers(stream)[0].tokens.len(), 20);
+    }
+}
+
+#[test]
+fn a_dropped_stream_frees_its_blocks() {
+    let engine = start(&EngineConfig::default());
+    let mut running = submit(&engine, &request(100, 1900));
+    while !matches!(running.next_blocking(), Some(Event::Token { .. })) {}
+    assert!(engine.stats().blocks_used > 0);
+    drop(running);
+    settle(&engine);
+    assert_eq!(engine.stats().blocks_used, 0);
+    assert_eq!(engine.stats().in_flight, 0);
+}
+
+#[test]
+fn an_abort_from_elsewhere_is_reported_to_who_listens() {
+    let engine = start(&EngineConfig::default());
+    let mut running = submit(&engine, &request(100, 1900));
+    let handle = running.abort_handle();
+    while !matches!(running.next_blocking(), Some(Event::Token { .. })) {}
+    handle.abort();
+    assert_eq!(answers(running).pop().unwrap().reason, Some(FinishReason::Aborted));
+    settle(&engine);
+    assert_eq!(engine.stats().blocks_used, 0);
+}
+
+#[test]
+fn a_stopped_sample_falls_silent_while_the_others_go_on() {
+    let engine = start(&EngineConfig::default());
+    let mut request = request(10, 40);
+    request.sampling.n = 3;
+    request.sampling.temperature = 1.0;
+    let mut stream = submit(&engine, &request);
+    while !matches!(stream.next_blocking(), Some(Event::Token { index: 1, .. })) {}
+    stream.stop(1);
+    let got = answers(stream);
+    assert_eq!(got[1].tokens, []);
+    assert_eq!(got[1].reason, None);
+    assert_eq!(got[0].reason, Some(FinishReason::Length));
+    assert_eq!(got[2].reason, Some(FinishReason::Length));
+    settle(&engine);
+    assert_eq!(engine.stats().blocks_used, 0);
+}
+
+#[test]
+fn a_deadline_ends_a_request_wherever_it_is() {
+    let engine = start(&EngineConfig {
+        max_seqs: 1,
+        ..EngineConfig::default()
+    });
+    let running = submit(&engine, &request(10, 1900));
+    let mut late = request(10, 1900);
+    late.deadline = Some(Instant::now() + Duration::from_millis(20));
+    let waiting = submit(&engine, &late);
+    let got = answers(waiting);
+    assert_eq!(got[0].reason, Some(FinishReason::DeadlineExceeded));
+    assert_eq!(got[0].tokens, [], "it never ran");
+    drop(running);
+}
+
+#[test]
+fn a_drain_refuses_what_is_new_and_finishes_what_was_accepted() {
+    let engine = start(&EngineConfig::default());
+    let accepted: Vec<_> = (0..8).map(|_| submit(&engine, &request(40, 60))).collect();
+    engine.drain();
+    assert!(matches!(engine.submit(request(1, 1)), Err(SubmitError::Draining)));
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(engine.drained());
+    assert_eq!(engine.stats().in_flight, 0);
+    for stream in accepted {
+        assert_eq!(answers(stream)[0].tokens.len(), 60);
+    }
+}
+
+#[test]
+fn a_second_prompt_with_the_same_beginning_finds_it_in_the_cache() {
+    let engine = start(&EngineConfig::default());
+    answers(submit(&engine, &request(100, 1)));
+    let mut again = submit(&engine, &request(100, 1));
+    assert_eq!(again.next_blocking(), Some(Event::Admitted { cached_tokens: 96 }));
+    drop(again);
+    engine.clear_prefix_cache();
+    settle(&engine);
+    let mut anew = submit(&engine, &request(100, 1));
+    assert_eq!(anew.next_blocking(), Some(Event::Admitted { cached_tokens: 0 }));
+}
+
+#[test]
+fn settings_outside_their_range_are_named() {
+    let try_start = |config: &EngineConfig| {
+        let backend = CpuBackend::new(common::backend_options(1));
+        Engine::start(&demo_checkpoint(), backend, config, None, &mut |_| {})
+            .unwrap_err()
+            .to_string()
+    };
+    let defaults = EngineConfig::default;
+    let text = try_start(&EngineConfig { block_size: 17, ..defaults() });
+    assert!(text.contains("--block-size") && text.contains("17"), "{text}");
+    let text = try_start(&EngineConfig { max_batch_tokens: 0, ..defaults() });
+    assert!(text.contains("--max-batch-tokens"), "{text}");
+    let text = try_start(&EngineConfig { max_model_len: Some(5000), ..defaults() });
+    assert!(text.contains("--max-model-len") && text.contains("2048"), "{text}");
+    let text = try_start(&EngineConfig { max_model_len: Some(2048), kv_cache_memory: Some(1 << 20), ..defaults() });
+    assert!(text.contains("--kv-cache-memory"), "{text}");
+}

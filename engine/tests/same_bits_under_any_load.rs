@@ -1,0 +1,199 @@
+//! Promise 2: tokens and logprobs of a request are the same bits alone and under any schedule.
+//!
+//! 200 requests of mixed lengths, seeds and sampling go through engines whose token budget, chunk size, block count, block size,
+//! policy, prefix cache and thread count are drawn at random — with blocks few enough to force preemption — and every answer is
+//! compared bit for bit with the one the same request gets alone in an engine without a cache.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Answer, Random, answers, demo_checkpoint, submit};
+use quire::checkpoint::Checkpoint;
+use quire::core::{Engine, EngineConfig, Request};
+use quire::sampling::SamplingParams;
+use quire_kernels::cpu::CpuBackend;
+use quire_kernels::{Format, KvDtype};
+use quire_scheduler::{Policy, TokenId};
+
+const REQUESTS: usize = 200;
+
+#[test]
+fn f32_weights() {
+    same_bits(&common::demo_checkpoint_as_f32().1, None, KvDtype::F32, 1);
+}
+
+#[test]
+fn bf16_weights() {
+    same_bits(&demo_checkpoint(), None, KvDtype::F16, 2);
+}
+
+#[test]
+fn q8_0_weights() {
+    same_bits(&demo_checkpoint(), Some(Format::Q8_0), KvDtype::F16, 3);
+}
+
+#[test]
+fn q4_0_weights() {
+    same_bits(&demo_checkpoint(), Some(Format::Q4_0), KvDtype::F16, 4);
+}
+
+fn same_bits(checkpoint: &Checkpoint, quantize: Option<Format>, kv_dtype: KvDtype, seed: u64) {
+    let mut random = Random::new(seed);
+    let requests: Vec<Request> = requests(&mut random, checkpoint.config.vocab_size as u32);
+    let base = EngineConfig {
+        quantize,
+        kv_dtype,
+        ..EngineConfig::default()
+    };
+    let alone = alone(checkpoint, &base, &requests);
+
+    let (mut preemptions, mut hits) = (0, 0);
+    for round in 0..4 {
+        let (config, threads) = schedule(&base, checkpoint, round, &mut random);
+        let engine = start(checkpoint, &config, threads);
+        let mut order: Vec<usize> = (0..requests.len()).collect();
+        random.shuffle(&mut order);
+        let streams: Vec<_> = order
+            .iter()
+            .map(|&at| submit(&engine, &requests[at]))
+            .collect();
+        for (at, stream) in order.into_iter().zip(streams) {
+            let got = answers(stream);
+            assert_eq!(
+                got, alone[at],
+                "request {at} of {:?} under {config:?} on {threads} threads differs from the same request alone",
+                requests[at].sampling
+            );
+        }
+        let stats = engine.stats();
+        assert_eq!(stats.blocks_used, 0, "every block is given back");
+        preemptions += stats.preemptions;
+        hits += stats.prefix_hits;
+    }
+    assert!(preemptions > 0, "the schedules were to force preemption");
+    assert!(hits > 0, "the schedules were to hit the prefix cache");
+}
+
+/// Each request's answer when nothing else runs and nothing is cached.
+fn alone(checkpoint: &Checkpoint, base: &EngineConfig, requests: &[Request]) -> Vec<Vec<Answer>> {
+    let config = EngineConfig {
+        prefix_cache: false,
+        max_batch_tokens: 512,
+        max_chunk_tokens: 512,
+        kv_cache_memory: Some(64 << 20),
+        ..base.clone()
+    };
+    let engine = start(checkpoint, &config, 1);
+    let answers = requests
+        .iter()
+        .map(|request| answers(submit(&engine, request)))
+        .collect();
+    assert_eq!(engine.stats().preemptions, 0);
+    answers
+}
+
+/// A random way to run many requests.
+fn schedule(
+    base: &EngineConfig,
+    checkpoint: &Checkpoint,
+    round: usize,
+    random: &mut Random,
+) -> (EngineConfig, usize) {
+    let block_size = [16, 32][random.below(2)];
+    let config = &checkpoint.config;
+    let block_bytes = 2
+        * config.layers
+        * config.kv_heads
+        * config.head_dim
+        * block_size
+        * base.kv_dtype.size();
+    // The largest request needs 512 tokens of blocks (4 samples of up to 112 tokens); a few hundred more let a handful run side by side.
+    let tokens = 576 + random.below(800);
+    let max_batch_tokens = 3 + random.below(if round % 2 == 0 { 40 } else { 400 }) as u32;
+    let config = EngineConfig {
+        max_batch_tokens,
+        max_chunk_tokens: 1 + random.below(max_batch_tokens as usize) as u32,
+        max_seqs: 4 + random.below(60) as u32,
+        max_model_len: Some(256),
+        block_size: block_size as u32,
+        kv_cache_memory: Some((tokens.div_ceil(block_size) * block_bytes) as u64),
+        prefix_cache: round != 1,
+        policy: [Policy::Fcfs, Policy::Priority, Policy::FairShare][random.below(3)],
+        priority_aging: Duration::from_millis(1 + random.below(50) as u64),
+        ..base.clone()
+    };
+    (config, 1 + round % 2)
+}
+
+fn requests(random: &mut Random, vocab: u32) -> Vec<Request> {
+    let token = |random: &mut Random| TokenId(random.below(vocab as usize) as u32);
+    let prefixes: Vec<Vec<TokenId>> = (0..5)
+        .map(|_| (0..70).map(|_| token(random)).collect())
+        .collect();
+    (0..REQUESTS)
+        .map(|at| {
+            let mut prompt = Vec::new();
+            if random.below(2) == 0 {
+                let prefix = &prefixes[random.below(prefixes.len())];
+                prompt.extend_from_slice(&prefix[..1 + random.below(prefix.len())]);
+            }
+            let own = 1 + random.below(if at % 10 == 0 { 150 } else { 40 });
+            prompt.extend((0..own).map(|_| token(random)));
+            let samples = if at % 8 == 0 {
+                prompt.truncate(80);
+                2 + random.below(3) as u32
+            } else {
+                1
+            };
+            let sampling = SamplingParams {
+                n: samples,
+                max_tokens: 1 + random.below(30) as u32,
+                ignore_eos: random.below(2) == 0,
+                logprobs: Some(random.below(4) as u32),
+                seed: Some(random.next()),
+                ..sampling(random)
+            };
+            Request {
+                id: format!("request-{at}").into(),
+                prompt,
+                sampling,
+                priority: random.below(5) as i32 - 2,
+                tenant: format!("tenant-{}", random.below(3)).into(),
+                cache_salt: random.below(2) as u64,
+                deadline: None,
+            }
+        })
+        .collect()
+}
+
+/// Greedy, plain temperature, and filtered sampling with penalties, a third each.
+fn sampling(random: &mut Random) -> SamplingParams {
+    let default = SamplingParams::default();
+    match random.below(3) {
+        0 => SamplingParams {
+            temperature: 0.0,
+            ..default
+        },
+        1 => SamplingParams {
+            temperature: 0.5 + random.below(10) as f32 / 8.0,
+            ..default
+        },
+        _ => SamplingParams {
+            temperature: 0.8,
+            top_k: random.below(50) as u32,
+            top_p: 0.5 + random.below(50) as f32 / 100.0,
+            min_p: random.below(10) as f32 / 100.0,
+            repetition_penalty: 1.1,
+            presence_penalty: 0.3,
+            frequency_penalty: 0.2,
+            ..default
+        },
+    }
+}
+
+fn start(checkpoint: &Checkpoint, config: &EngineConfig, threads: usize) -> Engine {
+    let backend = CpuBackend::new(common::backend_options(threads));
+    Engine::start(checkpoint, backend, config, None, &mut |_| {}).unwrap()
+}
