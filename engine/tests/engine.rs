@@ -58,7 +58,10 @@ fn a_stop_token_ends_a_sample_and_is_reported() {
     let got = answers(submit(&engine, &stopped));
     assert_eq!(got[0].tokens.last(), Some(&third));
     assert!(got[0].tokens.len() <= 3);
-    assert_eq!(got[0].reason, Some(FinishReason::Stop { token: Some(third) }));
+    assert_eq!(
+        got[0].reason,
+        Some(FinishReason::Stop { token: Some(third) })
+    );
 }
 
 #[test]
@@ -70,17 +73,32 @@ fn every_sample_of_n_is_delivered_and_ends() {
     request.sampling.seed = Some(1);
     let got = answers(submit(&engine, &request));
     assert_eq!(got.len(), 5);
-    assert!(got.iter().all(|a| a.tokens.len() == 9 && a.reason.is_some()));
-    assert!(got.iter().any(|a| a.tokens != got[0].tokens), "samples differ");
+    assert!(
+        got.iter()
+            .all(|a| a.tokens.len() == 9 && a.reason.is_some())
+    );
+    assert!(
+        got.iter().any(|a| a.tokens != got[0].tokens),
+        "samples differ"
+    );
 }
 
 #[test]
 fn a_prompt_that_can_never_fit_is_refused_with_the_numbers() {
     let engine = start(&EngineConfig::default());
     let error = engine.submit(request(2000, 100)).unwrap_err();
-    assert!(matches!(error, SubmitError::Rejected(AddError::ContextExceeded { .. })), "{error}");
+    assert!(
+        matches!(
+            error,
+            SubmitError::Rejected(AddError::ContextExceeded { .. })
+        ),
+        "{error}"
+    );
     let text = error.to_string();
-    assert!(text.contains("2000") && text.contains("100") && text.contains("2048"), "{text}");
+    assert!(
+        text.contains("2000") && text.contains("100") && text.contains("2048"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -95,7 +113,10 @@ fn a_full_queue_refuses_at_once_and_what_was_accepted_finishes() {
     for _ in 0..200 {
         match engine.submit(request(30, 20)) {
             Ok(stream) => accepted.push(stream),
-            Err(SubmitError::Overloaded { waiting, retry_after_s }) => {
+            Err(SubmitError::Overloaded {
+                waiting,
+                retry_after_s,
+            }) => {
                 assert_eq!(waiting, 3);
                 assert!(retry_after_s >= 1);
                 refused += 1;
@@ -128,7 +149,10 @@ fn an_abort_from_elsewhere_is_reported_to_who_listens() {
     let handle = running.abort_handle();
     while !matches!(running.next_blocking(), Some(Event::Token { .. })) {}
     handle.abort();
-    assert_eq!(answers(running).pop().unwrap().reason, Some(FinishReason::Aborted));
+    assert_eq!(
+        answers(running).pop().unwrap().reason,
+        Some(FinishReason::Aborted)
+    );
     settle(&engine);
     assert_eq!(engine.stats().blocks_used, 0);
 }
@@ -172,8 +196,13 @@ fn a_drain_refuses_what_is_new_and_finishes_what_was_accepted() {
     let engine = start(&EngineConfig::default());
     let accepted: Vec<_> = (0..8).map(|_| submit(&engine, &request(40, 60))).collect();
     engine.drain();
-    assert!(matches!(engine.submit(request(1, 1)), Err(SubmitError::Draining)));
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    assert!(matches!(
+        engine.submit(request(1, 1)),
+        Err(SubmitError::Draining)
+    ));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
     runtime.block_on(engine.drained());
     assert_eq!(engine.stats().in_flight, 0);
     for stream in accepted {
@@ -186,12 +215,18 @@ fn a_second_prompt_with_the_same_beginning_finds_it_in_the_cache() {
     let engine = start(&EngineConfig::default());
     answers(submit(&engine, &request(100, 1)));
     let mut again = submit(&engine, &request(100, 1));
-    assert_eq!(again.next_blocking(), Some(Event::Admitted { cached_tokens: 96 }));
+    assert_eq!(
+        again.next_blocking(),
+        Some(Event::Admitted { cached_tokens: 96 })
+    );
     drop(again);
     engine.clear_prefix_cache();
     settle(&engine);
     let mut anew = submit(&engine, &request(100, 1));
-    assert_eq!(anew.next_blocking(), Some(Event::Admitted { cached_tokens: 0 }));
+    assert_eq!(
+        anew.next_blocking(),
+        Some(Event::Admitted { cached_tokens: 0 })
+    );
 }
 
 #[test]
@@ -203,12 +238,31 @@ fn settings_outside_their_range_are_named() {
             .to_string()
     };
     let defaults = EngineConfig::default;
-    let text = try_start(&EngineConfig { block_size: 17, ..defaults() });
-    assert!(text.contains("--block-size") && text.contains("17"), "{text}");
-    let text = try_start(&EngineConfig { max_batch_tokens: 0, ..defaults() });
+    let text = try_start(&EngineConfig {
+        block_size: 17,
+        ..defaults()
+    });
+    assert!(
+        text.contains("--block-size") && text.contains("17"),
+        "{text}"
+    );
+    let text = try_start(&EngineConfig {
+        max_batch_tokens: 0,
+        ..defaults()
+    });
     assert!(text.contains("--max-batch-tokens"), "{text}");
-    let text = try_start(&EngineConfig { max_model_len: Some(5000), ..defaults() });
-    assert!(text.contains("--max-model-len") && text.contains("2048"), "{text}");
-    let text = try_start(&EngineConfig { max_model_len: Some(2048), kv_cache_memory: Some(1 << 20), ..defaults() });
+    let text = try_start(&EngineConfig {
+        max_model_len: Some(5000),
+        ..defaults()
+    });
+    assert!(
+        text.contains("--max-model-len") && text.contains("2048"),
+        "{text}"
+    );
+    let text = try_start(&EngineConfig {
+        max_model_len: Some(2048),
+        kv_cache_memory: Some(1 << 20),
+        ..defaults()
+    });
     assert!(text.contains("--kv-cache-memory"), "{text}");
 }

@@ -122,7 +122,8 @@ pub struct Step {
     pub positions: Vec<u32>,
     /// The sequences, in row order, covering every row once.
     pub spans: Vec<Span>,
-    /// The sequences' block tables, one after the other. Position `p` of a span lives in block `block_tables[table + p / block_size]`.
+    /// The sequences' block tables, one after the other. A block that the step writes to (that holds the position of one of its rows)
+    /// belongs to one span only. Position `p` of a span lives in block `block_tables[table + p / block_size]`.
     pub block_tables: Vec<u32>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,

@@ -4,6 +4,8 @@
 //! weights, activations and block tables, out come numbers.
 
 pub mod backend;
+pub mod cpu;
+pub mod quantize;
 
 pub use backend::{
     Activation, AttentionShape, Backend, Format, KvDtype, KvShape, MatrixPart, QkvLayer, Span, Step,

@@ -16,7 +16,12 @@ use clap::{Parser, Subcommand};
 ///
 /// Without --model, every command uses the small demo model inside the binary, so they all work offline. Try `quire demo` first.
 #[derive(Debug, Parser)]
-#[command(name = "quire", version, max_term_width = 120, propagate_version = true)]
+#[command(
+    name = "quire",
+    version,
+    max_term_width = 120,
+    propagate_version = true
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

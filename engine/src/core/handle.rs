@@ -281,8 +281,7 @@ impl Engine {
             // Registered before the count is read, so that no notice is missed.
             told.as_mut().enable();
             let shared = &self.shared;
-            if shared.in_flight.load(Ordering::SeqCst) == 0
-                || shared.stopped.load(Ordering::SeqCst)
+            if shared.in_flight.load(Ordering::SeqCst) == 0 || shared.stopped.load(Ordering::SeqCst)
             {
                 return;
             }

@@ -96,7 +96,10 @@ mod tests {
     fn by_default_the_cache_takes_half_of_what_is_available() {
         let sizes = sizes(&config(None, None), 2048, 1000, 200_000).unwrap();
         assert_eq!(sizes.blocks, 100);
-        assert_eq!(sizes.max_model_len, 1600, "the context shrinks to the cache");
+        assert_eq!(
+            sizes.max_model_len, 1600,
+            "the context shrinks to the cache"
+        );
     }
 
     #[test]

@@ -67,7 +67,11 @@ impl Engine {
             max_model_len: sizes.max_model_len,
             vocab_size: model.vocab_size as u32,
             eos: checkpoint.generation.eos.clone(),
-            dtype: dtype_name(config.quantize.map_or_else(|| stored_format(checkpoint), Ok)?),
+            dtype: dtype_name(
+                config
+                    .quantize
+                    .map_or_else(|| stored_format(checkpoint), Ok)?,
+            ),
             kv_dtype: match config.kv_dtype {
                 KvDtype::F16 => "f16".to_owned(),
                 KvDtype::F32 => "f32".to_owned(),

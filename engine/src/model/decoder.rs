@@ -113,7 +113,12 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// The shape of a KV cache of `blocks` blocks for this model.
-    pub fn kv_shape(config: &ModelConfig, blocks: usize, block_size: usize, dtype: KvDtype) -> KvShape {
+    pub fn kv_shape(
+        config: &ModelConfig,
+        blocks: usize,
+        block_size: usize,
+        dtype: KvDtype,
+    ) -> KvShape {
         KvShape {
             layers: config.layers,
             blocks,
@@ -180,12 +185,7 @@ impl<B: Backend> Decoder<B> {
         backend.rotary(frequencies, 1.0, &mut b.rotary)?;
         for (index, layer) in weights.layers.iter().enumerate() {
             backend.rms_norm(&b.hidden, &layer.attention_norm, eps, &mut b.normed)?;
-            backend.linear(
-                &b.normed,
-                &layer.qkv,
-                layer.qkv_bias.as_ref(),
-                &mut b.qkv,
-            )?;
+            backend.linear(&b.normed, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv)?;
             let qkv_layer = QkvLayer {
                 layer: index,
                 shape,

@@ -1,0 +1,573 @@
+//! [`CpuBackend`]: checks shapes, then hands work to the kernels.
+
+use super::attention::{self, Attention};
+use super::elementwise::{norm_head, rms_norm, rotary_row, rotate, silu_gate};
+use super::kv::{KvCache, Slot};
+use super::linear::{Linear, Output, QuantRows};
+use super::matrix::{Matrix, PANEL, panel_bytes};
+use super::memory::{Buffer, Shared};
+use super::pool::Pool;
+use super::simd::{Isa, dispatch};
+use super::topology;
+use crate::{
+    Activation, AttentionShape, Backend, Error, Format, KvShape, MatrixPart, QkvLayer, Step,
+};
+
+/// How a [`CpuBackend`] is made.
+#[derive(Debug, Clone, Copy)]
+pub struct CpuOptions {
+    /// Threads that compute; `None`: the cores this process may use.
+    pub threads: Option<usize>,
+    /// Keep each thread on a core of its own, where there are enough. Right for a server, wrong for many backends in one process.
+    pub pin: bool,
+    /// The instruction set; `None`: the best there is.
+    pub isa: Option<Isa>,
+}
+
+impl Default for CpuOptions {
+    fn default() -> Self {
+        Self {
+            threads: None,
+            pin: true,
+            isa: None,
+        }
+    }
+}
+
+/// A matrix of f32 activations, `[rows, cols]`.
+pub struct Activations {
+    data: Buffer<f32>,
+    rows: usize,
+    cols: usize,
+}
+
+impl std::fmt::Debug for Activations {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Activations[{}, {}]", self.rows, self.cols)
+    }
+}
+
+impl Activations {
+    /// Columns of a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The elements, row-major.
+    pub fn as_slice(&self) -> &[f32] {
+        self.data.as_slice()
+    }
+
+    /// The elements, row-major.
+    pub fn as_mut_slice(&mut self) -> &mut [f32] {
+        self.data.as_mut_slice()
+    }
+
+    /// The first `rows` rows, or an error that names the operation.
+    fn first(&self, rows: usize, cols: usize, what: &str) -> Result<&[f32], Error> {
+        self.check(rows, cols, what)?;
+        Ok(&self.data.as_slice()[..rows * cols])
+    }
+
+    fn first_mut(&mut self, rows: usize, cols: usize, what: &str) -> Result<&mut [f32], Error> {
+        self.check(rows, cols, what)?;
+        Ok(&mut self.data.as_mut_slice()[..rows * cols])
+    }
+
+    fn check(&self, rows: usize, cols: usize, what: &str) -> Result<(), Error> {
+        if self.cols != cols || self.rows < rows {
+            return Err(Error::Shape(format!(
+                "{what}: a buffer of {} × {}, expected at least {rows} × {cols}",
+                self.rows, self.cols
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Runs decoders on the CPU.
+pub struct CpuBackend {
+    pool: Pool,
+    isa: Isa,
+    step: Step,
+    quant: QuantRows,
+    attention: attention::Scratch,
+    /// Rows whose logits are wanted, normalised. `[logit rows, hidden]`
+    head_rows: Buffer<f32>,
+}
+
+impl std::fmt::Debug for CpuBackend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.description())
+    }
+}
+
+impl CpuBackend {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// No memory, or an instruction set this processor does not have.
+    pub fn new(options: CpuOptions) -> Result<Self, Error> {
+        let isa = options.isa.unwrap_or_else(Isa::best);
+        if !isa.is_available() {
+            return Err(Error::Device(format!(
+                "this processor does not have {}",
+                isa.name()
+            )));
+        }
+        let threads = options
+            .threads
+            .unwrap_or_else(topology::default_threads)
+            .max(1);
+        let cores = topology::allowed_cores();
+        let pinned: &[usize] = if options.pin && threads <= cores.len() {
+            &cores
+        } else {
+            &[]
+        };
+        Ok(Self {
+            pool: Pool::new(threads, pinned),
+            isa,
+            step: Step::default(),
+            quant: QuantRows::new()?,
+            attention: attention::Scratch::new()?,
+            head_rows: Buffer::zeroed(0, "output rows")?,
+        })
+    }
+
+    fn rows(&self) -> usize {
+        self.step.rows()
+    }
+
+    fn product(
+        &mut self,
+        x: &Activations,
+        matrix: &Matrix,
+        bias: Option<&Buffer32>,
+        out: &mut Activations,
+        output: Output,
+    ) -> Result<(), Error> {
+        let rows = self.rows();
+        if let Some(bias) = bias
+            && bias.len() != matrix.rows
+        {
+            return Err(Error::Shape(format!(
+                "a bias of {} for {} output features",
+                bias.len(),
+                matrix.rows
+            )));
+        }
+        let linear = Linear {
+            matrix,
+            x: x.first(rows, matrix.cols, "input of a product")?,
+            rows,
+            bias: bias.map(Buffer::as_slice),
+            output,
+        };
+        let y = out.first_mut(rows, matrix.rows, "output of a product")?;
+        linear.run(y, &mut self.quant, &self.pool, self.isa)
+    }
+}
+
+type Buffer32 = Buffer<f32>;
+
+/// A vector of f32 parameters.
+pub struct Vector(Buffer32);
+
+impl std::fmt::Debug for Vector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Vector[{}]", self.0.len())
+    }
+}
+
+/// A norm's weights, which must have the length of what is normalised.
+fn weights(vector: &Vector, len: usize) -> Result<&[f32], Error> {
+    if vector.0.len() != len {
+        return Err(Error::Shape(format!(
+            "norm weights of length {} for rows of {len}",
+            vector.0.len()
+        )));
+    }
+    Ok(vector.0.as_slice())
+}
+
+/// Refuses a step whose parts do not fit each other; the kernels rely on it.
+fn check_step(step: &Step) -> Result<(), Error> {
+    let rows = step.rows();
+    let fault = |text: String| Err(Error::Shape(text));
+    if step.positions.len() != rows {
+        return fault(format!(
+            "{rows} tokens and {} positions",
+            step.positions.len()
+        ));
+    }
+    let mut next = 0_usize;
+    for span in &step.spans {
+        if span.row as usize != next || span.rows == 0 {
+            return fault(format!(
+                "span {span:?}, expected one that begins at row {next}"
+            ));
+        }
+        next += span.rows as usize;
+        if next > rows || span.start.checked_add(span.rows).is_none() {
+            return fault(format!("span {span:?} is longer than the step"));
+        }
+        for i in 0..span.rows {
+            if step.positions[(span.row + i) as usize] != span.start + i {
+                return fault(format!("positions of {span:?} are not consecutive"));
+            }
+        }
+    }
+    if next != rows {
+        return fault(format!("spans cover {next} of {rows} rows"));
+    }
+    if step.logit_rows.iter().any(|&row| row as usize >= rows) {
+        return fault(format!("logits of rows beyond {rows} are asked for"));
+    }
+    Ok(())
+}
+
+/// Refuses block tables that leave the cache.
+fn check_tables(step: &Step, kv: &KvCache) -> Result<(), Error> {
+    for span in &step.spans {
+        let blocks = ((span.start + span.rows) as usize).div_ceil(kv.shape.block_size);
+        let table = span.table as usize;
+        let Some(table) = step.block_tables.get(table..table + blocks) else {
+            return Err(Error::Shape(format!(
+                "the block table of {span:?} has fewer than {blocks} blocks"
+            )));
+        };
+        if let Some(block) = table.iter().find(|&&b| b as usize >= kv.shape.blocks) {
+            return Err(Error::Shape(format!(
+                "block {block} of a cache of {}",
+                kv.shape.blocks
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn check_layer(shape: &AttentionShape, layer: usize, kv: &KvCache) -> Result<(), Error> {
+    let fits = layer < kv.shape.layers
+        && shape.kv_heads == kv.shape.kv_heads
+        && shape.head_dim == kv.shape.head_dim
+        && shape.heads > 0
+        && shape.heads.is_multiple_of(shape.kv_heads);
+    if fits {
+        Ok(())
+    } else {
+        Err(Error::Shape(format!(
+            "layer {layer} of {shape:?} does not fit the cache {:?}",
+            kv.shape
+        )))
+    }
+}
+
+impl Backend for CpuBackend {
+    type Activations = Activations;
+    type Matrix = Matrix;
+    type Vector = Vector;
+    type KvCache = KvCache;
+
+    fn description(&self) -> String {
+        let threads = self.pool.threads();
+        let s = if threads == 1 { "" } else { "s" };
+        format!("CPU, {}, {threads} thread{s}", self.isa.name())
+    }
+
+    fn matrix(&self, parts: &[MatrixPart<'_>], quantize: Option<Format>) -> Result<Matrix, Error> {
+        Matrix::pack(parts, quantize, &self.pool)
+    }
+
+    fn matrix_bytes(&self, matrix: &Matrix) -> usize {
+        matrix.rows.div_ceil(PANEL) * panel_bytes(matrix.format, matrix.cols)
+    }
+
+    fn vector(&self, values: &[f32]) -> Result<Vector, Error> {
+        let mut buffer = Buffer::zeroed(values.len(), "a vector of parameters")?;
+        buffer.as_mut_slice().copy_from_slice(values);
+        Ok(Vector(buffer))
+    }
+
+    fn activations(&self, rows: usize, cols: usize) -> Result<Activations, Error> {
+        let len = rows.checked_mul(cols).ok_or(Error::OutOfMemory {
+            what: "activations",
+            bytes: usize::MAX,
+        })?;
+        Ok(Activations {
+            data: Buffer::zeroed(len, "activations")?,
+            rows,
+            cols,
+        })
+    }
+
+    fn kv_cache(&self, shape: &KvShape) -> Result<KvCache, Error> {
+        KvCache::new(shape)
+    }
+
+    fn begin(&mut self, step: &Step) -> Result<(), Error> {
+        check_step(step)?;
+        self.step.clone_from(step);
+        self.attention.plan(&step.spans);
+        Ok(())
+    }
+
+    fn copy_blocks(&mut self, kv: &mut KvCache, copies: &[(u32, u32)]) -> Result<(), Error> {
+        for &(from, to) in copies {
+            let (from, to) = (from as usize, to as usize);
+            if from.max(to) >= kv.shape.blocks {
+                return Err(Error::Shape(format!(
+                    "copy of block {from} to {to} in a cache of {}",
+                    kv.shape.blocks
+                )));
+            }
+            kv.copy_block(from, to);
+        }
+        Ok(())
+    }
+
+    fn embed(&mut self, table: &Matrix, scale: f32, out: &mut Activations) -> Result<(), Error> {
+        let tokens = &self.step.tokens;
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= table.rows) {
+            return Err(Error::Shape(format!(
+                "token {token} of a vocabulary of {}",
+                table.rows
+            )));
+        }
+        let cols = table.cols;
+        let out = Shared::new(out.first_mut(tokens.len(), cols, "embeddings")?);
+        self.pool.each(tokens.len(), &|row| {
+            // SAFETY: each row is written by one task.
+            let out = unsafe { out.range(row * cols, cols) };
+            table.row(tokens[row] as usize, scale, out);
+        });
+        Ok(())
+    }
+
+    fn rotary(
+        &mut self,
+        frequencies: &Vector,
+        scale: f32,
+        out: &mut Activations,
+    ) -> Result<(), Error> {
+        let positions = &self.step.positions;
+        let frequencies = frequencies.0.as_slice();
+        let cols = 2 * frequencies.len();
+        let out = Shared::new(out.first_mut(positions.len(), cols, "rotary table")?);
+        self.pool.each(positions.len(), &|row| {
+            // SAFETY: each row is written by one task.
+            let out = unsafe { out.range(row * cols, cols) };
+            rotary_row(positions[row], frequencies, scale, out);
+        });
+        Ok(())
+    }
+
+    fn rms_norm(
+        &mut self,
+        x: &Activations,
+        weight: &Vector,
+        eps: f32,
+        out: &mut Activations,
+    ) -> Result<(), Error> {
+        let (rows, cols, isa) = (self.rows(), x.cols, self.isa);
+        let weight = weights(weight, cols)?;
+        let x = x.first(rows, cols, "input of a norm")?;
+        let out = Shared::new(out.first_mut(rows, cols, "output of a norm")?);
+        self.pool.each(rows, &|row| {
+            let x = &x[row * cols..(row + 1) * cols];
+            // SAFETY: each row is written by one task.
+            let out = unsafe { out.range(row * cols, cols) };
+            dispatch!(isa, rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]));
+        });
+        Ok(())
+    }
+
+    fn linear(
+        &mut self,
+        x: &Activations,
+        matrix: &Matrix,
+        bias: Option<&Vector>,
+        out: &mut Activations,
+    ) -> Result<(), Error> {
+        self.product(x, matrix, bias.map(|bias| &bias.0), out, Output::Set)
+    }
+
+    fn linear_add(
+        &mut self,
+        x: &Activations,
+        matrix: &Matrix,
+        bias: Option<&Vector>,
+        out: &mut Activations,
+    ) -> Result<(), Error> {
+        self.product(x, matrix, bias.map(|bias| &bias.0), out, Output::Add)
+    }
+
+    fn norm_rope_store(
+        &mut self,
+        qkv: &mut Activations,
+        layer: &QkvLayer<'_, Self>,
+        kv: &mut KvCache,
+    ) -> Result<(), Error> {
+        let shape = layer.shape;
+        check_layer(&shape, layer.layer, kv)?;
+        check_tables(&self.step, kv)?;
+        let (rows, d, eps, isa) = (self.rows(), shape.head_dim, layer.eps, self.isa);
+        let (heads, kv_heads) = (shape.heads, shape.kv_heads);
+        let columns = (heads + 2 * kv_heads) * d;
+        let rotary_cols = layer.rotary.cols;
+        if rotary_cols > d || !rotary_cols.is_multiple_of(2) {
+            return Err(Error::Shape(format!(
+                "a rotary table of {rotary_cols} columns for heads of {d}"
+            )));
+        }
+        let rotary = layer.rotary.first(rows, rotary_cols, "rotary table")?;
+        let q_norm = layer.q_norm.map(|w| weights(w, d)).transpose()?;
+        let k_norm = layer.k_norm.map(|w| weights(w, d)).transpose()?;
+        let qkv = Shared::new(qkv.first_mut(rows, columns, "queries, keys and values")?);
+        let head_bytes = kv.tile_elements() * kv.shape.dtype.size() * 2;
+        let (kv_shape, size) = (kv.shape, kv.shape.dtype.size());
+        let first_block = kv.offset(layer.layer, 0, 0) * size;
+        let cache = Shared::new(kv.data.as_mut_slice());
+        let step = &self.step;
+        self.pool.each(step.spans.len() * kv_heads, &|task| {
+            let (span, kv_head) = (step.spans[task / kv_heads], task % kv_heads);
+            let group = heads / kv_heads;
+            for i in 0..span.rows as usize {
+                let row = span.row as usize + i;
+                let (cos, sin) =
+                    rotary[row * rotary_cols..(row + 1) * rotary_cols].split_at(rotary_cols / 2);
+                // SAFETY: a head of a row belongs to one task: queries by their group, keys and values by their own index.
+                let head = |head: usize| unsafe { qkv.range(row * columns + head * d, d) };
+                for h in 0..group {
+                    let x = head(kv_head * group + h);
+                    dispatch!(isa, prepare(x: &mut [f32], q_norm: Option<&[f32]>, eps: f32, cos: &[f32], sin: &[f32]));
+                }
+                let key = head(heads + kv_head);
+                {
+                    let x = &mut *key;
+                    dispatch!(isa, prepare(x: &mut [f32], k_norm: Option<&[f32]>, eps: f32, cos: &[f32], sin: &[f32]));
+                }
+                let value = head(heads + kv_heads + kv_head);
+                let position = step.positions[row] as usize;
+                let block = step.block_tables
+                    [span.table as usize + position / kv_shape.block_size]
+                    as usize;
+                let at = first_block + (block * kv_heads + kv_head) * head_bytes;
+                let mut slot = Slot {
+                    // SAFETY: this KV head of this block is written by the one sequence that owns the block.
+                    bytes: unsafe { cache.range(at, head_bytes) },
+                    dtype: kv_shape.dtype,
+                    head_dim: d,
+                    block_size: kv_shape.block_size,
+                    at: position % kv_shape.block_size,
+                };
+                slot.store(key, value);
+            }
+        });
+        Ok(())
+    }
+
+    fn attention(
+        &mut self,
+        qkv: &Activations,
+        layer: usize,
+        shape: &AttentionShape,
+        kv: &KvCache,
+        out: &mut Activations,
+    ) -> Result<(), Error> {
+        check_layer(shape, layer, kv)?;
+        check_tables(&self.step, kv)?;
+        let rows = self.rows();
+        let columns = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
+        let attention = Attention {
+            shape: *shape,
+            layer,
+            kv,
+            qkv: qkv.first(rows, columns, "queries, keys and values")?,
+            block_tables: &self.step.block_tables,
+        };
+        let out = out.first_mut(rows, shape.heads * shape.head_dim, "attention output")?;
+        attention.run(out, &mut self.attention, &self.pool, self.isa)
+    }
+
+    fn gate(
+        &mut self,
+        gate_up: &Activations,
+        activation: Activation,
+        out: &mut Activations,
+    ) -> Result<(), Error> {
+        let Activation::Silu = activation;
+        let (rows, n, isa) = (self.rows(), out.cols, self.isa);
+        let gate_up = gate_up.first(rows, 2 * n, "gate and up projections")?;
+        let out = Shared::new(out.first_mut(rows, n, "gated activations")?);
+        self.pool.each(rows, &|row| {
+            let (gate, up) = gate_up[row * 2 * n..(row + 1) * 2 * n].split_at(n);
+            // SAFETY: each row is written by one task.
+            let out = unsafe { out.range(row * n, n) };
+            dispatch!(isa, silu_gate(gate: &[f32], up: &[f32], out: &mut [f32]));
+        });
+        Ok(())
+    }
+
+    fn logits(
+        &mut self,
+        x: &Activations,
+        norm: &Vector,
+        eps: f32,
+        head: &Matrix,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), Error> {
+        let (cols, isa) = (x.cols, self.isa);
+        let wanted = &self.step.logit_rows;
+        let x = x.first(self.step.rows(), cols, "residual stream")?;
+        let weight = weights(norm, cols)?;
+        if head.cols != cols {
+            return Err(Error::Shape(format!(
+                "an output head of {} columns for rows of {cols}",
+                head.cols
+            )));
+        }
+        self.head_rows.reserve(wanted.len() * cols, "output rows")?;
+        let rows = Shared::new(self.head_rows.as_mut_slice());
+        self.pool.each(wanted.len(), &|i| {
+            let row = wanted[i] as usize;
+            let x = &x[row * cols..(row + 1) * cols];
+            // SAFETY: each row is written by one task.
+            let out = unsafe { rows.range(i * cols, cols) };
+            dispatch!(isa, rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]));
+        });
+        logits.resize(wanted.len() * head.rows, 0.0);
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let linear = Linear {
+            matrix: head,
+            x: self.head_rows.as_slice(),
+            rows: wanted.len(),
+            bias: None,
+            output: Output::Set,
+        };
+        linear.run(logits, &mut self.quant, &self.pool, isa)
+    }
+}
+
+/// Normalises, where there are weights, and rotates one head.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+unsafe fn prepare<S: super::simd::Simd>(
+    head: &mut [f32],
+    norm: Option<&[f32]>,
+    eps: f32,
+    cos: &[f32],
+    sin: &[f32],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if let Some(weight) = norm {
+            norm_head::<S>(head, weight, eps);
+        }
+        rotate::<S>(head, cos, sin);
+    }
+}

@@ -1,0 +1,126 @@
+//! The operations between the products, a row at a time: RMS norm, rotary tables, rotation, gate.
+
+use super::simd::{LANES, Simd, exp, sum};
+
+/// `1 / sqrt(mean(x²) + eps)`: eight partial sums, added pairwise, whatever the row's place.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+unsafe fn inverse_rms<S: Simd>(x: &[f32], eps: f32) -> f32 {
+    let (vectors, tail) = x.as_chunks::<LANES>();
+    let mut squares = unsafe { S::splat(0.0) };
+    for x in vectors {
+        unsafe {
+            let x = S::load(x.as_ptr());
+            squares = S::fma(x, x, squares);
+        }
+    }
+    let mut total = unsafe { sum::<S>(squares) };
+    for &x in tail {
+        total = x.mul_add(x, total);
+    }
+    1.0 / (total / x.len() as f32 + eps).sqrt()
+}
+
+/// `out = x · inverse_rms(x) · weight`, all of one length.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+pub(super) unsafe fn rms_norm<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    assert!(x.len() == weight.len() && x.len() == out.len());
+    let inverse = unsafe { inverse_rms::<S>(x, eps) };
+    let vectors = x.len() / LANES * LANES;
+    let mut i = 0;
+    while i < vectors {
+        unsafe {
+            let scaled = S::mul(S::load(x.as_ptr().add(i)), S::splat(inverse));
+            let y = S::mul(scaled, S::load(weight.as_ptr().add(i)));
+            S::store(out.as_mut_ptr().add(i), y);
+        }
+        i += LANES;
+    }
+    for i in vectors..x.len() {
+        out[i] = x[i] * inverse * weight[i];
+    }
+}
+
+/// RMS norm of a head in place.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+pub(super) unsafe fn norm_head<S: Simd>(head: &mut [f32], weight: &[f32], eps: f32) {
+    assert!(head.len() == weight.len());
+    let inverse = unsafe { inverse_rms::<S>(head, eps) };
+    for (x, w) in head.iter_mut().zip(weight) {
+        *x = *x * inverse * w;
+    }
+}
+
+/// Rotates a head in place: element `i < n` pairs with `i + n` (half-split form). `cos`, `sin` [n], `2n <= head`.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+pub(super) unsafe fn rotate<S: Simd>(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let n = cos.len();
+    let (low, high) = head[..2 * n].split_at_mut(n);
+    for i in 0..n {
+        let (a, b) = (low[i], high[i]);
+        low[i] = a.mul_add(cos[i], -(b * sin[i]));
+        high[i] = b.mul_add(cos[i], a * sin[i]);
+    }
+}
+
+/// `out = g · sigmoid(g) · u`.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+pub(super) unsafe fn silu_gate<S: Simd>(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    assert!(gate.len() == up.len() && gate.len() == out.len());
+    let one = |g: S::F, u: S::F| unsafe {
+        let e = exp::<S>(S::sub(S::splat(0.0), g));
+        S::mul(S::div(g, S::add(S::splat(1.0), e)), u)
+    };
+    let vectors = gate.len() / LANES * LANES;
+    let mut i = 0;
+    while i < vectors {
+        unsafe {
+            let y = one(S::load(gate.as_ptr().add(i)), S::load(up.as_ptr().add(i)));
+            S::store(out.as_mut_ptr().add(i), y);
+        }
+        i += LANES;
+    }
+    if vectors < gate.len() {
+        let mut g = [0.0; LANES];
+        let mut u = [0.0; LANES];
+        let tail = gate.len() - vectors;
+        g[..tail].copy_from_slice(&gate[vectors..]);
+        u[..tail].copy_from_slice(&up[vectors..]);
+        let mut y = [0.0; LANES];
+        unsafe {
+            S::store(
+                y.as_mut_ptr(),
+                one(S::load(g.as_ptr()), S::load(u.as_ptr())),
+            );
+        };
+        out[vectors..].copy_from_slice(&y[..tail]);
+    }
+}
+
+/// `[cos(p·f) …, sin(p·f) …] · scale`. The angle is taken in f64: at position 100,000 an f32 angle is off by a hundredth of a radian.
+pub(super) fn rotary_row(position: u32, frequencies: &[f32], scale: f32, out: &mut [f32]) {
+    let (cos, sin) = out.split_at_mut(frequencies.len());
+    for ((cos, sin), &frequency) in cos.iter_mut().zip(sin).zip(frequencies) {
+        let (s, c) = (f64::from(position) * f64::from(frequency)).sin_cos();
+        *cos = c as f32 * scale;
+        *sin = s as f32 * scale;
+    }
+}

@@ -1,0 +1,304 @@
+//! [`Matrix`]: a weight matrix packed in panels of rows, in the precision it is stored in.
+//!
+//! A panel holds [`PANEL`] rows side by side, so that a vector's lanes are output rows and the sum over k runs inside each lane, in
+//! order. That order is the same whatever number of activation rows is multiplied at once — the root of promise 2.
+//!
+//! | format | a panel is | for |
+//! |---|---|---|
+//! | f32, f16, bf16 | `[k][PANEL]` elements | each k: one element of every row |
+//! | Q8_0 | `[k/32][PANEL/8]` × (8 f16 scales, 8 groups of 32 bytes) | see [`super::simd::Simd::dot_i8`] |
+//! | Q4_0 | `[k/32][PANEL/8]` × (8 f16 scales, 4 groups of 32 bytes) | see [`super::simd::Simd::dot_q4`] |
+
+use half::{bf16, f16};
+
+use super::memory::{Buffer, Shared};
+use super::pool::Pool;
+use super::simd::LANES;
+use crate::quantize::{self, BLOCK, Q4_0_BYTES, Q8_0_BYTES};
+use crate::{Error, Format, MatrixPart};
+
+/// Rows of a panel.
+pub(crate) const PANEL: usize = 16;
+/// Bytes of eight packed Q8_0 blocks.
+pub(crate) const Q8_0_GROUP: usize = LANES * 2 + LANES * BLOCK;
+/// Bytes of eight packed Q4_0 blocks.
+pub(crate) const Q4_0_GROUP: usize = LANES * 2 + LANES * BLOCK / 2;
+
+/// A packed weight matrix, `[rows, cols]`.
+pub struct Matrix {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) format: Format,
+    pub(crate) data: Buffer<u8>,
+}
+
+impl std::fmt::Debug for Matrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Matrix[{}, {}] {:?}", self.rows, self.cols, self.format)
+    }
+}
+
+/// Bytes of one row of `cols` elements as checkpoints store it; `None` where the format cannot hold it.
+fn row_bytes(format: Format, cols: usize) -> Option<usize> {
+    match format {
+        Format::F32 => cols.checked_mul(4),
+        Format::F16 | Format::Bf16 => cols.checked_mul(2),
+        Format::Q8_0 => cols
+            .is_multiple_of(BLOCK)
+            .then(|| (cols / BLOCK).checked_mul(Q8_0_BYTES))?,
+        Format::Q4_0 => cols
+            .is_multiple_of(BLOCK)
+            .then(|| (cols / BLOCK).checked_mul(Q4_0_BYTES))?,
+    }
+}
+
+/// Bytes of one packed panel.
+pub(crate) fn panel_bytes(format: Format, cols: usize) -> usize {
+    match format {
+        Format::F32 => PANEL * cols * 4,
+        Format::F16 | Format::Bf16 => PANEL * cols * 2,
+        Format::Q8_0 => PANEL / LANES * cols / BLOCK * Q8_0_GROUP,
+        Format::Q4_0 => PANEL / LANES * cols / BLOCK * Q4_0_GROUP,
+    }
+}
+
+impl Matrix {
+    /// Packs the parts' rows, one part after the other, on all threads.
+    pub(crate) fn pack(
+        parts: &[MatrixPart<'_>],
+        quantize: Option<Format>,
+        pool: &Pool,
+    ) -> Result<Self, Error> {
+        let first = parts
+            .first()
+            .ok_or_else(|| Error::Shape("a matrix without parts".to_owned()))?;
+        let cols = first.cols;
+        let mut rows = 0_usize;
+        for part in parts {
+            check(part, cols)?;
+            rows = rows
+                .checked_add(part.rows)
+                .ok_or_else(|| Error::Shape("a matrix with too many rows".to_owned()))?;
+        }
+        let format = target(parts, quantize)?;
+        if row_bytes(format, cols).is_none() {
+            return Err(Error::Shape(format!(
+                "{format:?} needs a multiple of {BLOCK} columns, the matrix has {cols}"
+            )));
+        }
+        let panels = rows.div_ceil(PANEL);
+        let bytes = panel_bytes(format, cols);
+        let total = panels.checked_mul(bytes).ok_or(Error::OutOfMemory {
+            what: "a weight matrix",
+            bytes: usize::MAX,
+        })?;
+        let mut data = Buffer::zeroed(total, "a weight matrix")?;
+        let out = Shared::new(data.as_mut_slice());
+        pool.each(panels, &|panel| {
+            // SAFETY: each panel is written by one task, and `data` outlives the call.
+            let out = unsafe { out.range(panel * bytes, bytes) };
+            for lane in 0..PANEL {
+                if let Some((part, row)) = locate(parts, panel * PANEL + lane) {
+                    pack_row(part, row, format, lane, out);
+                }
+            }
+        });
+        Ok(Self {
+            rows,
+            cols,
+            format,
+            data,
+        })
+    }
+
+    /// One packed panel's bytes.
+    pub(crate) fn panel(&self, panel: usize) -> &[u8] {
+        let bytes = panel_bytes(self.format, self.cols);
+        &self.data.as_slice()[panel * bytes..(panel + 1) * bytes]
+    }
+
+    /// Widens row `row` to `out`, times `scale`. `[cols]`
+    pub(crate) fn row(&self, row: usize, scale: f32, out: &mut [f32]) {
+        let panel = self.panel(row / PANEL);
+        let lane = row % PANEL;
+        let at16 = |k: usize| {
+            let at = (k * PANEL + lane) * 2;
+            [panel[at], panel[at + 1]]
+        };
+        for (k, out) in out.iter_mut().enumerate() {
+            let value = match self.format {
+                Format::F32 => {
+                    let at = (k * PANEL + lane) * 4;
+                    f32::from_le_bytes([panel[at], panel[at + 1], panel[at + 2], panel[at + 3]])
+                }
+                Format::F16 => f16::from_le_bytes(at16(k)).to_f32(),
+                Format::Bf16 => bf16::from_le_bytes(at16(k)).to_f32(),
+                Format::Q8_0 => {
+                    let (group, r) = group(panel, lane, k / BLOCK, Q8_0_GROUP);
+                    let q = i8::from_le_bytes([group[q8_0_offset(r, k % BLOCK)]]);
+                    scale_of(group, r) * f32::from(q)
+                }
+                Format::Q4_0 => {
+                    let (group, r) = group(panel, lane, k / BLOCK, Q4_0_GROUP);
+                    let (offset, high) = q4_0_offset(r, k % BLOCK);
+                    let byte = group[offset];
+                    let q = if high { byte >> 4 } else { byte & 15 };
+                    scale_of(group, r) * (f32::from(q) - 8.0)
+                }
+            };
+            *out = value * scale;
+        }
+    }
+}
+
+/// The eight-row group that holds `lane`'s block, and the row's place in it.
+fn group(panel: &[u8], lane: usize, block: usize, bytes: usize) -> (&[u8], usize) {
+    let at = (block * (PANEL / LANES) + lane / LANES) * bytes;
+    (&panel[at..at + bytes], lane % LANES)
+}
+
+fn scale_of(group: &[u8], r: usize) -> f32 {
+    f16::from_le_bytes([group[2 * r], group[2 * r + 1]]).to_f32()
+}
+
+/// Where element `k` of row `r` is in a Q8_0 group.
+fn q8_0_offset(r: usize, k: usize) -> usize {
+    LANES * 2 + k / 4 * (LANES * 4) + r * 4 + k % 4
+}
+
+/// Where element `k` of row `r` is in a Q4_0 group, and whether it is the high half of that byte.
+fn q4_0_offset(r: usize, k: usize) -> (usize, bool) {
+    (LANES * 2 + k / 8 * (LANES * 4) + r * 4 + k % 4, k % 8 >= 4)
+}
+
+fn check(part: &MatrixPart<'_>, cols: usize) -> Result<(), Error> {
+    if part.cols != cols || cols == 0 || part.rows == 0 {
+        return Err(Error::Shape(format!(
+            "a matrix part of {} × {}, expected at least one row of {cols} columns",
+            part.rows, part.cols
+        )));
+    }
+    let expected = row_bytes(part.format, cols).and_then(|bytes| bytes.checked_mul(part.rows));
+    match expected {
+        Some(expected) if expected == part.data.len() => Ok(()),
+        Some(expected) => Err(Error::Shape(format!(
+            "{} bytes of data for {} × {cols} {:?}, expected {expected}",
+            part.data.len(),
+            part.rows,
+            part.format
+        ))),
+        None => Err(Error::Shape(format!(
+            "{:?} cannot hold rows of {cols} columns",
+            part.format
+        ))),
+    }
+}
+
+/// The format the packed matrix has: the parts' own, or what they are quantised to.
+fn target(parts: &[MatrixPart<'_>], quantize: Option<Format>) -> Result<Format, Error> {
+    let stored = parts[0].format;
+    let quantised = |format| matches!(format, Format::Q8_0 | Format::Q4_0);
+    let uniform = parts.iter().all(|part| part.format == stored);
+    if parts.iter().any(|part| quantised(part.format)) {
+        // Already quantised: kept as it is; widening it or quantising it again would change it.
+        return if uniform {
+            Ok(stored)
+        } else {
+            Err(Error::Shape(
+                "parts of one matrix in different quantised formats".to_owned(),
+            ))
+        };
+    }
+    match quantize {
+        Some(format) if quantised(format) => Ok(format),
+        Some(format) => Err(Error::Shape(format!(
+            "{format:?} is not a quantised format"
+        ))),
+        None if uniform => Ok(stored),
+        None => Ok(Format::F32),
+    }
+}
+
+fn locate<'a>(parts: &'a [MatrixPart<'a>], row: usize) -> Option<(&'a MatrixPart<'a>, usize)> {
+    let mut row = row;
+    for part in parts {
+        if row < part.rows {
+            return Some((part, row));
+        }
+        row -= part.rows;
+    }
+    None
+}
+
+/// Element `k` of a stored float row.
+fn float_at(format: Format, row: &[u8], k: usize) -> f32 {
+    match format {
+        Format::F32 => {
+            f32::from_le_bytes([row[4 * k], row[4 * k + 1], row[4 * k + 2], row[4 * k + 3]])
+        }
+        Format::Bf16 => bf16::from_le_bytes([row[2 * k], row[2 * k + 1]]).to_f32(),
+        _ => f16::from_le_bytes([row[2 * k], row[2 * k + 1]]).to_f32(),
+    }
+}
+
+/// Writes one stored row into its lane of a panel.
+fn pack_row(part: &MatrixPart<'_>, row: usize, format: Format, lane: usize, out: &mut [u8]) {
+    let bytes = part.data.len() / part.rows;
+    let stored = &part.data[row * bytes..(row + 1) * bytes];
+    match format {
+        Format::F32 => {
+            for k in 0..part.cols {
+                let at = (k * PANEL + lane) * 4;
+                out[at..at + 4].copy_from_slice(&float_at(part.format, stored, k).to_le_bytes());
+            }
+        }
+        // A 16-bit target has parts of that very format.
+        Format::F16 | Format::Bf16 => {
+            for (k, element) in stored.chunks_exact(2).enumerate() {
+                let at = (k * PANEL + lane) * 2;
+                out[at..at + 2].copy_from_slice(element);
+            }
+        }
+        Format::Q8_0 => {
+            for block in 0..part.cols / BLOCK {
+                let (scale, q) = match part.format {
+                    Format::Q8_0 => quantize::read_q8_0(block_at(stored, block)),
+                    other => quantize::q8_0(&floats_at(other, stored, block)),
+                };
+                let at = (block * (PANEL / LANES) + lane / LANES) * Q8_0_GROUP;
+                let group = &mut out[at..at + Q8_0_GROUP];
+                let r = lane % LANES;
+                group[2 * r..2 * r + 2].copy_from_slice(&scale.to_le_bytes());
+                for (k, q) in q.into_iter().enumerate() {
+                    group[q8_0_offset(r, k)] = q.cast_unsigned();
+                }
+            }
+        }
+        Format::Q4_0 => {
+            for block in 0..part.cols / BLOCK {
+                let (scale, q) = match part.format {
+                    Format::Q4_0 => quantize::read_q4_0(block_at(stored, block)),
+                    other => quantize::q4_0(&floats_at(other, stored, block)),
+                };
+                let at = (block * (PANEL / LANES) + lane / LANES) * Q4_0_GROUP;
+                let group = &mut out[at..at + Q4_0_GROUP];
+                let r = lane % LANES;
+                group[2 * r..2 * r + 2].copy_from_slice(&scale.to_le_bytes());
+                for (k, q) in q.into_iter().enumerate() {
+                    let (offset, high) = q4_0_offset(r, k);
+                    group[offset] |= if high { q << 4 } else { q };
+                }
+            }
+        }
+    }
+}
+
+fn block_at<const N: usize>(row: &[u8], block: usize) -> &[u8; N] {
+    row[block * N..]
+        .first_chunk()
+        .expect("`check` has compared the data's length with the shape")
+}
+
+fn floats_at(format: Format, row: &[u8], block: usize) -> [f32; BLOCK] {
+    std::array::from_fn(|i| float_at(format, row, block * BLOCK + i))
+}

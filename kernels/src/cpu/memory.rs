@@ -1,0 +1,149 @@
+//! [`Buffer`]: aligned, zeroed memory that fails with an error instead of ending the process.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+
+use crate::Error;
+
+/// A cache line, and the widest vector there is.
+const ALIGNMENT: usize = 64;
+
+/// Plain numbers: every bit pattern, all zeroes included, is a value.
+///
+/// # Safety
+/// Implemented only for primitive numbers without padding or invalid patterns.
+pub(crate) unsafe trait Plain: Copy + Send + Sync + 'static {}
+// SAFETY: primitive numbers.
+unsafe impl Plain for u8 {}
+// SAFETY: primitive numbers.
+unsafe impl Plain for i8 {}
+// SAFETY: primitive numbers.
+unsafe impl Plain for u16 {}
+// SAFETY: primitive numbers.
+unsafe impl Plain for i32 {}
+// SAFETY: primitive numbers.
+unsafe impl Plain for f32 {}
+
+/// A fixed-size array of numbers, aligned to 64 bytes and zeroed. Large ones cost no memory until they are written.
+pub(crate) struct Buffer<T: Plain> {
+    data: NonNull<T>,
+    len: usize,
+}
+
+// SAFETY: it owns its memory, and `T` is plain data.
+unsafe impl<T: Plain> Send for Buffer<T> {}
+// SAFETY: shared access only reads plain data.
+unsafe impl<T: Plain> Sync for Buffer<T> {}
+
+impl<T: Plain> Buffer<T> {
+    /// `len` zeroes; `what` names them in the error.
+    pub fn zeroed(len: usize, what: &'static str) -> Result<Self, Error> {
+        let bytes = len
+            .checked_mul(size_of::<T>())
+            .filter(|&bytes| bytes <= isize::MAX as usize - ALIGNMENT)
+            .ok_or(Error::OutOfMemory {
+                what,
+                bytes: usize::MAX,
+            })?;
+        if bytes == 0 {
+            return Ok(Self {
+                data: NonNull::dangling(),
+                len: 0,
+            });
+        }
+        let layout = Self::layout(bytes);
+        // SAFETY: the layout's size is not zero.
+        let data = unsafe { alloc_zeroed(layout) };
+        let data = NonNull::new(data.cast()).ok_or(Error::OutOfMemory { what, bytes })?;
+        Ok(Self { data, len })
+    }
+
+    fn layout(bytes: usize) -> Layout {
+        Layout::from_size_align(bytes, ALIGNMENT)
+            .expect("`zeroed` has checked that size and alignment fit")
+    }
+
+    pub fn as_slice(&self) -> &[T] {
+        // SAFETY: `data` points to `len` initialised elements that live as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.data.as_ptr(), self.len) }
+    }
+
+    pub fn as_mut_slice(&mut self) -> &mut [T] {
+        // SAFETY: as above, and `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.len) }
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Grows to at least `len` elements; what was in it is lost when it does.
+    pub fn reserve(&mut self, len: usize, what: &'static str) -> Result<(), Error> {
+        if self.len < len {
+            *self = Self::zeroed(len, what)?;
+        }
+        Ok(())
+    }
+}
+
+impl<T: Plain> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        let bytes = self.len * size_of::<T>();
+        if bytes > 0 {
+            // SAFETY: allocated in `zeroed` with this very layout.
+            unsafe { dealloc(self.data.as_ptr().cast(), Self::layout(bytes)) };
+        }
+    }
+}
+
+/// A mutable array that several threads write at once, each its own elements.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<T> {
+    data: *mut T,
+    len: usize,
+}
+
+// SAFETY: it hands out elements only through unsafe methods, whose callers keep to disjoint ranges.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    /// The caller keeps `slice` borrowed while the copies are in use: kernels do so by blocking in `Pool::run`.
+    pub fn new(slice: &mut [T]) -> Self {
+        Self {
+            data: slice.as_mut_ptr(),
+            len: slice.len(),
+        }
+    }
+
+    /// Elements `start..start + len`.
+    ///
+    /// # Safety
+    /// No other thread uses any of them meanwhile, and the slice `self` was made of is still borrowed.
+    #[expect(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
+    pub unsafe fn range(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(start <= self.len && len <= self.len - start);
+        // SAFETY: in bounds by the assertion; exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(start), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_cannot_be_had_is_an_error() {
+        assert!(Buffer::<f32>::zeroed(usize::MAX / 2, "test").is_err());
+        assert!(Buffer::<f32>::zeroed(1 << 60, "test").is_err());
+    }
+
+    #[test]
+    fn buffers_are_zeroed_and_aligned() {
+        let buffer = Buffer::<u16>::zeroed(1001, "test").unwrap();
+        assert!(buffer.as_slice().iter().all(|&x| x == 0));
+        assert_eq!(buffer.as_slice().as_ptr() as usize % ALIGNMENT, 0);
+        assert_eq!(Buffer::<u16>::zeroed(0, "test").unwrap().len(), 0);
+    }
+}

@@ -1,0 +1,28 @@
+//! The CPU backend: [`CpuBackend`].
+//!
+//! Weights are packed once at load so that a vector's lanes are output rows ([`matrix`]); kernels are written once over eight lanes
+//! ([`simd`]) and compiled for AVX2 and for plain Rust; an operation is cut by output tile over a pinned pool of threads ([`pool`]).
+//!
+//! **Invariant:** the order in which an output element is summed depends on the shapes of the weights and, in attention, on the row's
+//! position — never on the batch, the chunk, the tile or the thread. The tests in `tests/determinism.rs` hold every kernel to it.
+
+// A kernel's body must be inlined into the function that has the instructions enabled, or it is compiled without them.
+#![allow(clippy::inline_always)]
+// Packed matrices and KV blocks are byte buffers aligned to 64; their elements begin at multiples of their size.
+#![allow(clippy::cast_ptr_alignment)]
+
+mod attention;
+mod backend;
+mod elementwise;
+mod kv;
+mod linear;
+mod matrix;
+mod memory;
+mod pool;
+mod simd;
+mod topology;
+
+pub use backend::{Activations, CpuBackend, CpuOptions, Vector};
+pub use kv::KvCache;
+pub use matrix::Matrix;
+pub use simd::Isa;

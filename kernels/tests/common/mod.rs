@@ -1,0 +1,150 @@
+//! Random data and small drivers for the kernel tests.
+#![allow(dead_code, clippy::unwrap_used)]
+
+use half::{bf16, f16};
+use quire_kernels::cpu::{Activations, CpuBackend, CpuOptions, Isa};
+use quire_kernels::{Backend, Format, MatrixPart, Span, Step, quantize};
+
+pub const FORMATS: [Format; 5] = [
+    Format::F32,
+    Format::F16,
+    Format::Bf16,
+    Format::Q8_0,
+    Format::Q4_0,
+];
+
+/// SplitMix64 (Steele et al. 2014).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    /// In -1..1.
+    pub fn float(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    pub fn floats(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.float()).collect()
+    }
+}
+
+pub fn backend(threads: usize, isa: Option<Isa>) -> CpuBackend {
+    CpuBackend::new(CpuOptions {
+        threads: Some(threads),
+        pin: false,
+        isa,
+    })
+    .unwrap()
+}
+
+/// Backends that must all give the same bits.
+pub fn backends() -> Vec<CpuBackend> {
+    let mut all = vec![backend(1, None), backend(3, None)];
+    all.push(backend(1, Some(Isa::Scalar)));
+    all
+}
+
+/// The bytes a checkpoint holds for `x`, and the values they stand for. `cols % 32 == 0` for the quantised formats.
+pub fn encode(format: Format, x: &[f32]) -> (Vec<u8>, Vec<f32>) {
+    let mut bytes = Vec::new();
+    let mut values = Vec::new();
+    match format {
+        Format::F32 => {
+            bytes.extend(x.iter().flat_map(|v| v.to_le_bytes()));
+            values.extend_from_slice(x);
+        }
+        Format::F16 => {
+            for &v in x {
+                bytes.extend(f16::from_f32(v).to_le_bytes());
+                values.push(f16::from_f32(v).to_f32());
+            }
+        }
+        Format::Bf16 => {
+            for &v in x {
+                bytes.extend(bf16::from_f32(v).to_le_bytes());
+                values.push(bf16::from_f32(v).to_f32());
+            }
+        }
+        Format::Q8_0 => {
+            for block in x.as_chunks::<32>().0 {
+                let (scale, q) = quantize::q8_0(block);
+                bytes.extend(quantize::write_q8_0(scale, &q));
+                values.extend(q.map(|q| scale.to_f32() * f32::from(q)));
+            }
+        }
+        Format::Q4_0 => {
+            for block in x.as_chunks::<32>().0 {
+                let (scale, q) = quantize::q4_0(block);
+                bytes.extend(quantize::write_q4_0(scale, &q));
+                values.extend(q.map(|q| scale.to_f32() * (f32::from(q) - 8.0)));
+            }
+        }
+    }
+    (bytes, values)
+}
+
+pub fn part(rows: usize, cols: usize, format: Format, data: &[u8]) -> MatrixPart<'_> {
+    MatrixPart {
+        rows,
+        cols,
+        format,
+        data,
+    }
+}
+
+pub fn filled(backend: &CpuBackend, rows: usize, cols: usize, values: &[f32]) -> Activations {
+    let mut a = backend.activations(rows, cols).unwrap();
+    a.as_mut_slice()[..values.len()].copy_from_slice(values);
+    a
+}
+
+/// A step of `rows` rows of one sequence, beginning at position 0, with blocks `0..`.
+pub fn plain_step(rows: usize) -> Step {
+    step(&[(0, rows)], 16)
+}
+
+/// A step of several sequences `(start, rows)`, whose block tables follow each other.
+pub fn step(spans: &[(usize, usize)], block_size: usize) -> Step {
+    let mut step = Step::default();
+    let mut block = 0;
+    for &(start, rows) in spans {
+        let blocks = (start + rows).div_ceil(block_size) as u32;
+        step.spans.push(Span {
+            row: step.tokens.len() as u32,
+            rows: rows as u32,
+            start: start as u32,
+            table: step.block_tables.len() as u32,
+        });
+        step.block_tables.extend(block..block + blocks);
+        block += blocks;
+        step.tokens.extend((0..rows).map(|i| i as u32));
+        step.positions
+            .extend((start..start + rows).map(|p| p as u32));
+    }
+    step
+}
+
+pub fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|v| v.to_bits()).collect()
+}
+
+/// The largest difference, relative to the largest expected magnitude.
+pub fn error(got: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    let scale = expected.iter().fold(1e-30_f64, |m, v| m.max(v.abs()));
+    got.iter()
+        .zip(expected)
+        .fold(0.0_f64, |m, (g, e)| m.max((f64::from(*g) - e).abs()))
+        / scale
+}

@@ -1,0 +1,299 @@
+//! Matrix products of every format: right, and the same bits in every tile shape, on any number of threads, in AVX2 and plain Rust.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+use common::{FORMATS, Random, backend, backends, bits, encode, error, filled, part, plain_step};
+use quire_kernels::cpu::CpuBackend;
+use quire_kernels::{Backend, Error, Format, Step};
+
+/// `[rows, n]` of `x · wᵀ + bias`.
+fn product(
+    backend: &mut CpuBackend,
+    (format, bytes): (Format, &[u8]),
+    (n, k): (usize, usize),
+    x: &[f32],
+    bias: Option<&[f32]>,
+) -> Vec<f32> {
+    let rows = x.len() / k;
+    let matrix = backend.matrix(&[part(n, k, format, bytes)], None).unwrap();
+    let bias = bias.map(|bias| backend.vector(bias).unwrap());
+    let input = filled(backend, rows, k, x);
+    let mut out = backend.activations(rows, n).unwrap();
+    backend.begin(&plain_step(rows)).unwrap();
+    backend
+        .linear(&input, &matrix, bias.as_ref(), &mut out)
+        .unwrap();
+    out.as_slice().to_vec()
+}
+
+#[test]
+fn products_equal_a_double_precision_reference() {
+    let mut random = Random(1);
+    for format in FORMATS {
+        for _ in 0..12 {
+            let quantised = matches!(format, Format::Q8_0 | Format::Q4_0);
+            let k = if quantised {
+                32 * (1 + random.below(8))
+            } else {
+                1 + random.below(200)
+            };
+            let n = 1 + random.below(150);
+            let rows = 1 + random.below(20);
+            let (bytes, w) = encode(format, &random.floats(n * k));
+            let x = random.floats(rows * k);
+            let bias = random.floats(n);
+            let mut expected = Vec::new();
+            for row in x.chunks(k) {
+                for (w, b) in w.chunks(k).zip(&bias) {
+                    let dot: f64 = row
+                        .iter()
+                        .zip(w)
+                        .map(|(x, w)| f64::from(*x) * f64::from(*w))
+                        .sum();
+                    expected.push(dot + f64::from(*b));
+                }
+            }
+            let got = product(
+                &mut backend(2, None),
+                (format, &bytes),
+                (n, k),
+                &x,
+                Some(&bias),
+            );
+            // Quantised products round the activations to 8 bits.
+            let allowed = if quantised { 0.02 } else { 1e-5 };
+            let error = error(&got, &expected);
+            assert!(error < allowed, "{format:?} {rows} × {k} × {n}: {error}");
+        }
+    }
+}
+
+#[test]
+fn a_row_has_the_same_bits_alone_and_among_others_on_any_backend() {
+    let mut random = Random(2);
+    for format in FORMATS {
+        for rows in [1, 2, 3, 4, 5, 6, 7, 8, 13, 40] {
+            let (n, k) = (1 + random.below(200), 32 * (1 + random.below(6)));
+            let (bytes, _) = encode(format, &random.floats(n * k));
+            let x = random.floats(rows * k);
+            let mut all: Vec<Vec<u32>> = Vec::new();
+            for mut backend in backends() {
+                let together = product(&mut backend, (format, &bytes), (n, k), &x, None);
+                let alone: Vec<f32> = x
+                    .chunks(k)
+                    .flat_map(|row| product(&mut backend, (format, &bytes), (n, k), row, None))
+                    .collect();
+                assert_eq!(
+                    bits(&together),
+                    bits(&alone),
+                    "{format:?} {rows} × {k} × {n}"
+                );
+                all.push(bits(&together));
+            }
+            assert!(
+                all.iter().all(|x| *x == all[0]),
+                "{format:?}: backends differ"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_product_is_added_to_what_is_there() {
+    let mut random = Random(3);
+    let (n, k, rows) = (37, 64, 9);
+    let (bytes, _) = encode(Format::F32, &random.floats(n * k));
+    let (x, before) = (random.floats(rows * k), random.floats(rows * n));
+    let mut backend = backend(1, None);
+    let set = product(&mut backend, (Format::F32, &bytes), (n, k), &x, None);
+    let matrix = backend
+        .matrix(&[part(n, k, Format::F32, &bytes)], None)
+        .unwrap();
+    let input = filled(&backend, rows, k, &x);
+    let mut out = filled(&backend, rows, n, &before);
+    backend.linear_add(&input, &matrix, None, &mut out).unwrap();
+    let expected: Vec<f32> = before.iter().zip(&set).map(|(a, b)| a + b).collect();
+    assert_eq!(bits(out.as_slice()), bits(&expected));
+}
+
+#[test]
+fn parts_of_a_matrix_follow_each_other_as_rows() {
+    let mut random = Random(4);
+    let k = 64;
+    let parts: Vec<Vec<f32>> = [17, 5, 40].iter().map(|n| random.floats(n * k)).collect();
+    let encoded: Vec<Vec<u8>> = parts.iter().map(|p| encode(Format::Bf16, p).0).collect();
+    let x = random.floats(3 * k);
+    let mut backend = backend(2, None);
+    let views: Vec<_> = encoded
+        .iter()
+        .map(|bytes| part(bytes.len() / 2 / k, k, Format::Bf16, bytes))
+        .collect();
+    let fused = backend.matrix(&views, None).unwrap();
+    let whole = backend
+        .matrix(&[part(62, k, Format::Bf16, &encoded.concat())], None)
+        .unwrap();
+    let input = filled(&backend, 3, k, &x);
+    backend.begin(&plain_step(3)).unwrap();
+    let mut a = backend.activations(3, 62).unwrap();
+    let mut b = backend.activations(3, 62).unwrap();
+    backend.linear(&input, &fused, None, &mut a).unwrap();
+    backend.linear(&input, &whole, None, &mut b).unwrap();
+    assert_eq!(bits(a.as_slice()), bits(b.as_slice()));
+}
+
+#[test]
+fn quantising_gives_the_bytes_ggml_gives() {
+    let mut random = Random(5);
+    let x: Vec<f32> = (0..32 * 64)
+        .map(|_| random.float() * random.float() * 3.0)
+        .collect();
+    let tensor = Tensor::from_slice(&x, x.len(), &Device::Cpu).unwrap();
+    for (format, ggml) in [
+        (Format::Q8_0, GgmlDType::Q8_0),
+        (Format::Q4_0, GgmlDType::Q4_0),
+    ] {
+        let reference = QTensor::quantize(&tensor, ggml).unwrap();
+        let reference = reference.data().unwrap();
+        assert_eq!(encode(format, &x).0, reference.as_ref(), "{format:?}");
+    }
+}
+
+#[test]
+fn quantising_at_load_equals_loading_quantised_data() {
+    let mut random = Random(6);
+    let (n, k) = (50, 96);
+    let w = random.floats(n * k);
+    let x = random.floats(2 * k);
+    for format in [Format::Q8_0, Format::Q4_0] {
+        let mut backend = backend(1, None);
+        let (stored, _) = encode(format, &w);
+        let expected = product(&mut backend, (format, &stored), (n, k), &x, None);
+        let (floats, _) = encode(Format::F32, &w);
+        let matrix = backend
+            .matrix(&[part(n, k, Format::F32, &floats)], Some(format))
+            .unwrap();
+        let input = filled(&backend, 2, k, &x);
+        let mut out = backend.activations(2, n).unwrap();
+        backend.linear(&input, &matrix, None, &mut out).unwrap();
+        assert_eq!(bits(out.as_slice()), bits(&expected));
+    }
+}
+
+#[test]
+fn embedding_rows_are_the_matrix_rows() {
+    let mut random = Random(7);
+    let (n, k) = (70, 64);
+    for format in FORMATS {
+        let (bytes, values) = encode(format, &random.floats(n * k));
+        let mut backend = backend(2, None);
+        let table = backend.matrix(&[part(n, k, format, &bytes)], None).unwrap();
+        let mut step = plain_step(n);
+        step.tokens.reverse();
+        backend.begin(&step).unwrap();
+        let mut out = backend.activations(n, k).unwrap();
+        backend.embed(&table, 2.0, &mut out).unwrap();
+        let expected: Vec<f32> = values.chunks(k).rev().flatten().map(|v| v * 2.0).collect();
+        assert_eq!(bits(out.as_slice()), bits(&expected), "{format:?}");
+    }
+}
+
+#[test]
+fn logits_are_the_normalised_rows_times_the_head_for_the_asked_rows_only() {
+    let mut random = Random(8);
+    let (n, k, rows) = (90, 64, 7);
+    let (bytes, w) = encode(Format::F32, &random.floats(n * k));
+    let (x, norm) = (random.floats(rows * k), random.floats(k));
+    let mut backend = backend(2, None);
+    let head = backend
+        .matrix(&[part(n, k, Format::F32, &bytes)], None)
+        .unwrap();
+    let input = filled(&backend, rows, k, &x);
+    let mut step = plain_step(rows);
+    step.logit_rows = vec![2, 6];
+    backend.begin(&step).unwrap();
+    let weight = backend.vector(&norm).unwrap();
+    let mut logits = Vec::new();
+    backend
+        .logits(&input, &weight, 1e-6, &head, &mut logits)
+        .unwrap();
+    let mut expected = Vec::new();
+    for row in [2, 6] {
+        let x = &x[row * k..(row + 1) * k];
+        let mean: f64 = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / k as f64;
+        let inverse = 1.0 / (mean + 1e-6).sqrt();
+        for w in w.chunks(k) {
+            expected.push(
+                (0..k)
+                    .map(|i| f64::from(x[i]) * inverse * f64::from(norm[i]) * f64::from(w[i]))
+                    .sum(),
+            );
+        }
+    }
+    assert!(error(&logits, &expected) < 1e-5);
+}
+
+#[test]
+fn data_that_does_not_match_its_shape_is_refused() {
+    let backend = backend(1, None);
+    let bytes = vec![0; 64 * 4];
+    let refused = |parts: &[_], quantize| match backend.matrix(parts, quantize) {
+        Err(Error::Shape(text)) => text,
+        other => panic!("{other:?}"),
+    };
+    let text = refused(&[part(2, 33, Format::F32, &bytes)], None);
+    assert!(text.contains("256") && text.contains("264"), "{text}");
+    let text = refused(&[part(2, 32, Format::F32, &bytes)], Some(Format::F16));
+    assert!(text.contains("not a quantised format"), "{text}");
+    let odd = vec![0; 2 * 30 * 4];
+    let text = refused(&[part(2, 30, Format::F32, &odd)], Some(Format::Q8_0));
+    assert!(text.contains("multiple of 32"), "{text}");
+    let text = refused(&[part(usize::MAX, 32, Format::F32, &bytes)], None);
+    assert!(
+        text.contains("cannot hold") || text.contains("expected"),
+        "{text}"
+    );
+    refused(&[], None);
+    refused(
+        &[
+            part(2, 32, Format::F32, &bytes),
+            part(1, 64, Format::F32, &bytes),
+        ],
+        None,
+    );
+}
+
+#[test]
+fn steps_that_contradict_themselves_are_refused() {
+    let mut backend = backend(1, None);
+    let broken: [fn(&mut Step); 6] = [
+        |s| s.positions.truncate(1),
+        |s| s.spans.clear(),
+        |s| s.spans[0].row = 1,
+        |s| s.spans[0].rows = 9,
+        |s| s.spans[0].start = u32::MAX,
+        |s| s.logit_rows.push(77),
+    ];
+    for (i, breaks) in broken.iter().enumerate() {
+        let mut step = plain_step(5);
+        breaks(&mut step);
+        assert!(matches!(backend.begin(&step), Err(Error::Shape(_))), "{i}");
+    }
+}
+
+#[test]
+fn a_token_outside_the_vocabulary_is_refused() {
+    let mut backend = backend(1, None);
+    let bytes = vec![0; 10 * 4 * 4];
+    let table = backend
+        .matrix(&[part(10, 4, Format::F32, &bytes)], None)
+        .unwrap();
+    let mut out = backend.activations(1, 4).unwrap();
+    let mut step = plain_step(1);
+    step.tokens[0] = 10;
+    backend.begin(&step).unwrap();
+    let error = backend.embed(&table, 1.0, &mut out).unwrap_err();
+    assert_eq!(error.to_string(), "token 10 of a vocabulary of 10");
+}
