@@ -1,0 +1,260 @@
+//! [`PrefixCache`]: full blocks by what they and everything before them contain.
+//!
+//! A block is found by the chain hash of its tokens, its predecessor's hash and the salt. A hash may collide, an answer must not: a hit
+//! is only one if the tokens are equal and its predecessor is the very block that was found before it.
+
+use std::collections::HashMap;
+
+use crate::{BlockId, KvEvent, TokenId};
+
+/// What a sequence knows of its own chain up to some full block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Link {
+    /// Chain hash up to and including the block; the salt's hash before the first.
+    pub hash: u64,
+    /// The findable block's serial number; 0 before the first block.
+    serial: u64,
+    /// Full blocks in the chain.
+    pub blocks: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    hash: u64,
+    parent: u64,
+    serial: u64,
+    salt: u64,
+}
+
+/// The findable blocks.
+#[derive(Debug)]
+pub(crate) struct PrefixCache {
+    block_size: usize,
+    by_hash: HashMap<u64, BlockId>,
+    /// By block.
+    entries: Vec<Option<Entry>>,
+    /// Tokens of findable blocks, by block. `[blocks, block_size]`
+    tokens: Vec<TokenId>,
+    next_serial: u64,
+    events: Option<Vec<KvEvent>>,
+}
+
+/// The finaliser of SplitMix64: every input bit changes about half of the output bits.
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// The chain hash of a block after `parent`.
+pub(crate) fn chain_hash(parent: u64, tokens: &[TokenId]) -> u64 {
+    tokens
+        .iter()
+        .fold(mix(parent ^ 0x9e37_79b9_7f4a_7c15), |hash, token| {
+            mix(hash.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ u64::from(token.0))
+        })
+}
+
+impl PrefixCache {
+    pub fn new(blocks: u32, block_size: u32, events: bool) -> Self {
+        Self {
+            block_size: block_size as usize,
+            by_hash: HashMap::new(),
+            entries: vec![None; blocks as usize],
+            tokens: vec![TokenId(0); blocks as usize * block_size as usize],
+            next_serial: 1,
+            events: events.then(Vec::new),
+        }
+    }
+
+    /// The chain before the first block of a sequence with this salt.
+    pub fn root(salt: u64) -> Link {
+        Link {
+            hash: mix(salt),
+            serial: 0,
+            blocks: 0,
+        }
+    }
+
+    /// The block that holds `tokens` after the chain `parent`, and the chain with it.
+    pub fn find(
+        &self,
+        parent: Link,
+        hash: u64,
+        tokens: &[TokenId],
+        salt: u64,
+    ) -> Option<(BlockId, Link)> {
+        let block = *self.by_hash.get(&hash)?;
+        let entry = self.entries[block.index()]?;
+        let same =
+            entry.parent == parent.serial && entry.salt == salt && self.tokens_of(block) == tokens;
+        same.then_some((
+            block,
+            Link {
+                hash,
+                serial: entry.serial,
+                blocks: parent.blocks + 1,
+            },
+        ))
+    }
+
+    /// Makes a computed block findable and returns the chain with it. If its like is findable already that one stays.
+    ///
+    /// An entry of equal hash that is not its like — another content, or the same after a predecessor that was evicted
+    /// since — gives way (it is returned): nobody could find it by this chain.
+    pub fn store(
+        &mut self,
+        parent: Link,
+        block: BlockId,
+        tokens: &[TokenId],
+        salt: u64,
+    ) -> (Link, Option<BlockId>) {
+        let hash = chain_hash(parent.hash, tokens);
+        if let Some((_, link)) = self.find(parent, hash, tokens, salt) {
+            return (link, None);
+        }
+        let displaced = self.by_hash.get(&hash).copied();
+        if let Some(other) = displaced {
+            self.evict(other);
+        }
+        let serial = self.next_serial;
+        self.next_serial += 1;
+        self.by_hash.insert(hash, block);
+        self.entries[block.index()] = Some(Entry {
+            hash,
+            parent: parent.serial,
+            serial,
+            salt,
+        });
+        let at = block.index() * self.block_size;
+        self.tokens[at..at + self.block_size].copy_from_slice(tokens);
+        if let Some(events) = &mut self.events {
+            events.push(KvEvent::Stored {
+                hashes: vec![hash],
+                parent: (parent.blocks > 0).then_some(parent.hash),
+                tokens: tokens.to_vec(),
+                block_size: self.block_size as u32,
+                salt,
+            });
+        }
+        let link = Link {
+            hash,
+            serial,
+            blocks: parent.blocks + 1,
+        };
+        (link, displaced)
+    }
+
+    /// Whether the block can be found.
+    pub fn holds(&self, block: BlockId) -> bool {
+        self.entries[block.index()].is_some()
+    }
+
+    /// The block is about to be reused.
+    pub fn evict(&mut self, block: BlockId) {
+        if let Some(entry) = self.entries[block.index()].take() {
+            self.by_hash.remove(&entry.hash);
+            if let Some(events) = &mut self.events {
+                events.push(KvEvent::Removed {
+                    hashes: vec![entry.hash],
+                });
+            }
+        }
+    }
+
+    /// Notes that everything findable was forgotten by [`PrefixCache::forget`].
+    pub fn cleared(&mut self) {
+        if let Some(events) = &mut self.events {
+            events.push(KvEvent::Cleared);
+        }
+    }
+
+    /// As [`PrefixCache::evict`], without an event of its own.
+    pub fn forget(&mut self, block: BlockId) {
+        if let Some(entry) = self.entries[block.index()].take() {
+            self.by_hash.remove(&entry.hash);
+        }
+    }
+
+    pub fn take_events(&mut self) -> Vec<KvEvent> {
+        self.events.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Findable blocks with their hashes.
+    pub fn findable(&self) -> impl Iterator<Item = (u64, BlockId)> {
+        self.by_hash.iter().map(|(hash, block)| (*hash, *block))
+    }
+
+    fn tokens_of(&self, block: BlockId) -> &[TokenId] {
+        let at = block.index() * self.block_size;
+        &self.tokens[at..at + self.block_size]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokens(ids: [u32; 2]) -> [TokenId; 2] {
+        ids.map(TokenId)
+    }
+
+    fn find(cache: &PrefixCache, parent: Link, ids: [u32; 2], salt: u64) -> Option<BlockId> {
+        let tokens = tokens(ids);
+        let hash = chain_hash(parent.hash, &tokens);
+        cache.find(parent, hash, &tokens, salt).map(|found| found.0)
+    }
+
+    #[test]
+    fn a_block_is_found_after_its_own_predecessors_only() {
+        let mut cache = PrefixCache::new(4, 2, false);
+        let root = PrefixCache::root(0);
+        let (a, _) = cache.store(root, BlockId(0), &tokens([1, 2]), 0);
+        let (b, _) = cache.store(root, BlockId(1), &tokens([7, 8]), 0);
+        cache.store(a, BlockId(2), &tokens([3, 4]), 0);
+        assert_eq!(find(&cache, a, [3, 4], 0), Some(BlockId(2)));
+        assert_eq!(find(&cache, b, [3, 4], 0), None);
+        assert_eq!(find(&cache, root, [3, 4], 0), None);
+    }
+
+    #[test]
+    fn different_salts_share_nothing() {
+        let mut cache = PrefixCache::new(4, 2, false);
+        cache
+            .store(PrefixCache::root(1), BlockId(0), &tokens([1, 2]), 1)
+            .0;
+        assert_eq!(find(&cache, PrefixCache::root(2), [1, 2], 2), None);
+    }
+
+    #[test]
+    fn equal_hashes_of_different_contents_are_no_hit() {
+        let mut cache = PrefixCache::new(4, 2, false);
+        let root = PrefixCache::root(0);
+        cache.store(root, BlockId(0), &tokens([1, 2]), 0);
+        let hash = chain_hash(root.hash, &tokens([1, 2]));
+        assert_eq!(cache.find(root, hash, &tokens([5, 6]), 0), None);
+    }
+
+    #[test]
+    fn a_block_whose_predecessor_was_evicted_gives_way_to_its_like() {
+        let mut cache = PrefixCache::new(4, 2, false);
+        let root = PrefixCache::root(0);
+        let (old, _) = cache.store(root, BlockId(0), &tokens([1, 2]), 0);
+        cache.store(old, BlockId(1), &tokens([3, 4]), 0);
+        cache.evict(BlockId(0));
+        let (new, _) = cache.store(root, BlockId(2), &tokens([1, 2]), 0);
+        cache.store(new, BlockId(3), &tokens([3, 4]), 0);
+        assert_eq!(find(&cache, new, [3, 4], 0), Some(BlockId(3)));
+        assert!(!cache.holds(BlockId(1)));
+    }
+
+    #[test]
+    fn the_first_of_two_equal_blocks_stays() {
+        let mut cache = PrefixCache::new(4, 2, true);
+        let root = PrefixCache::root(0);
+        let (first, _) = cache.store(root, BlockId(0), &tokens([1, 2]), 0);
+        assert_eq!(cache.store(root, BlockId(1), &tokens([1, 2]), 0).0, first);
+        assert!(!cache.holds(BlockId(1)));
+        assert_eq!(cache.take_events().len(), 1);
+    }
+}

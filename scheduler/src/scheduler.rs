@@ -1,0 +1,382 @@
+//! [`Scheduler`]: its state, and what happens between steps. The step itself is in [`crate::step`].
+
+use std::collections::BTreeMap;
+
+use crate::block_pool::BlockPool;
+use crate::policy::{Key, Ranking};
+use crate::prefix_cache::{PrefixCache, chain_hash};
+use crate::sequence::{Sequence, Slots, State};
+use crate::{
+    AddError, Batch, BlockId, Config, ConfigError, KvEvent, Sampled, SeqId, Time, TokenId,
+};
+
+/// A sequence to be run.
+#[derive(Debug, Clone)]
+pub struct NewSequence {
+    /// Its prompt; not empty.
+    pub prompt: Vec<TokenId>,
+    /// Most tokens that will be generated, per sample.
+    pub max_tokens: u32,
+    /// Samples wanted of this prompt: the caller forks the sequence when its prompt is computed.
+    pub samples: u32,
+    /// Lower runs earlier, under [`crate::Policy::Priority`].
+    pub priority: i32,
+    /// Hash of the tenant, for [`crate::Policy::FairShare`].
+    pub tenant: u64,
+    /// Mixed into prefix hashes: sequences with different salts never share blocks.
+    pub salt: u64,
+}
+
+/// Gauges now, counters since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Sequences that hold blocks.
+    pub running: u32,
+    /// Sequences that wait, preempted ones included.
+    pub waiting: u32,
+    /// Blocks that sequences hold.
+    pub blocks_used: u32,
+    /// Blocks nobody holds that the prefix cache can find.
+    pub blocks_cached: u32,
+    /// All blocks.
+    pub blocks_total: u32,
+    /// Tokens looked up in the prefix cache.
+    pub prefix_queries: u64,
+    /// Tokens found there.
+    pub prefix_hits: u64,
+    /// Times a sequence lost its blocks to another.
+    pub preemptions: u64,
+}
+
+/// Decides what runs in the next step.
+#[derive(Debug)]
+pub struct Scheduler {
+    pub(crate) config: Config,
+    pub(crate) slots: Slots,
+    pub(crate) waiting: BTreeMap<Key, SeqId>,
+    /// In the order of admission; entries of sequences that stopped running are swept out when the next step begins.
+    pub(crate) running: Vec<SeqId>,
+    pub(crate) running_count: u32,
+    /// Samples of running sequences that are still to be forked.
+    pub(crate) pending_forks: u32,
+    pub(crate) pool: BlockPool,
+    pub(crate) cache: PrefixCache,
+    pub(crate) ranking: Ranking,
+    pub(crate) batch: Batch,
+    /// Sequences forked since the batch was made.
+    pub(crate) forked: Vec<SeqId>,
+    /// Where the decodes of a step begin, so that a budget smaller than their number goes round.
+    pub(crate) rotation: usize,
+    /// Kept for its memory: sequences that want prefill, in order.
+    pub(crate) prefills: Vec<(Key, SeqId)>,
+    pub(crate) prefix_queries: u64,
+    pub(crate) prefix_hits: u64,
+    pub(crate) preemptions: u64,
+    pub(crate) cached_free: u32,
+}
+
+impl Scheduler {
+    /// A scheduler with an empty cache.
+    ///
+    /// # Errors
+    /// A field of the configuration is 0 or too large.
+    pub fn new(config: Config) -> Result<Self, ConfigError> {
+        config.validate()?;
+        Ok(Self {
+            slots: Slots::default(),
+            waiting: BTreeMap::new(),
+            running: Vec::new(),
+            running_count: 0,
+            pending_forks: 0,
+            pool: BlockPool::new(config.num_blocks),
+            cache: PrefixCache::new(config.num_blocks, config.block_size, config.kv_events),
+            ranking: Ranking::new(&config),
+            batch: Batch::default(),
+            forked: Vec::new(),
+            rotation: 0,
+            prefills: Vec::new(),
+            prefix_queries: 0,
+            prefix_hits: 0,
+            preemptions: 0,
+            cached_free: 0,
+            config,
+        })
+    }
+
+    /// The budgets it works with.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Queues a sequence.
+    ///
+    /// # Errors
+    /// The queue is full, or the sequence can never run here (see [`Config::check`]).
+    pub fn add(&mut self, new: NewSequence, now: Time) -> Result<SeqId, AddError> {
+        let prompt = u32::try_from(new.prompt.len()).unwrap_or(u32::MAX);
+        self.config.check(prompt, new.max_tokens, new.samples)?;
+        let waiting = self.waiting.len() as u32;
+        if waiting >= self.config.max_waiting {
+            return Err(AddError::QueueFull { waiting });
+        }
+        let cost = u64::from(prompt) + u64::from(new.max_tokens) * u64::from(new.samples);
+        let key = self.ranking.key(new.priority, new.tenant, cost, now);
+        let sequence = Sequence {
+            state: State::Waiting,
+            key,
+            salt: new.salt,
+            tokens: new.prompt,
+            computed: 0,
+            blocks: Vec::new(),
+            chain: PrefixCache::root(new.salt),
+            pending_forks: new.samples - 1,
+            scheduled: 0,
+            awaiting: false,
+            cached: None,
+            counted: false,
+            hashes: Vec::new(),
+        };
+        let seq = self.slots.insert(sequence);
+        self.hash_known(seq);
+        self.waiting.insert(key, seq);
+        Ok(seq)
+    }
+
+    /// Chain hashes of the full blocks of a sequence that joins the queue, so that a step that looks it up does not compute them again.
+    pub(crate) fn hash_known(&mut self, seq: SeqId) {
+        let Some(sequence) = self.slots.get_mut(seq) else {
+            return;
+        };
+        sequence.hashes.clear();
+        if self.config.prefix_cache {
+            let mut hash = PrefixCache::root(sequence.salt).hash;
+            let blocks = sequence
+                .tokens
+                .chunks_exact(self.config.block_size as usize);
+            sequence.hashes.extend(blocks.map(|tokens| {
+                hash = chain_hash(hash, tokens);
+                hash
+            }));
+        }
+    }
+
+    /// The plan [`Scheduler::schedule`] made last.
+    pub fn batch(&self) -> &Batch {
+        &self.batch
+    }
+
+    /// Known tokens of a live sequence: prompt, then generated. Empty for one that is not.
+    pub fn tokens(&self, seq: SeqId) -> &[TokenId] {
+        self.slots.get(seq).map_or(&[], |s| &s.tokens)
+    }
+
+    /// The blocks of a live sequence, in order of position. Empty for one that is not.
+    pub fn block_table(&self, seq: SeqId) -> &[BlockId] {
+        self.slots.get(seq).map_or(&[], |s| &s.blocks)
+    }
+
+    /// Makes one more sequence that shares everything `parent` has computed. To be called between the step that computed the
+    /// parent's last known token and its `complete`, at most `samples - 1` times.
+    ///
+    /// # Panics
+    /// At any other time, or once too often.
+    pub fn fork(&mut self, parent: SeqId) -> SeqId {
+        let sequence = self
+            .slots
+            .get_mut(parent)
+            .expect("only a live sequence is forked");
+        assert!(
+            sequence.awaiting && sequence.pending_forks > 0,
+            "a sequence is forked where its prompt is computed, once for each further sample"
+        );
+        sequence.pending_forks -= 1;
+        let child = Sequence {
+            state: State::Running,
+            key: sequence.key.of_fork(sequence.pending_forks + 1),
+            salt: sequence.salt,
+            tokens: sequence.tokens.clone(),
+            computed: sequence.computed + sequence.scheduled,
+            blocks: sequence.blocks.clone(),
+            chain: sequence.chain,
+            pending_forks: 0,
+            scheduled: 0,
+            awaiting: true,
+            cached: None,
+            counted: true,
+            hashes: Vec::new(),
+        };
+        for &block in &child.blocks {
+            self.pool.refer(block);
+        }
+        self.pending_forks -= 1;
+        self.running_count += 1;
+        let seq = self.slots.insert(child);
+        self.forked.push(seq);
+        self.running.push(seq);
+        seq
+    }
+
+    /// Ends the step. The sequences whose logits were wanted, and their forks, that are still alive have a `Sampled` each, in any order; one that
+    /// has none will compute its last token again.
+    pub fn complete(&mut self, sampled: &[Sampled]) {
+        for at in 0..self.batch.sequences.len() {
+            let seq = self.batch.sequences[at].seq;
+            if let Some(sequence) = self.slots.get_mut(seq) {
+                sequence.computed += std::mem::take(&mut sequence.scheduled);
+                self.store_blocks(seq);
+            }
+        }
+        for &Sampled {
+            seq,
+            token,
+            finished,
+        } in sampled
+        {
+            let Some(sequence) = self.slots.get_mut(seq) else {
+                continue;
+            };
+            if !std::mem::take(&mut sequence.awaiting) {
+                continue;
+            }
+            if finished {
+                self.remove(seq);
+            } else {
+                sequence.tokens.push(token);
+            }
+        }
+        let batch = self.batch.sequences.iter().map(|scheduled| scheduled.seq);
+        for seq in batch.chain(self.forked.drain(..)) {
+            if let Some(sequence) = self.slots.get_mut(seq)
+                && std::mem::take(&mut sequence.awaiting)
+            {
+                sequence.computed = sequence.known() - 1;
+            }
+        }
+        self.batch.clear();
+    }
+
+    /// Ends a sequence at any moment and frees what it holds. False: it had ended.
+    pub fn abort(&mut self, seq: SeqId) -> bool {
+        self.remove(seq)
+    }
+
+    /// Whether the sequence has not ended.
+    pub fn is_live(&self, seq: SeqId) -> bool {
+        self.slots.get(seq).is_some()
+    }
+
+    /// Forgets every cached block that no sequence holds.
+    pub fn clear_prefix_cache(&mut self) {
+        let forgotten: Vec<(u64, BlockId)> = self
+            .cache
+            .findable()
+            .filter(|&(_, block)| self.pool.references(block) == 0)
+            .collect();
+        let all = forgotten.len() == self.cache.findable().count();
+        for (_, block) in forgotten {
+            if all {
+                self.cache.forget(block);
+            } else {
+                self.cache.evict(block);
+            }
+        }
+        if all {
+            self.cache.cleared();
+        }
+        self.cached_free = 0;
+    }
+
+    /// What happened to the prefix cache since the last call; nothing unless [`Config::kv_events`].
+    pub fn take_events(&mut self) -> Vec<KvEvent> {
+        self.cache.take_events()
+    }
+
+    /// Whether anything runs or waits.
+    pub fn has_work(&self) -> bool {
+        self.running_count > 0 || !self.waiting.is_empty()
+    }
+
+    /// Gauges and counters now.
+    pub fn stats(&self) -> Stats {
+        Stats {
+            running: self.running_count,
+            waiting: self.waiting.len() as u32,
+            blocks_used: self.pool.len() - self.pool.free(),
+            blocks_cached: self.cached_free,
+            blocks_total: self.pool.len(),
+            prefix_queries: self.prefix_queries,
+            prefix_hits: self.prefix_hits,
+            preemptions: self.preemptions,
+        }
+    }
+
+    /// Makes the blocks a sequence has filled findable.
+    fn store_blocks(&mut self, seq: SeqId) {
+        if !self.config.prefix_cache {
+            return;
+        }
+        let Some(sequence) = self.slots.get_mut(seq) else {
+            return;
+        };
+        let size = self.config.block_size;
+        while (sequence.chain.blocks + 1) * size <= sequence.computed {
+            let at = sequence.chain.blocks as usize;
+            let tokens = &sequence.tokens[at * size as usize..(at + 1) * size as usize];
+            let block = sequence.blocks[at];
+            let (chain, displaced) = self
+                .cache
+                .store(sequence.chain, block, tokens, sequence.salt);
+            sequence.chain = chain;
+            if displaced.is_some_and(|block| self.pool.references(block) == 0) {
+                self.cached_free -= 1;
+            }
+        }
+    }
+
+    /// Takes a sequence out, wherever it is.
+    fn remove(&mut self, seq: SeqId) -> bool {
+        let Some(sequence) = self.slots.remove(seq) else {
+            return false;
+        };
+        match sequence.state {
+            State::Waiting => {
+                self.waiting.remove(&sequence.key);
+            }
+            State::Running => {
+                self.running_count -= 1;
+                self.pending_forks -= sequence.pending_forks;
+            }
+        }
+        self.release(&sequence.blocks);
+        true
+    }
+
+    /// Gives blocks back, last first: a chain's beginning is worth more than its end.
+    pub(crate) fn release(&mut self, blocks: &[BlockId]) {
+        for &block in blocks.iter().rev() {
+            let keep = self.cache.holds(block);
+            self.pool.release(block, keep);
+            if keep && self.pool.references(block) == 0 {
+                self.cached_free += 1;
+            }
+        }
+    }
+
+    /// A block for writing; what it held is no longer findable.
+    pub(crate) fn take_block(&mut self) -> Option<BlockId> {
+        let block = self.pool.take()?;
+        if self.cache.holds(block) {
+            self.cache.evict(block);
+            self.cached_free -= 1;
+        }
+        Some(block)
+    }
+
+    /// One more reference to a block that was found.
+    pub(crate) fn share_block(&mut self, block: BlockId) {
+        if self.pool.references(block) == 0 {
+            self.cached_free -= 1;
+        }
+        self.pool.refer(block);
+    }
+}

@@ -1,0 +1,122 @@
+//! [`Sequence`]: one prompt and what was generated after it; and the slots sequences live in.
+
+use crate::policy::Key;
+use crate::prefix_cache::Link;
+use crate::{BlockId, SeqId, TokenId};
+
+/// Where a sequence is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum State {
+    /// In the queue; holds no blocks.
+    Waiting,
+    /// Holds blocks.
+    Running,
+}
+
+/// What the scheduler knows of one sequence.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    pub state: State,
+    pub key: Key,
+    pub salt: u64,
+    /// Known tokens: the prompt, then what was generated.
+    pub tokens: Vec<TokenId>,
+    /// Tokens whose keys and values are in its blocks.
+    pub computed: u32,
+    pub blocks: Vec<BlockId>,
+    /// The chain of its full, computed blocks in the prefix cache.
+    pub chain: Link,
+    /// Samples still to be forked off.
+    pub pending_forks: u32,
+    /// Tokens it computes in the current batch.
+    pub scheduled: u32,
+    /// The current batch gives it logits, and no token has come of them.
+    pub awaiting: bool,
+    /// Set at admission, until it was told in a [`crate::Scheduled`].
+    pub cached: Option<u32>,
+    /// It was admitted before: its look-ups were counted.
+    pub counted: bool,
+    /// Chain hashes of the full blocks among the tokens known when it last joined the queue.
+    pub hashes: Vec<u64>,
+}
+
+impl Sequence {
+    pub fn known(&self) -> u32 {
+        self.tokens.len() as u32
+    }
+
+    /// Known tokens not computed yet.
+    pub fn remaining(&self) -> u32 {
+        self.known() - self.computed
+    }
+}
+
+#[derive(Debug)]
+struct Slot {
+    generation: u32,
+    sequence: Option<Sequence>,
+}
+
+/// The live sequences, by [`SeqId`].
+#[derive(Debug, Default)]
+pub(crate) struct Slots {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+}
+
+impl Slots {
+    pub fn insert(&mut self, sequence: Sequence) -> SeqId {
+        if let Some(slot) = self.free.pop() {
+            let place = &mut self.slots[slot as usize];
+            place.sequence = Some(sequence);
+            SeqId {
+                slot,
+                generation: place.generation,
+            }
+        } else {
+            self.slots.push(Slot {
+                generation: 0,
+                sequence: Some(sequence),
+            });
+            SeqId {
+                slot: self.slots.len() as u32 - 1,
+                generation: 0,
+            }
+        }
+    }
+
+    pub fn remove(&mut self, seq: SeqId) -> Option<Sequence> {
+        let place = self.slots.get_mut(seq.slot())?;
+        if place.generation != seq.generation {
+            return None;
+        }
+        let sequence = place.sequence.take()?;
+        place.generation = place.generation.wrapping_add(1);
+        self.free.push(seq.slot);
+        Some(sequence)
+    }
+
+    pub fn get(&self, seq: SeqId) -> Option<&Sequence> {
+        let place = self.slots.get(seq.slot())?;
+        (place.generation == seq.generation)
+            .then_some(place.sequence.as_ref())
+            .flatten()
+    }
+
+    pub fn get_mut(&mut self, seq: SeqId) -> Option<&mut Sequence> {
+        let place = self.slots.get_mut(seq.slot())?;
+        (place.generation == seq.generation)
+            .then_some(place.sequence.as_mut())
+            .flatten()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (SeqId, &Sequence)> {
+        self.slots.iter().enumerate().filter_map(|(slot, place)| {
+            let id = SeqId {
+                slot: slot as u32,
+                generation: place.generation,
+            };
+            place.sequence.as_ref().map(|sequence| (id, sequence))
+        })
+    }
+}

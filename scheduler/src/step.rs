@@ -1,0 +1,302 @@
+//! One step's plan: decodes first, then prompts in key order, one token budget for both.
+
+use crate::prefix_cache::Link;
+use crate::sequence::State;
+use crate::{Batch, BlockCopy, BlockId, Scheduled, Scheduler, SeqId, Time};
+
+impl Scheduler {
+    /// Plans the next step. An empty batch: nothing to do.
+    ///
+    /// The time is taken for policies that will need it; those there are fix a sequence's place when it is added.
+    pub fn schedule(&mut self, _now: Time) -> &Batch {
+        self.batch.clear();
+        self.running.retain(|&seq| {
+            self.slots
+                .get(seq)
+                .is_some_and(|s| s.state == State::Running)
+        });
+        self.schedule_decodes();
+        self.schedule_prefills();
+        if !self.batch.preempted.is_empty() {
+            // A victim may have been scheduled before it lost its blocks.
+            let slots = &self.slots;
+            self.batch
+                .sequences
+                .retain(|s| slots.get(s.seq).is_some_and(|x| x.scheduled > 0));
+        }
+        self.describe();
+        &self.batch
+    }
+
+    fn budget(&self) -> u32 {
+        self.config.max_batch_tokens - self.batch.tokens
+    }
+
+    /// One token for each sequence that misses only its last one; where the budget is short, the next step begins with those left out.
+    fn schedule_decodes(&mut self) {
+        let count = self.running.len();
+        if count == 0 {
+            return;
+        }
+        let begin = self.rotation % count;
+        self.rotation = 0;
+        for i in 0..count {
+            let at = (begin + i) % count;
+            let seq = self.running[at];
+            let Some(sequence) = self.slots.get(seq) else {
+                continue;
+            };
+            if sequence.state != State::Running || sequence.remaining() != 1 {
+                continue;
+            }
+            if self.budget() == 0 {
+                self.rotation = at;
+                return;
+            }
+            self.compute(seq, 1);
+        }
+    }
+
+    /// Prompts, running and waiting, in key order: each a chunk, and what is left of the budget to the first of them.
+    fn schedule_prefills(&mut self) {
+        let mut prefills = std::mem::take(&mut self.prefills);
+        prefills.clear();
+        for &seq in &self.running {
+            if let Some(sequence) = self.slots.get(seq)
+                && sequence.state == State::Running
+                && sequence.remaining() > 1
+            {
+                prefills.push((sequence.key, seq));
+            }
+        }
+        prefills.sort_unstable();
+        let several = prefills.len() + self.waiting.len() > 1;
+        let cap = if several {
+            self.config.max_chunk_tokens
+        } else {
+            u32::MAX
+        };
+
+        let mut next = 0;
+        let mut admitting = true;
+        while self.budget() > 0 {
+            // When blocks had to be taken away there is no room for newcomers.
+            admitting &= self.batch.preempted.is_empty();
+            let head = self
+                .waiting
+                .first_key_value()
+                .map(|(key, seq)| (*key, *seq))
+                .filter(|_| admitting);
+            let running = prefills.get(next).copied();
+            let seq = match (running, head) {
+                // Only the head of the queue may be admitted: who comes later does not overtake it.
+                (running, Some(head)) if running.is_none_or(|running| head.0 < running.0) => {
+                    if !self.admit(head.1) {
+                        admitting = false;
+                        continue;
+                    }
+                    prefills.insert(next, head);
+                    head.1
+                }
+                (Some((_, seq)), _) => seq,
+                (None, _) => break,
+            };
+            next += 1;
+            if let Some(sequence) = self.slots.get(seq)
+                && sequence.state == State::Running
+            {
+                let tokens = sequence.remaining().min(cap).min(self.budget());
+                self.compute(seq, tokens);
+            }
+        }
+        for &(_, seq) in &prefills {
+            let budget = self.budget();
+            if budget == 0 {
+                break;
+            }
+            if let Some(sequence) = self.slots.get(seq)
+                && sequence.state == State::Running
+                && sequence.scheduled > 0
+            {
+                let more = (sequence.remaining() - sequence.scheduled).min(budget);
+                if more > 0 {
+                    self.compute(seq, more);
+                }
+            }
+        }
+        self.prefills = prefills;
+    }
+
+    /// Gives the head of the queue what the prefix cache has of it and lets it run, if there is room for all it knows.
+    fn admit(&mut self, seq: SeqId) -> bool {
+        let Some(sequence) = self.slots.get(seq) else {
+            return false;
+        };
+        let places = self.running_count + self.pending_forks + 1 + sequence.pending_forks;
+        if places > self.config.max_seqs {
+            return false;
+        }
+        let known = sequence.known();
+        let (found, chain) = self.find_prefix(seq);
+        let idle = found
+            .iter()
+            .filter(|&&block| self.pool.references(block) == 0)
+            .count() as u32;
+        let needed = known.div_ceil(self.config.block_size) - found.len() as u32;
+        // A little room for the others to grow, or they would be preempted at once. Alone there are no others.
+        let spare = if self.running_count == 0 {
+            0
+        } else {
+            self.config.num_blocks / 100 + 1
+        };
+        if needed + idle + spare > self.pool.free() {
+            return false;
+        }
+        for &block in &found {
+            self.share_block(block);
+        }
+        let cached = found.len() as u32 * self.config.block_size;
+        let sequence = self.slots.get_mut(seq).expect("looked up above");
+        sequence.state = State::Running;
+        sequence.blocks = found;
+        sequence.chain = chain;
+        sequence.computed = cached;
+        sequence.cached = Some(cached);
+        let (key, forks) = (sequence.key, sequence.pending_forks);
+        if !std::mem::replace(&mut sequence.counted, true) && self.config.prefix_cache {
+            self.prefix_queries += u64::from(known);
+            self.prefix_hits += u64::from(cached);
+        }
+        self.waiting.remove(&key);
+        self.running.push(seq);
+        self.running_count += 1;
+        self.pending_forks += forks;
+        self.ranking.admitted(key);
+        true
+    }
+
+    /// The cached blocks a waiting sequence can begin with. At least its last token is left to compute: its logits are wanted.
+    fn find_prefix(&self, seq: SeqId) -> (Vec<BlockId>, Link) {
+        let sequence = self.slots.get(seq).expect("the caller has looked it up");
+        let mut chain = crate::prefix_cache::PrefixCache::root(sequence.salt);
+        let mut found = Vec::new();
+        let size = self.config.block_size as usize;
+        let most = (sequence.tokens.len() - 1) / size;
+        for (tokens, &hash) in sequence
+            .tokens
+            .chunks_exact(size)
+            .zip(&sequence.hashes)
+            .take(most)
+        {
+            let Some((block, link)) = self.cache.find(chain, hash, tokens, sequence.salt) else {
+                break;
+            };
+            found.push(block);
+            chain = link;
+        }
+        (found, chain)
+    }
+
+    /// Schedules `tokens` more tokens of a running sequence. Preempts whoever has the largest key, itself
+    /// if need be, while there are no blocks for them.
+    fn compute(&mut self, seq: SeqId, tokens: u32) {
+        let sequence = self.slots.get(seq).expect("only running sequences compute");
+        let first = sequence.computed + sequence.scheduled;
+        let end = first + tokens;
+        let size = self.config.block_size;
+        // The block of the first token may be shared with a fork.
+        if !first.is_multiple_of(size) && sequence.scheduled == 0 {
+            let at = (first / size) as usize;
+            let shared = sequence.blocks[at];
+            if self.pool.references(shared) > 1 {
+                let Some(own) = self.block_for(seq) else {
+                    return;
+                };
+                // Preemption may have taken the other holders away; the copy is then merely unneeded.
+                self.batch.copies.push(BlockCopy {
+                    from: shared,
+                    to: own,
+                });
+                self.slots.get_mut(seq).expect("still running").blocks[at] = own;
+                self.release(&[shared]);
+            }
+        }
+        let wanted = end.div_ceil(size) as usize;
+        while self.slots.get(seq).expect("still running").blocks.len() < wanted {
+            let Some(block) = self.block_for(seq) else {
+                return;
+            };
+            let sequence = self.slots.get_mut(seq).expect("still running");
+            sequence.blocks.push(block);
+        }
+        let sequence = self.slots.get_mut(seq).expect("still running");
+        if sequence.scheduled == 0 {
+            self.batch.sequences.push(Scheduled {
+                seq,
+                start: first,
+                len: 0,
+                logits: 0,
+                cached: sequence.cached.take(),
+            });
+        }
+        sequence.scheduled += tokens;
+        self.batch.tokens += tokens;
+    }
+
+    /// A free block for `seq`, if need be by preempting sequences with larger keys; `None`: `seq` itself was the one to go.
+    fn block_for(&mut self, seq: SeqId) -> Option<BlockId> {
+        loop {
+            if let Some(block) = self.take_block() {
+                return Some(block);
+            }
+            let victim = self
+                .running
+                .iter()
+                .filter_map(|&seq| {
+                    let sequence = self.slots.get(seq)?;
+                    (sequence.state == State::Running).then_some((sequence.key, seq))
+                })
+                .max()
+                .map_or(seq, |(_, victim)| victim);
+            self.preempt(victim);
+            if victim == seq {
+                return None;
+            }
+        }
+    }
+
+    /// Takes a sequence's blocks; it waits again at its old place and will be computed anew (what is cached is found again).
+    fn preempt(&mut self, seq: SeqId) {
+        let sequence = self
+            .slots
+            .get_mut(seq)
+            .expect("only running sequences are preempted");
+        let blocks = std::mem::take(&mut sequence.blocks);
+        sequence.state = State::Waiting;
+        sequence.computed = 0;
+        sequence.cached = None;
+        self.batch.tokens -= std::mem::take(&mut sequence.scheduled);
+        sequence.chain = crate::prefix_cache::PrefixCache::root(sequence.salt);
+        let (key, forks) = (sequence.key, sequence.pending_forks);
+        self.release(&blocks);
+        self.running_count -= 1;
+        self.pending_forks -= forks;
+        self.preemptions += 1;
+        self.waiting.insert(key, seq);
+        self.batch.preempted.push(seq);
+        self.hash_known(seq);
+    }
+
+    /// Fills in the lengths, which are known only when the whole plan is.
+    fn describe(&mut self) {
+        for scheduled in &mut self.batch.sequences {
+            let sequence = self
+                .slots
+                .get_mut(scheduled.seq)
+                .expect("the batch names live sequences");
+            scheduled.len = sequence.scheduled;
+            sequence.awaiting = sequence.remaining() == sequence.scheduled;
+            scheduled.logits = u32::from(sequence.awaiting);
+        }
+    }
+}

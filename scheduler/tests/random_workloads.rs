@@ -1,0 +1,403 @@
+//! Random workloads under random configurations, a million steps of them, with every invariant checked after every step.
+//!
+//! Beside the scheduler runs a model of the KV cache that knows, for every slot of every block, which token at which position after which
+//! prefix was computed into it. Each scheduled token must see exactly its own prefix through its block table. Wrong sharing, a missed
+//! copy, a block reused too early: all of them show here without any arithmetic.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{HashMap, HashSet};
+
+use quire_scheduler::{
+    AddError, Config, KvEvent, NewSequence, Policy, Sampled, Scheduler, SeqId, Time, TokenId,
+};
+
+const STEPS: u64 = 1_000_000;
+
+/// SplitMix64 (Steele et al. 2014).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    fn chance(&mut self, one_in: u64) -> bool {
+        self.below(one_in) == 0
+    }
+}
+
+/// Identifies a prefix, salt included: equal prefixes have equal names, and nothing else in a test's lifetime does.
+fn extend(prefix: u64, token: TokenId) -> u64 {
+    let mut random = Random(prefix ^ (u64::from(token.0) << 32) ^ 0x5bd1_e995);
+    random.next()
+}
+
+struct Live {
+    seq: SeqId,
+    salt: u64,
+    /// Tokens still to be generated.
+    left: u32,
+    /// Samples still to be forked.
+    forks: u32,
+    added: u64,
+}
+
+struct World {
+    config: Config,
+    scheduler: Scheduler,
+    random: Random,
+    live: Vec<Live>,
+    /// The prefix that ends in each slot. `[blocks · block_size]`
+    slots: Vec<u64>,
+    /// What the KV events say is findable.
+    told: HashSet<u64>,
+    now: u64,
+    /// Steps since a sequence of the lowest key made progress.
+    steps: u64,
+    preemptions: u64,
+    copies: u64,
+    hits: u64,
+    refused: u64,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut random = Random(seed);
+        let r = &mut random;
+        let block_size = 1 + r.below(8) as u32;
+        let num_blocks = 4 + r.below(60) as u32;
+        let max_batch_tokens = 1 + r.below(60) as u32;
+        let config = Config {
+            block_size,
+            num_blocks,
+            max_batch_tokens,
+            max_chunk_tokens: 1 + r.below(u64::from(max_batch_tokens)) as u32,
+            max_seqs: 1 + r.below(16) as u32,
+            max_model_len: 10 + r.below(u64::from(block_size * num_blocks)) as u32,
+            max_waiting: 1 + r.below(20) as u32,
+            prefix_cache: !r.chance(4),
+            policy: [Policy::Fcfs, Policy::Priority, Policy::FairShare][r.below(3) as usize],
+            priority_aging: r.below(200),
+            kv_events: true,
+        };
+        Self {
+            scheduler: Scheduler::new(config.clone()).unwrap(),
+            slots: vec![0; (num_blocks * block_size) as usize],
+            config,
+            random,
+            live: Vec::new(),
+            told: HashSet::new(),
+            now: 0,
+            steps: 0,
+            preemptions: 0,
+            copies: 0,
+            hits: 0,
+            refused: 0,
+        }
+    }
+
+    fn add(&mut self) {
+        let r = &mut self.random;
+        // Few distinct tokens and lengths: prompts often begin alike.
+        let family = r.below(3) as u32;
+        let longest = u64::from(self.config.max_model_len).min(60);
+        let len = 1 + r.below(longest);
+        let differs_at = r.below(len + 1);
+        let prompt = (0..len)
+            .map(|i| {
+                TokenId(if i < differs_at {
+                    family
+                } else {
+                    10 + r.below(3) as u32
+                })
+            })
+            .collect();
+        let samples = if r.chance(4) {
+            1 + r.below(4) as u32
+        } else {
+            1
+        };
+        let max_tokens = 1 + r.below(20) as u32;
+        let salt = r.below(2);
+        let new = NewSequence {
+            prompt,
+            max_tokens,
+            samples,
+            priority: r.below(7) as i32 - 3,
+            tenant: r.below(3),
+            salt,
+        };
+        match self.scheduler.add(new.clone(), Time(self.now)) {
+            Ok(seq) => self.live.push(Live {
+                seq,
+                salt,
+                left: max_tokens,
+                forks: samples - 1,
+                added: self.now,
+            }),
+            Err(error) => {
+                self.refused += 1;
+                let waiting = self.scheduler.stats().waiting;
+                let expected = self.config.check(len as u32, max_tokens, samples);
+                assert_eq!(
+                    expected.err().unwrap_or(AddError::QueueFull { waiting }),
+                    error
+                );
+                assert!(
+                    !matches!(error, AddError::QueueFull { .. })
+                        || waiting >= self.config.max_waiting
+                );
+            }
+        }
+    }
+
+    fn abort_some(&mut self) {
+        if !self.live.is_empty() && self.random.chance(40) {
+            let at = self.random.below(self.live.len() as u64) as usize;
+            let gone = self.live.swap_remove(at);
+            let held = self.scheduler.block_table(gone.seq).to_vec();
+            let before = self.scheduler.stats().blocks_used;
+            let shared = held
+                .iter()
+                .filter(|b| {
+                    self.live
+                        .iter()
+                        .any(|l| self.scheduler.block_table(l.seq).contains(b))
+                })
+                .count();
+            assert!(self.scheduler.abort(gone.seq));
+            assert!(!self.scheduler.abort(gone.seq), "it is gone");
+            assert_eq!(
+                self.scheduler.stats().blocks_used as usize,
+                before as usize + shared - held.len()
+            );
+        }
+    }
+
+    /// What the last `n` prefixes of a sequence's tokens are called.
+    fn prefixes(&self, live: &Live) -> Vec<u64> {
+        let mut prefix = live.salt + 1;
+        self.scheduler
+            .tokens(live.seq)
+            .iter()
+            .map(|token| {
+                prefix = extend(prefix, *token);
+                prefix
+            })
+            .collect()
+    }
+
+    /// Computes the step in the model of the cache, and checks what every token sees.
+    fn compute(&mut self) {
+        let size = self.config.block_size as usize;
+        let batch = self.scheduler.batch();
+        assert!(batch.tokens <= self.config.max_batch_tokens);
+        assert_eq!(
+            batch.tokens,
+            batch.sequences.iter().map(|s| s.len).sum::<u32>()
+        );
+        self.copies += batch.copies.len() as u64;
+        for copy in &batch.copies {
+            let (from, to) = (copy.from.0 as usize * size, copy.to.0 as usize * size);
+            self.slots.copy_within(from..from + size, to);
+        }
+        let by_seq: HashMap<SeqId, &Live> = self.live.iter().map(|l| (l.seq, l)).collect();
+        let distinct: HashSet<SeqId> = batch.sequences.iter().map(|s| s.seq).collect();
+        assert_eq!(
+            distinct.len(),
+            batch.sequences.len(),
+            "a sequence is scheduled once a step"
+        );
+        // All keys of a step are stored before any is read: so it is in the kernels, layer by layer.
+        for scheduled in &batch.sequences {
+            let prefixes = self.prefixes(by_seq[&scheduled.seq]);
+            let table = self.scheduler.block_table(scheduled.seq);
+            assert!(scheduled.len > 0);
+            for p in scheduled.start as usize..(scheduled.start + scheduled.len) as usize {
+                self.slots[table[p / size].0 as usize * size + p % size] = prefixes[p];
+            }
+            self.hits += u64::from(scheduled.cached.unwrap_or(0));
+        }
+        for scheduled in &batch.sequences {
+            let prefixes = self.prefixes(by_seq[&scheduled.seq]);
+            let table = self.scheduler.block_table(scheduled.seq);
+            let end = (scheduled.start + scheduled.len) as usize;
+            assert_eq!(scheduled.logits, u32::from(end == prefixes.len()));
+            for (p, prefix) in prefixes[..end].iter().enumerate() {
+                let slot = table[p / size].0 as usize * size + p % size;
+                assert_eq!(
+                    self.slots[slot], *prefix,
+                    "position {p} of {scheduled:?} holds another prefix"
+                );
+            }
+        }
+    }
+
+    fn sample(&mut self) {
+        let wanted: Vec<SeqId> = self
+            .scheduler
+            .batch()
+            .sequences
+            .iter()
+            .filter(|s| s.logits == 1)
+            .map(|s| s.seq)
+            .collect();
+        let mut sampled = Vec::new();
+        for seq in wanted {
+            let Some(at) = self.live.iter().position(|l| l.seq == seq) else {
+                continue; // aborted since the plan was made
+            };
+            let mut seqs = vec![seq];
+            for _ in 0..std::mem::take(&mut self.live[at].forks) {
+                let fork = self.scheduler.fork(seq);
+                let parent = &self.live[at];
+                let child = Live {
+                    seq: fork,
+                    salt: parent.salt,
+                    left: parent.left,
+                    forks: 0,
+                    added: self.now,
+                };
+                self.live.push(child);
+                seqs.push(fork);
+            }
+            for seq in seqs {
+                let at = self.live.iter().position(|l| l.seq == seq).unwrap();
+                self.live[at].left -= 1;
+                self.live[at].added = self.now;
+                let finished = self.live[at].left == 0 || self.random.chance(30);
+                if finished {
+                    self.live.swap_remove(at);
+                }
+                sampled.push(Sampled {
+                    seq,
+                    token: TokenId(self.random.below(3) as u32),
+                    finished,
+                });
+            }
+        }
+        self.scheduler.complete(&sampled);
+    }
+
+    fn hear(&mut self) {
+        for event in self.scheduler.take_events() {
+            match event {
+                KvEvent::Stored {
+                    hashes,
+                    parent,
+                    tokens,
+                    block_size,
+                    ..
+                } => {
+                    assert_eq!(tokens.len(), hashes.len() * block_size as usize);
+                    assert!(parent.is_none_or(|p| p != hashes[0]));
+                    for hash in hashes {
+                        assert!(self.told.insert(hash), "stored twice");
+                    }
+                }
+                KvEvent::Removed { hashes } => {
+                    for hash in hashes {
+                        assert!(self.told.remove(&hash), "removed what was not there");
+                    }
+                }
+                KvEvent::Cleared => self.told.clear(),
+            }
+        }
+        assert_eq!(
+            self.told,
+            self.scheduler.findable_hashes(),
+            "events tell what is findable"
+        );
+    }
+
+    fn step(&mut self, arrivals: bool) {
+        self.now += 1 + self.random.below(3);
+        self.steps += 1;
+        if arrivals {
+            for _ in 0..self.random.below(3) {
+                self.add();
+            }
+        }
+        self.abort_some();
+        self.scheduler.schedule(Time(self.now));
+        self.scheduler.check_invariants();
+        if self.scheduler.batch().sequences.is_empty() {
+            assert!(
+                !self.scheduler.has_work(),
+                "work waits and nothing is scheduled"
+            );
+        }
+        self.compute();
+        self.abort_some();
+        self.sample();
+        self.scheduler.check_invariants();
+        self.hear();
+        if self.random.chance(200) {
+            self.scheduler.clear_prefix_cache();
+            self.scheduler.check_invariants();
+            self.hear();
+        }
+    }
+
+    /// Runs for a while, then lets everything finish without arrivals.
+    fn run(&mut self, steps: u64) {
+        for _ in 0..steps {
+            self.step(true);
+        }
+        let begin = self.steps;
+        while self.scheduler.has_work() {
+            self.step(false);
+            assert!(self.steps < begin + 20_000, "somebody waits for ever");
+        }
+        assert!(self.live.is_empty());
+        let stats = self.scheduler.stats();
+        assert_eq!((stats.running, stats.waiting, stats.blocks_used), (0, 0, 0));
+        self.preemptions = stats.preemptions;
+    }
+}
+
+#[test]
+fn a_million_random_steps_keep_every_invariant() {
+    let (mut steps, mut preemptions, mut copies, mut hits, mut refused) = (0, 0, 0, 0, 0);
+    let mut seed = 1;
+    while steps < STEPS {
+        let mut world = World::new(seed);
+        world.run(1000);
+        steps += world.steps;
+        preemptions += world.preemptions;
+        copies += world.copies;
+        hits += world.hits;
+        refused += world.refused;
+        seed += 1;
+    }
+    println!(
+        "{steps} steps, {seed} configurations: {preemptions} preemptions, {copies} copies on write, {hits} cached tokens, {refused} refusals"
+    );
+    assert!(steps >= STEPS);
+    assert!(
+        preemptions > 10_000 && copies > 1000 && hits > 10_000 && refused > 1000,
+        "the workloads were to force all of it"
+    );
+}
+
+#[test]
+fn the_same_calls_give_the_same_batches() {
+    let run = || {
+        let mut world = World::new(77);
+        let mut batches = Vec::new();
+        for _ in 0..500 {
+            world.step(true);
+            batches.push(format!("{:?}", world.scheduler.stats()));
+        }
+        batches
+    };
+    assert_eq!(run(), run());
+}
