@@ -1,13 +1,30 @@
-//! Checkpoints: reads weights and metadata, gives one thing: [`Checkpoint`].
-//! SKELETON: names and meanings are the contract; the owner splits it into files (mod introduces; source, safetensors, config, generation …).
-#![allow(clippy::todo, unused_variables, clippy::unused_self, missing_docs)]
+//! Checkpoints: reads weights and metadata, gives one thing: a [`Checkpoint`].
+//!
+//! A checkpoint is a directory as Hugging Face lays it out, or the demo model inside the binary. Opening one parses and validates all
+//! metadata and maps the weights without reading them; [`crate::model`] then asks for tensors by name and shape.
+//!
+//! **Invariant:** nothing in a checkpoint is trusted. Whatever its files hold, the outcome is a valid `Checkpoint` or an error that names the
+//! file, the field or tensor, what was found and what was expected.
+
+mod config;
+mod error;
+mod files;
+mod generation;
+mod tensors;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
 
 use crate::model::ModelConfig;
 use crate::tokenizer::{ChatTemplate, Tokenizer};
-use quire_kernels::Format;
-use quire_scheduler::TokenId;
-use std::path::PathBuf;
-use std::sync::Arc;
+
+use files::Files;
+
+pub use error::CheckpointError;
+pub use generation::GenerationDefaults;
+pub use tensors::{TensorView, Tensors};
 
 /// Where a model comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,62 +40,101 @@ pub enum ModelSource {
 pub struct Checkpoint {
     /// `demo`, or the directory's name.
     pub name: String,
+    /// The model's shape.
     pub config: ModelConfig,
+    /// What its authors recommend for generation.
     pub generation: GenerationDefaults,
+    /// Its tokenizer.
     pub tokenizer: Arc<Tokenizer>,
+    /// How it wants conversations written; `None` for base models.
     pub chat_template: Option<Arc<ChatTemplate>>,
+    /// Its weights.
     pub tensors: Tensors,
 }
 
 impl Checkpoint {
+    /// Opens a checkpoint.
+    ///
+    /// # Errors
+    /// A file is missing, malformed, or describes a model that is not supported; see [`CheckpointError`].
     pub fn open(source: &ModelSource) -> Result<Self, CheckpointError> {
-        todo!()
+        let files = Files::open(source)?;
+        let config_json = files
+            .json("config.json")?
+            .ok_or_else(|| files.missing("config.json"))?;
+        let mut tensors = Tensors::open(&files)?;
+        let mut config = config::parse(&config_json)?;
+        // Some tied checkpoints say so only by leaving the head out.
+        if !config.tied_head && !tensors.contains("lm_head.weight") {
+            config.tied_head = true;
+        }
+        if config.tied_head {
+            tensors.leave_out("lm_head.weight");
+        }
+
+        let tokenizer_json = files
+            .read("tokenizer.json")?
+            .ok_or_else(|| files.missing("tokenizer.json"))?;
+        let tokenizer = Tokenizer::from_json(&tokenizer_json)
+            .map_err(|error| CheckpointError::file("tokenizer.json", error))?;
+        let tokenizer_config = files.json("tokenizer_config.json")?.unwrap_or(Value::Null);
+        let special = special_tokens(&tokenizer_config);
+        let chat_template = match template_source(&files, &tokenizer_config)? {
+            None => None,
+            Some((file, source)) => Some(Arc::new(
+                ChatTemplate::new(&source, &special)
+                    .map_err(|error| CheckpointError::file(file, error))?,
+            )),
+        };
+        let generation_json = files.json("generation_config.json")?.unwrap_or(Value::Null);
+        let eos_token = special
+            .get("eos_token")
+            .and_then(Value::as_str)
+            .and_then(|token| tokenizer.token_id(token));
+        let generation =
+            generation::parse(&generation_json, &config_json, eos_token, config.vocab_size)?;
+        Ok(Self {
+            name: files.name(),
+            config,
+            generation,
+            tokenizer: Arc::new(tokenizer),
+            chat_template,
+            tensors,
+        })
     }
 }
 
-/// What the checkpoint's authors recommend (`generation_config.json`); unset fields leave the API's own defaults.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct GenerationDefaults {
-    /// Tokens that end a sample: union of generation_config's and config's `eos_token_id` (number or list) and tokenizer_config's `eos_token`.
-    pub eos: Vec<TokenId>,
-    pub temperature: Option<f32>,
-    pub top_k: Option<u32>,
-    pub top_p: Option<f32>,
-    pub min_p: Option<f32>,
-    pub repetition_penalty: Option<f32>,
+/// The named special tokens of `tokenizer_config.json`; each is a string, or an object with its `content`.
+fn special_tokens(tokenizer_config: &Value) -> Map<String, Value> {
+    let mut special = Map::new();
+    for name in ["bos_token", "eos_token", "pad_token", "unk_token"] {
+        let value = &tokenizer_config[name];
+        if let Some(token) = value.as_str().or_else(|| value["content"].as_str()) {
+            special.insert(name.to_owned(), token.into());
+        }
+    }
+    special
 }
 
-/// The tensors of a checkpoint by name, memory-mapped (or static, for the demo model).
-#[derive(Debug)]
-pub struct Tensors {}
-
-/// One tensor's bytes, little-endian, row-major.
-#[derive(Debug, Clone, Copy)]
-pub struct TensorView<'a> {
-    pub format: Format,
-    pub shape: &'a [usize],
-    pub data: &'a [u8],
-}
-
-impl Tensors {
-    /// The tensor `name`, which must have exactly `shape`.
-    pub fn get(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>, CheckpointError> {
-        todo!()
+/// The chat template and the file it was found in: a file of its own, or a field that is a string or a list of named templates.
+fn template_source(
+    files: &Files,
+    tokenizer_config: &Value,
+) -> Result<Option<(&'static str, String)>, CheckpointError> {
+    if let Some(bytes) = files.read("chat_template.jinja")? {
+        let source = String::from_utf8(bytes.into_owned())
+            .map_err(|_| CheckpointError::file("chat_template.jinja", "it is not UTF-8 text"))?;
+        return Ok(Some(("chat_template.jinja", source)));
     }
-    pub fn contains(&self, name: &str) -> bool {
-        todo!()
-    }
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        std::iter::empty()
-    }
-    /// Bytes of all tensors, for progress and memory planning.
-    pub fn total_bytes(&self) -> u64 {
-        todo!()
-    }
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum CheckpointError {
-    #[error("{0}")]
-    Placeholder(String),
+    let field = &tokenizer_config["chat_template"];
+    let source = match field {
+        Value::String(source) => Some(source.as_str()),
+        Value::Array(templates) => templates
+            .iter()
+            .find(|template| template["name"] == "default")
+            .or(templates.first())
+            .and_then(|template| template["template"].as_str()),
+        _ => None,
+    };
+    Ok(source.map(|source| ("tokenizer_config.json", source.to_owned())))
 }

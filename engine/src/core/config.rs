@@ -103,6 +103,9 @@ pub enum StartError {
         /// Bytes that would do.
         needed_bytes: u64,
     },
+    /// The device cannot be used.
+    #[error("{0}")]
+    Backend(#[source] quire_kernels::Error),
     /// The KV cache could not be made.
     #[error("KV cache: {0}")]
     Cache(#[source] quire_kernels::Error),

@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
 
+use quire_kernels::cpu::{CpuBackend, CpuOptions};
 use quire_kernels::{Backend, Format, KvDtype};
 use quire_scheduler::{Config, Scheduler};
 
@@ -16,6 +17,25 @@ use super::handle::{Engine, ModelInfo, Shared};
 use super::memory;
 
 impl Engine {
+    /// [`Engine::start`] on this machine's CPU. `threads`: how many compute; `None`: the cores this process may use.
+    ///
+    /// # Errors
+    /// As [`Engine::start`].
+    pub fn start_on_cpu(
+        checkpoint: &Checkpoint,
+        threads: Option<usize>,
+        config: &EngineConfig,
+        observer: Option<Box<dyn FnMut(StepReport) + Send>>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, StartError> {
+        let options = CpuOptions {
+            threads,
+            ..CpuOptions::default()
+        };
+        let backend = CpuBackend::new(options).map_err(StartError::Backend)?;
+        Self::start(checkpoint, backend, config, observer, progress)
+    }
+
     /// Loads the checkpoint onto `backend` and starts the engine thread.
     ///
     /// `progress` hears how far loading has come; `observer`, on the engine thread, what each step did.

@@ -7,7 +7,7 @@ use quire_scheduler::TokenId;
 /// The fields follow the OpenAI API where it has them and vLLM where it does not.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
-    /// 0 is greedy; otherwise logits are divided by it. `0..=2` by custom, any finite value `>= 0` accepted.
+    /// 0 is greedy; otherwise logits are divided by it. `0..=100`, customarily at most 2.
     pub temperature: f32,
     /// Only the k likeliest tokens may be chosen; 0 switches it off.
     pub top_k: u32,
@@ -61,6 +61,111 @@ impl Default for SamplingParams {
     }
 }
 
+/// Most samples of one prompt.
+pub const MAX_SAMPLES: u32 = 128;
+/// Most alternatives reported for a token, as in the OpenAI API.
+pub const MAX_LOGPROBS: u32 = 20;
+/// Most biased tokens, stop tokens.
+const MAX_TOKENS_NAMED: usize = 1024;
+
+impl SamplingParams {
+    /// Checks every parameter. `vocab_size`: tokens of the model.
+    ///
+    /// # Errors
+    /// The first parameter that is outside its range.
+    pub fn validate(&self, vocab_size: u32) -> Result<(), InvalidParam> {
+        let number = |name, value: f32, good: bool, expected: &str| {
+            if value.is_finite() && good {
+                Ok(())
+            } else {
+                Err(invalid(name, value, expected))
+            }
+        };
+        let t = self.temperature;
+        number("temperature", t, (0.0..=100.0).contains(&t), "0 to 100")?;
+        let p = self.top_p;
+        number("top_p", p, p > 0.0 && p <= 1.0, "more than 0 and at most 1")?;
+        let p = self.min_p;
+        number("min_p", p, (0.0..=1.0).contains(&p), "0 to 1")?;
+        let p = self.repetition_penalty;
+        number(
+            "repetition_penalty",
+            p,
+            p > 0.0 && p <= 100.0,
+            "more than 0 and at most 100",
+        )?;
+        let p = self.presence_penalty;
+        number("presence_penalty", p, (-2.0..=2.0).contains(&p), "-2 to 2")?;
+        let p = self.frequency_penalty;
+        number("frequency_penalty", p, (-2.0..=2.0).contains(&p), "-2 to 2")?;
+        if self.n == 0 || self.n > MAX_SAMPLES {
+            return Err(invalid("n", self.n, &format!("1 to {MAX_SAMPLES}")));
+        }
+        if self.max_tokens == 0 {
+            return Err(invalid("max_tokens", 0, "at least 1"));
+        }
+        if self.min_tokens > self.max_tokens {
+            return Err(invalid(
+                "min_tokens",
+                self.min_tokens,
+                &format!("at most max_tokens ({})", self.max_tokens),
+            ));
+        }
+        if let Some(count) = self.logprobs
+            && count > MAX_LOGPROBS
+        {
+            return Err(invalid(
+                "logprobs",
+                count,
+                &format!("at most {MAX_LOGPROBS}"),
+            ));
+        }
+        let known = |name, token: TokenId| {
+            if token.0 < vocab_size {
+                Ok(())
+            } else {
+                Err(invalid(
+                    name,
+                    token.0,
+                    &format!("token ids below {vocab_size}"),
+                ))
+            }
+        };
+        for (name, count) in [
+            ("logit_bias", self.logit_bias.len()),
+            ("stop_token_ids", self.stop_token_ids.len()),
+        ] {
+            if count > MAX_TOKENS_NAMED {
+                return Err(invalid(
+                    name,
+                    format!("{count} entries"),
+                    &format!("at most {MAX_TOKENS_NAMED}"),
+                ));
+            }
+        }
+        for &(token, bias) in &self.logit_bias {
+            known("logit_bias", token)?;
+            number(
+                "logit_bias",
+                bias,
+                (-100.0..=100.0).contains(&bias),
+                "-100 to 100",
+            )?;
+        }
+        self.stop_token_ids
+            .iter()
+            .try_for_each(|&token| known("stop_token_ids", token))
+    }
+}
+
+fn invalid(name: &'static str, value: impl ToString, expected: &str) -> InvalidParam {
+    InvalidParam {
+        name,
+        value: value.to_string(),
+        expected: expected.to_owned(),
+    }
+}
+
 /// A parameter outside its range.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{name} is {value}, expected {expected}")]
@@ -71,4 +176,56 @@ pub struct InvalidParam {
     pub value: String,
     /// What would be right.
     pub expected: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid() {
+        assert_eq!(SamplingParams::default().validate(10), Ok(()));
+    }
+
+    #[test]
+    fn each_parameter_outside_its_range_is_named() {
+        type Change = fn(&mut SamplingParams);
+        let cases: [(&str, Change); 22] = [
+            ("temperature", |p| p.temperature = -0.1),
+            ("temperature", |p| p.temperature = f32::NAN),
+            ("temperature", |p| p.temperature = f32::INFINITY),
+            ("top_p", |p| p.top_p = 0.0),
+            ("top_p", |p| p.top_p = 1.1),
+            ("top_p", |p| p.top_p = f32::NAN),
+            ("min_p", |p| p.min_p = -0.1),
+            ("min_p", |p| p.min_p = 1.5),
+            ("repetition_penalty", |p| p.repetition_penalty = 0.0),
+            ("repetition_penalty", |p| p.repetition_penalty = -1.0),
+            ("presence_penalty", |p| p.presence_penalty = 2.1),
+            ("frequency_penalty", |p| p.frequency_penalty = -2.1),
+            ("frequency_penalty", |p| {
+                p.frequency_penalty = f32::NEG_INFINITY
+            }),
+            ("n", |p| p.n = 0),
+            ("n", |p| p.n = 129),
+            ("max_tokens", |p| p.max_tokens = 0),
+            ("min_tokens", |p| p.min_tokens = 17),
+            ("logprobs", |p| p.logprobs = Some(21)),
+            ("logit_bias", |p| p.logit_bias = vec![(TokenId(10), 0.0)]),
+            ("logit_bias", |p| {
+                p.logit_bias = vec![(TokenId(1), f32::NAN)]
+            }),
+            ("logit_bias", |p| {
+                p.logit_bias = vec![(TokenId(1), 0.0); 1025]
+            }),
+            ("stop_token_ids", |p| p.stop_token_ids = vec![TokenId(10)]),
+        ];
+        for (name, change) in cases {
+            let mut params = SamplingParams::default();
+            change(&mut params);
+            let error = params.validate(10).expect_err(name);
+            assert_eq!(error.name, name);
+            assert!(error.to_string().contains("expected"), "{error}");
+        }
+    }
 }

@@ -1,102 +1,123 @@
 //! Text to tokens and back: tokenizers, incremental detokenisation, chat templates.
-//! SKELETON: names and meanings are the contract; the owner splits it into files.
-#![allow(clippy::todo, unused_variables, clippy::unused_self, missing_docs)]
+//!
+//! The `tokenizers` crate encodes. Decoding is our own, on the bytes that tokens stand for, because a stream must give the same text
+//! as the whole: [`Tokenizer::decode`] is nothing but a [`Detokenizer`] that is fed everything.
 
-use quire_scheduler::TokenId;
+mod bytes;
+mod detokenizer;
+mod json;
+mod template;
+
 use std::sync::Arc;
 
-/// A loaded tokenizer.
-#[derive(Debug)]
-pub struct Tokenizer {}
+use quire_scheduler::TokenId;
 
+use bytes::{Spelling, TokenBytes};
+
+pub use detokenizer::Detokenizer;
+pub use template::{ChatTemplate, Clock, Conversation, TemplateError};
+
+/// A loaded tokenizer.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    bytes: TokenBytes,
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tokenizer[{} tokens]", self.vocab_size())
+    }
+}
+
+/// What is wrong with a tokenizer file, or a text it cannot encode.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
-    #[error("tokenizer: {0}")]
+    /// The file does not describe a tokenizer.
+    #[error("not a tokenizer.json: {0}")]
     Invalid(String),
+    /// Its decoder is of a kind whose text cannot be streamed.
+    #[error(
+        "decoder `{0}`, expected ByteLevel or a SentencePiece-style one (Metaspace, ByteFallback)"
+    )]
+    Decoder(String),
+    /// The text cannot be encoded.
+    #[error("the text cannot be encoded: {0}")]
+    Encode(String),
 }
 
 impl Tokenizer {
     /// From the bytes of a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// The file is not a tokenizer, or of a kind that is not supported.
     pub fn from_json(json: &[u8]) -> Result<Self, TokenizerError> {
-        todo!()
+        let mut inner = tokenizers::Tokenizer::from_bytes(json)
+            .map_err(|error| TokenizerError::Invalid(error.to_string()))?;
+        // Truncation or padding left over from training would silently change prompts.
+        inner
+            .with_truncation(None)
+            .map_err(|error| TokenizerError::Invalid(error.to_string()))?;
+        inner.with_padding(None);
+        let file: serde_json::Value = serde_json::from_slice(json)
+            .map_err(|error| TokenizerError::Invalid(error.to_string()))?;
+        let spelling = Spelling::of(&file["decoder"])
+            .ok_or_else(|| TokenizerError::Decoder(file["decoder"]["type"].to_string()))?;
+        let bytes = TokenBytes::new(&inner, spelling);
+        Ok(Self { inner, bytes })
     }
+
     /// Special tokens written in `text` become their ids; `add_special` adds what the model's post-processor adds (BOS …).
+    ///
+    /// # Errors
+    /// The tokenizer's model has no token for some part of the text and no unknown token.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, TokenizerError> {
-        todo!()
+        let encoding = self
+            .inner
+            .encode_fast(text, add_special)
+            .map_err(|error| TokenizerError::Encode(error.to_string()))?;
+        Ok(encoding.get_ids().iter().map(|&id| TokenId(id)).collect())
     }
-    /// Ids outside the vocabulary decode to nothing.
+
+    /// The text of a whole sequence. Ids outside the vocabulary decode to nothing.
     pub fn decode(&self, tokens: &[TokenId], skip_special: bool) -> String {
-        todo!()
+        let mut state = detokenizer::State::new(skip_special, self.bytes.strips_first());
+        let mut text = String::new();
+        for &token in tokens {
+            state.push(&self.bytes, token, &mut text);
+        }
+        state.finish(&mut text);
+        text
     }
-    /// The bytes one token stands for on its own (not necessarily UTF-8), for logprobs displays.
-    pub fn token_bytes(&self, token: TokenId) -> Vec<u8> {
-        todo!()
+
+    /// The bytes one token stands for on its own (not necessarily UTF-8), for displays of log-probabilities.
+    pub fn token_bytes(&self, token: TokenId) -> &[u8] {
+        self.bytes.get(token)
     }
+
+    /// The id of a token given as the vocabulary spells it.
     pub fn token_id(&self, token: &str) -> Option<TokenId> {
-        todo!()
+        self.inner.token_to_id(token).map(TokenId)
     }
+
+    /// Whether the token is a control token, which is not part of the text.
+    pub fn is_special(&self, token: TokenId) -> bool {
+        self.bytes.is_special(token)
+    }
+
+    /// Tokens of the vocabulary, added ones included.
     pub fn vocab_size(&self) -> usize {
-        todo!()
+        self.inner.get_vocab_size(true)
     }
+
+    /// Bytes of the longest token: a text of `n` times as many bytes has at least `n` tokens.
+    pub fn longest_token(&self) -> usize {
+        self.bytes.longest()
+    }
+
     /// Detokenises a stream of generated tokens that follow `prompt`.
     pub fn detokenizer(self: &Arc<Self>, prompt: &[TokenId], skip_special: bool) -> Detokenizer {
-        todo!()
-    }
-}
-
-/// Turns generated tokens into text as they come: never splits a UTF-8 character, never holds a token back longer than it must.
-#[derive(Debug)]
-pub struct Detokenizer {}
-
-impl Detokenizer {
-    /// The text that is certain now and was not before; may be empty. All pushes plus `finish` concatenate to what `decode` gives.
-    pub fn push(&mut self, token: TokenId) -> String {
-        todo!()
-    }
-    /// What was held back (an incomplete character as U+FFFD).
-    pub fn finish(&mut self) -> String {
-        todo!()
-    }
-}
-
-/// A model's chat template (Jinja), compiled.
-#[derive(Debug)]
-pub struct ChatTemplate {}
-
-/// A conversation to render, in the shape Hugging Face templates expect.
-#[derive(Debug, Clone, Default)]
-pub struct Conversation {
-    /// Messages as JSON objects: `role`, `content` (string or parts), `tool_calls` …
-    pub messages: Vec<serde_json::Value>,
-    /// Tool definitions as JSON schema objects; empty for none.
-    pub tools: Vec<serde_json::Value>,
-    /// End with the header of an assistant message.
-    pub add_generation_prompt: bool,
-    /// Further variables of the template (`enable_thinking` …).
-    pub variables: serde_json::Map<String, serde_json::Value>,
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum TemplateError {
-    #[error("the chat template does not compile: {0}")]
-    Compile(String),
-    /// The template itself refused (`raise_exception`) or could not render this conversation: the client's fault.
-    #[error("the chat template refused the conversation: {0}")]
-    Render(String),
-}
-
-impl ChatTemplate {
-    /// `special` are the named special tokens templates refer to: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
-    pub fn new(
-        source: &str,
-        special: &serde_json::Map<String, serde_json::Value>,
-    ) -> Result<Self, TemplateError> {
-        todo!()
-    }
-    pub fn render(&self, conversation: &Conversation) -> Result<String, TemplateError> {
-        todo!()
-    }
-    pub fn source(&self) -> &str {
-        todo!()
+        // The space that SentencePiece puts before the first word is not text; after a prompt no word is the first.
+        let strip = self.bytes.strips_first() && prompt.is_empty();
+        Detokenizer::new(Arc::clone(self), skip_special, strip)
     }
 }

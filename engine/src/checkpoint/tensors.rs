@@ -1,0 +1,213 @@
+//! [`Tensors`]: the weights of a checkpoint by name.
+
+use std::collections::BTreeMap;
+
+use quire_kernels::Format;
+use safetensors::tensor::{Dtype, Metadata, SafeTensors};
+
+use super::CheckpointError;
+use super::files::{Bytes, Files};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// The tensors of a checkpoint by name, memory-mapped (or static, for the demo model).
+#[derive(Debug)]
+pub struct Tensors {
+    shards: Vec<Bytes>,
+    entries: BTreeMap<String, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    shard: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    begin: usize,
+    end: usize,
+}
+
+/// One tensor's bytes, little-endian, row-major.
+#[derive(Debug, Clone, Copy)]
+pub struct TensorView<'a> {
+    /// Type of the elements: a float.
+    pub format: Format,
+    /// Its shape.
+    pub shape: &'a [usize],
+    /// Exactly as many bytes as type and shape demand.
+    pub data: &'a [u8],
+}
+
+impl Tensors {
+    pub(super) fn open(files: &Files) -> Result<Self, CheckpointError> {
+        let mut tensors = Self {
+            shards: Vec::new(),
+            entries: BTreeMap::new(),
+        };
+        if let Some(bytes) = files.map(SINGLE)? {
+            tensors.add(SINGLE, bytes)?;
+            return Ok(tensors);
+        }
+        let Some(index) = files.json(INDEX)? else {
+            return Err(files.missing(&format!("{SINGLE} and no {INDEX}")));
+        };
+        let map = index["weight_map"]
+            .as_object()
+            .ok_or_else(|| CheckpointError::file(INDEX, "no object `weight_map`"))?;
+        let mut names: Vec<&str> = Vec::new();
+        for (tensor, shard) in map {
+            let shard = shard.as_str().unwrap_or_default();
+            // A shard is a file beside the index, nothing else.
+            let plain = !shard.is_empty()
+                && !shard.contains(['/', '\\'])
+                && shard != ".."
+                && std::path::Path::new(shard)
+                    .extension()
+                    .is_some_and(|e| e == "safetensors");
+            if !plain {
+                return Err(CheckpointError::Field {
+                    file: INDEX,
+                    field: tensor.clone(),
+                    value: map[tensor].to_string(),
+                    expected: "the name of a .safetensors file in the same directory".to_owned(),
+                });
+            }
+            names.push(shard);
+        }
+        names.sort_unstable();
+        names.dedup();
+        for name in names {
+            let bytes = files.map(name)?.ok_or_else(|| files.missing(name))?;
+            tensors.add(name, bytes)?;
+        }
+        if let Some(absent) = map.keys().find(|name| !tensors.contains(name)) {
+            return Err(CheckpointError::file(
+                INDEX,
+                format!("tensor `{absent}` is in none of the shards"),
+            ));
+        }
+        Ok(tensors)
+    }
+
+    /// Reads a shard's header.
+    fn add(&mut self, name: &str, bytes: Bytes) -> Result<(), CheckpointError> {
+        let data = bytes.as_slice();
+        let (header, metadata): (usize, Metadata) =
+            SafeTensors::read_metadata(data).map_err(|error| {
+                CheckpointError::file(name, format!("not a safetensors file: {error:?}"))
+            })?;
+        // The header's length is followed by the header, and that by the data.
+        let begin = header + 8;
+        let length = data.len().saturating_sub(begin);
+        let shard = self.shards.len();
+        for (tensor, info) in metadata.tensors() {
+            let (from, to) = info.data_offsets;
+            if from > to || to > length {
+                return Err(CheckpointError::file(
+                    name,
+                    format!(
+                        "tensor `{tensor}` lies at {from}..{to}, but there are {length} bytes of data (is the file truncated?)"
+                    ),
+                ));
+            }
+            let bits = info
+                .shape
+                .iter()
+                .try_fold(info.dtype.bitsize(), |bits, &size| bits.checked_mul(size));
+            if bits != (to - from).checked_mul(8) {
+                return Err(CheckpointError::file(
+                    name,
+                    format!(
+                        "tensor `{tensor}` of shape {:?} and type {:?} has {} bytes",
+                        info.shape,
+                        info.dtype,
+                        to - from
+                    ),
+                ));
+            }
+            let entry = Entry {
+                shard,
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                begin: begin + from,
+                end: begin + to,
+            };
+            if self.entries.insert(tensor.clone(), entry).is_some() {
+                return Err(CheckpointError::file(
+                    name,
+                    format!("tensor `{tensor}` is in another shard too"),
+                ));
+            }
+        }
+        self.shards.push(bytes);
+        Ok(())
+    }
+
+    /// The tensor `name`, which must have exactly `shape`.
+    ///
+    /// # Errors
+    /// There is none, or it has another shape, or its elements are not floats of 32 or 16 bits.
+    pub fn get(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>, CheckpointError> {
+        let Some(entry) = self.entries.get(name) else {
+            return Err(CheckpointError::MissingTensor {
+                name: name.to_owned(),
+                shape: shape.to_vec(),
+                hint: self.hint(name),
+            });
+        };
+        if entry.shape != shape {
+            return Err(CheckpointError::Shape {
+                name: name.to_owned(),
+                found: entry.shape.clone(),
+                expected: shape.to_vec(),
+            });
+        }
+        let format = match entry.dtype {
+            Dtype::F32 => Format::F32,
+            Dtype::F16 => Format::F16,
+            Dtype::BF16 => Format::Bf16,
+            other => {
+                return Err(CheckpointError::Dtype {
+                    name: name.to_owned(),
+                    dtype: format!("{other:?}"),
+                });
+            }
+        };
+        Ok(TensorView {
+            format,
+            shape: &entry.shape,
+            data: &self.shards[entry.shard].as_slice()[entry.begin..entry.end],
+        })
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
+    /// The tensors' names, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Bytes of all tensors, for progress and memory planning.
+    pub fn total_bytes(&self) -> u64 {
+        self.entries
+            .values()
+            .map(|entry| (entry.end - entry.begin) as u64)
+            .sum()
+    }
+
+    /// A tensor the model will not ask for.
+    pub(super) fn leave_out(&mut self, name: &str) {
+        self.entries.remove(name);
+    }
+
+    /// A tensor whose name ends alike, for a reader who wonders where it went.
+    fn hint(&self, name: &str) -> String {
+        let bare = name.strip_prefix("model.").unwrap_or(name);
+        self.names()
+            .find(|other| other.ends_with(bare))
+            .map_or_else(String::new, |other| format!(" (there is `{other}`)"))
+    }
+}

@@ -1,0 +1,303 @@
+//! [`Sampler`]: one sample's parameters, random stream and memory of its tokens.
+
+use std::sync::Arc;
+
+use quire_scheduler::TokenId;
+
+use super::logprobs::{self, TokenLogprobs};
+use super::penalties::{Seen, forbid};
+use super::{SamplingParams, filter, random};
+
+/// Temperatures below this are greedy, as in vLLM.
+const GREEDY_BELOW: f32 = 1e-5;
+
+/// A chosen token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// The token.
+    pub token: TokenId,
+    /// Present if asked for.
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// Buffers shared by all samplers of an engine thread; reused for every row.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    raw: Vec<f32>,
+    candidates: Vec<(u32, f32)>,
+    weights: Vec<f64>,
+}
+
+/// Chooses one sample's tokens. Lives as long as the sample and survives preemption.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    params: Arc<SamplingParams>,
+    seed: u64,
+    index: u32,
+    generated: u32,
+    seen: Seen,
+    /// What may not be chosen before `min_tokens`: the tokens that would end the sample.
+    ends: Arc<[TokenId]>,
+}
+
+impl Sampler {
+    /// `seed` is already resolved; `index` is the sample's index among `n`; `eos` the model's end ids, forbidden before `min_tokens`.
+    pub fn new(
+        params: Arc<SamplingParams>,
+        seed: u64,
+        index: u32,
+        prompt: &[TokenId],
+        eos: &[TokenId],
+    ) -> Self {
+        let ends = if params.min_tokens > 0 {
+            [&params.stop_token_ids, eos].concat()
+        } else {
+            Vec::new()
+        };
+        Self {
+            seen: Seen::new(&params, prompt),
+            params,
+            seed,
+            index,
+            generated: 0,
+            ends: ends.into(),
+        }
+    }
+
+    /// The same request's sampler for another sample index, before anything was generated.
+    #[must_use]
+    pub fn fork(&self, index: u32) -> Self {
+        Self {
+            index,
+            ..self.clone()
+        }
+    }
+
+    /// Chooses the next token from one row of raw logits (clobbered) and records it.
+    pub fn sample(&mut self, logits: &mut [f32], scratch: &mut Scratch) -> Choice {
+        let params = &*self.params;
+        if params.logprobs.is_some() {
+            scratch.raw.clear();
+            scratch.raw.extend_from_slice(logits);
+        }
+        self.seen.apply(params, logits);
+        if self.generated < params.min_tokens {
+            forbid(logits, &self.ends);
+        }
+        let token = if params.temperature < GREEDY_BELOW {
+            greedy(logits)
+        } else {
+            let draw = random::uniform(self.seed, self.index, self.generated);
+            drawn(params, logits, draw, scratch)
+        };
+        let logprobs = params.logprobs.map(|count| {
+            logprobs::of(&scratch.raw, token, count as usize, &mut scratch.candidates)
+        });
+        self.seen.record(params, token);
+        self.generated += 1;
+        Choice { token, logprobs }
+    }
+
+    /// Tokens chosen so far.
+    pub fn generated(&self) -> u32 {
+        self.generated
+    }
+}
+
+/// The likeliest token, ties to the smallest id; not-a-number never wins.
+fn greedy(logits: &[f32]) -> TokenId {
+    // Two passes that vectorise: the maximum, then where it is.
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let at = logits.iter().position(|&x| x == largest).unwrap_or(0);
+    TokenId(at as u32)
+}
+
+/// A token by the inverse of the cumulative distribution, walked in a fixed order.
+fn drawn(params: &SamplingParams, logits: &mut [f32], draw: f64, scratch: &mut Scratch) -> TokenId {
+    if params.temperature != 1.0 {
+        let inverse = 1.0 / params.temperature;
+        for x in logits.iter_mut() {
+            *x *= inverse;
+        }
+    }
+    let filtered = params.top_k > 0 || params.top_p < 1.0 || params.min_p > 0.0;
+    if filtered {
+        filter::candidates(
+            params,
+            logits,
+            &mut scratch.candidates,
+            &mut scratch.weights,
+        );
+        let at = pick(&scratch.weights, draw);
+        return TokenId(scratch.candidates[at].0);
+    }
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if !largest.is_finite() {
+        return greedy(logits);
+    }
+    scratch.weights.clear();
+    scratch.weights.extend(logits.iter().map(|&x| {
+        if x.is_nan() {
+            0.0
+        } else {
+            f64::from((x - largest).exp())
+        }
+    }));
+    TokenId(pick(&scratch.weights, draw) as u32)
+}
+
+/// The first place where the running sum of `weights` exceeds `draw` of their total.
+fn pick(weights: &[f64], draw: f64) -> usize {
+    let goal = draw * weights.iter().sum::<f64>();
+    let mut sum = 0.0;
+    let mut last = 0;
+    for (at, &weight) in weights.iter().enumerate() {
+        sum += weight;
+        if weight > 0.0 {
+            last = at;
+            if sum > goal {
+                return at;
+            }
+        }
+    }
+    last
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampler(params: SamplingParams, seed: u64) -> Sampler {
+        Sampler::new(Arc::new(params), seed, 0, &[], &[TokenId(0)])
+    }
+
+    fn sample(sampler: &mut Sampler, logits: &[f32]) -> u32 {
+        sampler
+            .sample(&mut logits.to_vec(), &mut Scratch::default())
+            .token
+            .0
+    }
+
+    #[test]
+    fn greedy_takes_the_largest_and_of_equals_the_first() {
+        let greedy = SamplingParams {
+            temperature: 0.0,
+            ..SamplingParams::default()
+        };
+        let mut sampler = sampler(greedy, 0);
+        assert_eq!(sample(&mut sampler, &[1.0, 5.0, 5.0]), 1);
+        assert_eq!(sample(&mut sampler, &[f32::NAN, -1.0, -2.0]), 1);
+        assert_eq!(sample(&mut sampler, &[f32::NAN, f32::NAN]), 0);
+        assert_eq!(sample(&mut sampler, &[f32::NEG_INFINITY; 3]), 0);
+        assert_eq!(sample(&mut sampler, &[1.0, f32::INFINITY, 0.0]), 1);
+    }
+
+    #[test]
+    fn tokens_come_as_often_as_their_probabilities_say() {
+        let logits: Vec<f32> = [0.5_f32, 0.25, 0.125, 0.125]
+            .iter()
+            .map(|p| p.ln())
+            .collect();
+        for params in [
+            SamplingParams::default(),
+            // A filter that keeps everything takes the other path to the same distribution.
+            SamplingParams {
+                top_k: 4,
+                ..SamplingParams::default()
+            },
+        ] {
+            let mut sampler = sampler(params, 3);
+            let mut counts = [0_u32; 4];
+            for _ in 0..80_000 {
+                counts[sample(&mut sampler, &logits) as usize] += 1;
+            }
+            let expected = [40_000.0, 20_000.0, 10_000.0, 10_000.0];
+            let chi: f64 = counts
+                .iter()
+                .zip(expected)
+                .map(|(&c, e)| (f64::from(c) - e).powi(2) / e)
+                .sum();
+            assert!(
+                chi < 16.3,
+                "chi-square with 3 degrees of freedom, p = 0.001: {chi}"
+            );
+        }
+    }
+
+    #[test]
+    fn temperature_sharpens_and_flattens() {
+        let logits = [1.0, 0.0];
+        let share = |temperature| {
+            let mut sampler = sampler(
+                SamplingParams {
+                    temperature,
+                    ..SamplingParams::default()
+                },
+                5,
+            );
+            (0..20_000)
+                .filter(|_| sample(&mut sampler, &logits) == 0)
+                .count() as f64
+                / 20_000.0
+        };
+        for temperature in [0.25_f32, 1.0, 4.0] {
+            let expected = 1.0 / (1.0 + (-1.0 / f64::from(temperature)).exp());
+            assert!((share(temperature) - expected).abs() < 0.015);
+        }
+    }
+
+    #[test]
+    fn the_stream_depends_on_seed_index_and_position_only() {
+        let logits = vec![0.0; 1000];
+        let run = |seed, index| {
+            let mut sampler = sampler(SamplingParams::default(), seed).fork(index);
+            (0..20)
+                .map(|_| sample(&mut sampler, &logits))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(run(1, 0), run(1, 0));
+        assert_ne!(run(1, 0), run(2, 0));
+        assert_ne!(run(1, 0), run(1, 1));
+    }
+
+    #[test]
+    fn an_end_cannot_be_chosen_before_min_tokens() {
+        let mut sampler = sampler(
+            SamplingParams {
+                temperature: 0.0,
+                min_tokens: 2,
+                stop_token_ids: vec![TokenId(1)],
+                ..SamplingParams::default()
+            },
+            0,
+        );
+        let logits = [9.0, 8.0, 7.0];
+        let chosen: Vec<u32> = (0..3).map(|_| sample(&mut sampler, &logits)).collect();
+        assert_eq!(chosen, [2, 2, 0]);
+    }
+
+    #[test]
+    fn logprobs_are_of_the_raw_row() {
+        let mut sampler = sampler(
+            SamplingParams {
+                temperature: 0.1,
+                logit_bias: vec![(TokenId(1), 100.0)],
+                logprobs: Some(1),
+                ..SamplingParams::default()
+            },
+            0,
+        );
+        let choice = sampler.sample(&mut [0.0, 0.0, 0.0, 0.0], &mut Scratch::default());
+        assert_eq!(choice.token, TokenId(1));
+        let logprobs = choice.logprobs.expect("asked for");
+        assert!((logprobs.logprob - 0.25_f32.ln()).abs() < 1e-6);
+        assert_eq!((logprobs.rank, logprobs.top[0].0), (2, TokenId(0)));
+    }
+
+    #[test]
+    fn a_forbidden_token_is_never_drawn() {
+        let mut sampler = sampler(SamplingParams::default(), 9);
+        let logits = [f32::NEG_INFINITY, 0.0, f32::NAN];
+        assert!((0..1000).all(|_| sample(&mut sampler, &logits) == 1));
+    }
+}

@@ -1,0 +1,255 @@
+//! [`ChatTemplate`]: a model's Jinja template, rendered as transformers renders it.
+
+use std::sync::Arc;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::{Environment, Error, ErrorKind};
+
+use super::json;
+
+/// Instructions a template may execute: a hostile one must end.
+const FUEL: u64 = 10_000_000;
+const NAME: &str = "chat template";
+
+/// Tells templates the time: given a format, the formatted local time.
+pub type Clock = Arc<dyn Fn(&str) -> String + Send + Sync>;
+
+/// A model's chat template (Jinja), compiled.
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    source: String,
+    special: serde_json::Map<String, serde_json::Value>,
+}
+
+impl std::fmt::Debug for ChatTemplate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ChatTemplate[{} bytes]", self.source.len())
+    }
+}
+
+/// A conversation to render, in the shape Hugging Face templates expect.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Conversation {
+    /// Messages as JSON objects: `role`, `content` (string or parts), `tool_calls` …
+    pub messages: Vec<serde_json::Value>,
+    /// Tool definitions as JSON schema objects; empty for none.
+    pub tools: Vec<serde_json::Value>,
+    /// End with the header of an assistant message.
+    pub add_generation_prompt: bool,
+    /// Further variables of the template (`enable_thinking` …).
+    pub variables: serde_json::Map<String, serde_json::Value>,
+}
+
+/// What is wrong with a template, or with a conversation it refuses.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateError {
+    /// The template is not valid Jinja.
+    #[error("the chat template does not compile: {0}")]
+    Compile(String),
+    /// The template itself refused (`raise_exception`) or could not render this conversation: the client's fault.
+    #[error("the chat template refused the conversation: {0}")]
+    Render(String),
+}
+
+impl ChatTemplate {
+    /// `special` are the named special tokens templates refer to: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
+    ///
+    /// # Errors
+    /// The source is not valid Jinja.
+    pub fn new(
+        source: &str,
+        special: &serde_json::Map<String, serde_json::Value>,
+    ) -> Result<Self, TemplateError> {
+        let clock = |format: &str| {
+            jiff::fmt::strtime::format(format, &jiff::Zoned::now())
+                .unwrap_or_else(|_| format.to_owned())
+        };
+        Self::with_clock(source, special, Arc::new(clock))
+    }
+
+    /// As [`ChatTemplate::new`], with a clock of the caller's.
+    ///
+    /// # Errors
+    /// The source is not valid Jinja.
+    pub fn with_clock(
+        source: &str,
+        special: &serde_json::Map<String, serde_json::Value>,
+        clock: Clock,
+    ) -> Result<Self, TemplateError> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .map_err(|error| TemplateError::Compile(describe(&error)))?;
+        environment.set_syntax(syntax);
+        environment.set_fuel(Some(FUEL));
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function(
+            "raise_exception",
+            |message: String| -> Result<Value, Error> {
+                Err(Error::new(ErrorKind::InvalidOperation, message))
+            },
+        );
+        environment.add_function("strftime_now", move |format: &str| clock(format));
+        environment.add_filter("tojson", tojson);
+        environment
+            .add_template_owned(NAME, without_generation_tags(source))
+            .map_err(|error| TemplateError::Compile(describe(&error)))?;
+        Ok(Self {
+            environment,
+            source: source.to_owned(),
+            special: special.clone(),
+        })
+    }
+
+    /// The prompt's text.
+    ///
+    /// # Errors
+    /// The template refused the conversation.
+    pub fn render(&self, conversation: &Conversation) -> Result<String, TemplateError> {
+        let mut variables = self.special.clone();
+        variables.extend(conversation.variables.clone());
+        variables.insert("messages".to_owned(), conversation.messages.clone().into());
+        // Templates ask `if tools`, and for its absence with `is none`.
+        let tools = match &conversation.tools[..] {
+            [] => serde_json::Value::Null,
+            tools => tools.to_vec().into(),
+        };
+        variables.insert("tools".to_owned(), tools);
+        variables.insert(
+            "add_generation_prompt".to_owned(),
+            conversation.add_generation_prompt.into(),
+        );
+        self.environment
+            .get_template(NAME)
+            .and_then(|template| template.render(Value::from(Serde(&variables))))
+            .map_err(|error| TemplateError::Render(describe(&error)))
+    }
+
+    /// The template's source.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+}
+
+/// The message, without the engine's dump of variables.
+fn describe(error: &Error) -> String {
+    let mut text = match error.detail() {
+        Some(detail) => detail.to_owned(),
+        None => error.kind().to_string(),
+    };
+    if let Some(line) = error.line() {
+        text.push_str(&format!(" (line {line} of the template)"));
+    }
+    text
+}
+
+/// `{% generation %}` marks what training counts as the assistant's own; transformers renders its contents. So does `{% if true %}`.
+fn without_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = rest.find("{%") {
+        let (before, tag) = rest.split_at(at);
+        out.push_str(before);
+        let Some(end) = tag.find("%}") else {
+            rest = tag;
+            break;
+        };
+        let (tag, after) = tag.split_at(end + 2);
+        let inner = tag[2..tag.len() - 2].trim_matches(['-', '+']).trim();
+        match inner {
+            "generation" => out.push_str(&tag.replace("generation", "if true")),
+            "endgeneration" => out.push_str(&tag.replace("endgeneration", "endif")),
+            _ => out.push_str(tag),
+        }
+        rest = after;
+    }
+    out.push_str(rest);
+    out
+}
+
+/// transformers' `tojson`: Python's `json.dumps` without escaping non-ASCII text.
+fn tojson(value: &Value, arguments: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = arguments.get("indent")?;
+    // Accepted and already so.
+    let _: Option<bool> = arguments.get("ensure_ascii")?;
+    arguments.assert_all_used()?;
+    let value = serde_json::to_value(value)
+        .map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
+    Ok(Value::from_safe_string(json::dumps(&value, indent)))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn template(source: &str) -> ChatTemplate {
+        let special = json!({"bos_token": "<s>"});
+        ChatTemplate::with_clock(
+            source,
+            special.as_object().expect("an object"),
+            Arc::new(|f: &str| format!("<{f}>")),
+        )
+        .expect("it compiles")
+    }
+
+    fn conversation() -> Conversation {
+        Conversation {
+            messages: vec![json!({"role": "user", "content": " Hi & <bye>\n"})],
+            ..Conversation::default()
+        }
+    }
+
+    #[test]
+    fn helpers_of_real_templates_are_there() {
+        let source = "{{ bos_token }}{{ strftime_now('%d %b') }}{% for m in messages %}{% if m.content.strip().startswith('Hi') %}\
+                      {{ m['content'].strip() | tojson }}{% endif %}{{ messages[0:1] | length }}{% endfor %}";
+        let got = template(source)
+            .render(&conversation())
+            .expect("it renders");
+        assert_eq!(got, "<s><%d %b>\"Hi & <bye>\"1");
+    }
+
+    #[test]
+    fn generation_marks_are_transparent() {
+        let source = "a\n{%- generation -%}\n b {{ bos_token }}\n{%- endgeneration -%}\n c";
+        assert_eq!(
+            template(source)
+                .render(&conversation())
+                .expect("it renders"),
+            "ab <s>c"
+        );
+    }
+
+    #[test]
+    fn a_refusal_is_in_the_templates_own_words() {
+        let error = template("{{ raise_exception('Roles must alternate') }}")
+            .render(&conversation())
+            .unwrap_err();
+        assert!(
+            error.to_string().contains("Roles must alternate"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_template_that_does_not_end_is_stopped() {
+        let source =
+            "{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}";
+        assert!(matches!(
+            template(source).render(&conversation()),
+            Err(TemplateError::Render(_))
+        ));
+    }
+
+    #[test]
+    fn what_is_not_jinja_is_refused() {
+        let error = ChatTemplate::new("{% if %}", &serde_json::Map::new()).unwrap_err();
+        assert!(matches!(error, TemplateError::Compile(_)), "{error}");
+    }
+}
