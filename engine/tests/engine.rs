@@ -9,11 +9,10 @@ use std::time::{Duration, Instant};
 use common::{answers, demo_checkpoint, submit};
 use quire::core::{Engine, EngineConfig, Event, FinishReason, Request, SubmitError};
 use quire::sampling::SamplingParams;
-use quire_kernels::cpu::CpuBackend;
 use quire_scheduler::{AddError, TokenId};
 
 fn start(config: &EngineConfig) -> Engine {
-    let backend = CpuBackend::new(common::backend_options(1));
+    let backend = common::backend(1);
     Engine::start(&demo_checkpoint(), backend, config, None, &mut |_| {}).unwrap()
 }
 
@@ -232,7 +231,7 @@ fn a_second_prompt_with_the_same_beginning_finds_it_in_the_cache() {
 #[test]
 fn settings_outside_their_range_are_named() {
     let try_start = |config: &EngineConfig| {
-        let backend = CpuBackend::new(common::backend_options(1));
+        let backend = common::backend(1);
         Engine::start(&demo_checkpoint(), backend, config, None, &mut |_| {})
             .unwrap_err()
             .to_string()

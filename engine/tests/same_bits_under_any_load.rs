@@ -13,7 +13,6 @@ use common::{Answer, Random, answers, demo_checkpoint, submit};
 use quire::checkpoint::Checkpoint;
 use quire::core::{Engine, EngineConfig, Request};
 use quire::sampling::SamplingParams;
-use quire_kernels::cpu::CpuBackend;
 use quire_kernels::{Format, KvDtype};
 use quire_scheduler::{Policy, TokenId};
 
@@ -106,12 +105,12 @@ fn schedule(
     let block_bytes =
         2 * config.layers * config.kv_heads * config.head_dim * block_size * base.kv_dtype.size();
     // The largest request needs 512 tokens of blocks (4 samples of up to 112 tokens); a few hundred more let a handful run side by side.
-    let tokens = 576 + random.below(800);
+    let tokens = 576 + random.below(300);
     let max_batch_tokens = 3 + random.below(if round % 2 == 0 { 40 } else { 400 }) as u32;
     let config = EngineConfig {
         max_batch_tokens,
         max_chunk_tokens: 1 + random.below(max_batch_tokens as usize) as u32,
-        max_seqs: 4 + random.below(60) as u32,
+        max_seqs: 24 + random.below(40) as u32,
         max_model_len: Some(256),
         block_size: block_size as u32,
         kv_cache_memory: Some((tokens.div_ceil(block_size) * block_bytes) as u64),
@@ -190,6 +189,6 @@ fn sampling(random: &mut Random) -> SamplingParams {
 }
 
 fn start(checkpoint: &Checkpoint, config: &EngineConfig, threads: usize) -> Engine {
-    let backend = CpuBackend::new(common::backend_options(threads));
+    let backend = common::backend(threads);
     Engine::start(checkpoint, backend, config, None, &mut |_| {}).unwrap()
 }

@@ -1,9 +1,16 @@
 //! What several integration tests need: the demo model, requests run to their end, a seeded random source.
 #![allow(dead_code, clippy::unwrap_used)]
 
+use half::bf16;
 use quire::checkpoint::{Checkpoint, ModelSource};
 use quire::core::{Engine, Event, FinishReason, Request, RequestStream};
+use quire_kernels::cpu::{CpuBackend, CpuOptions};
 use quire_scheduler::TokenId;
+use safetensors::tensor::{Dtype, TensorView};
+use tempfile::TempDir;
+
+pub const DEMO_DIRECTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/demo-model");
+const DEMO_WEIGHTS: &[u8] = include_bytes!("../../demo-model/model.safetensors");
 
 /// One sample, with log-probabilities as bits: equal means equal to the last bit.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -53,6 +60,54 @@ fn at(answers: &mut Vec<Answer>, index: u32) -> &mut Answer {
 
 pub fn demo_checkpoint() -> Checkpoint {
     Checkpoint::open(&ModelSource::Demo).unwrap()
+}
+
+/// The demo model with its weights widened to f32, in a directory that lives as long as the first of the pair.
+pub fn demo_checkpoint_as_f32() -> (TempDir, Checkpoint) {
+    let demo = demo_checkpoint();
+    let directory = tempfile::tempdir().unwrap();
+    let shapes = safetensors::SafeTensors::deserialize(DEMO_WEIGHTS).unwrap();
+    let widened: Vec<(String, Vec<usize>, Vec<u8>)> = shapes
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| {
+            let bytes = view
+                .data()
+                .chunks_exact(2)
+                .flat_map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32().to_le_bytes())
+                .collect();
+            (name, view.shape().to_vec(), bytes)
+        })
+        .collect();
+    let views = widened.iter().map(|(name, shape, bytes)| {
+        (
+            name,
+            TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap(),
+        )
+    });
+    let path = directory.path();
+    safetensors::serialize_to_file(views, None, &path.join("model.safetensors")).unwrap();
+    for file in [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ] {
+        std::fs::copy(format!("{DEMO_DIRECTORY}/{file}"), path.join(file)).unwrap();
+    }
+    let checkpoint = Checkpoint::open(&ModelSource::Path(path.to_owned())).unwrap();
+    assert_eq!(checkpoint.config, demo.config);
+    (directory, checkpoint)
+}
+
+/// A backend that leaves the machine's cores to the other tests as well.
+pub fn backend(threads: usize) -> CpuBackend {
+    CpuBackend::new(CpuOptions {
+        threads: Some(threads),
+        pin: false,
+        isa: None,
+    })
+    .unwrap()
 }
 
 /// SplitMix64 (Steele et al. 2014): enough for tests, the same everywhere.

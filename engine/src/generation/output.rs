@@ -1,0 +1,235 @@
+//! [`Generation`]: one request's answer as it comes.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use quire_scheduler::TokenId;
+
+use super::observe::Observation;
+use super::stop::StopMatcher;
+use crate::core::{AbortHandle, Event, FinishReason, RequestStream};
+use crate::sampling::TokenLogprobs;
+use crate::tokenizer::{Detokenizer, Tokenizer};
+
+/// What happens to a request, in order: `Started`, then for each sample chunks and a `Finished`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output {
+    /// The request left the queue.
+    Started {
+        /// Prompt tokens found in the prefix cache.
+        cached_tokens: u32,
+    },
+    /// One more token of a sample.
+    Chunk {
+        /// Which of the `n` samples.
+        index: u32,
+        /// Text that is certain now; may be empty.
+        text: String,
+        /// The token it came with.
+        token: OutputToken,
+    },
+    /// A sample ended.
+    Finished {
+        /// Which of the `n` samples.
+        index: u32,
+        /// Text that was held back until now.
+        text: String,
+        /// Why it ended.
+        reason: FinishReason,
+        /// What stopped it, if something did.
+        stop: Option<StopCause>,
+        /// Tokens generated for this sample.
+        completion_tokens: u32,
+    },
+}
+
+/// A generated token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OutputToken {
+    /// Its id.
+    pub id: TokenId,
+    /// It ended the sample and is not part of its text.
+    pub ends: bool,
+    /// Present if asked for.
+    pub logprobs: Option<Box<TokenLogprobs>>,
+}
+
+/// What stopped a sample.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StopCause {
+    /// An end-of-sequence or stop token.
+    Token(TokenId),
+    /// A stop string.
+    Text(String),
+}
+
+/// Tokens a request has used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Those of them that were found in the prefix cache.
+    pub cached_tokens: u32,
+    /// Tokens generated, of all samples.
+    pub completion_tokens: u32,
+}
+
+/// One request's answer as it comes. Dropping it ends the request.
+pub struct Generation {
+    stream: RequestStream,
+    samples: Vec<Sample>,
+    stops: Arc<[String]>,
+    /// Tokens that end a sample without being text.
+    ends: Arc<[TokenId]>,
+    pending: VecDeque<Output>,
+    prompt: Arc<[TokenId]>,
+    usage: Usage,
+    observation: Observation,
+}
+
+impl std::fmt::Debug for Generation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Generation")
+            .field("usage", &self.usage)
+            .finish_non_exhaustive()
+    }
+}
+
+struct Sample {
+    detokenizer: Detokenizer,
+    matcher: StopMatcher,
+    tokens: u32,
+}
+
+/// How a generation turns tokens into text.
+pub(super) struct TextOptions {
+    pub stops: Arc<[String]>,
+    pub include_stop: bool,
+    pub skip_special: bool,
+    pub ends: Arc<[TokenId]>,
+    pub samples: u32,
+}
+
+impl Generation {
+    pub(super) fn new(
+        stream: RequestStream,
+        tokenizer: &Arc<Tokenizer>,
+        prompt: Arc<[TokenId]>,
+        text: TextOptions,
+        observation: Observation,
+    ) -> Self {
+        let sample = |_| Sample {
+            detokenizer: tokenizer.detokenizer(&prompt, text.skip_special),
+            matcher: StopMatcher::new(Arc::clone(&text.stops), text.include_stop),
+            tokens: 0,
+        };
+        Self {
+            samples: (0..text.samples).map(sample).collect(),
+            stream,
+            stops: text.stops,
+            ends: text.ends,
+            pending: VecDeque::new(),
+            usage: Usage {
+                prompt_tokens: prompt.len() as u32,
+                ..Usage::default()
+            },
+            prompt,
+            observation,
+        }
+    }
+
+    /// The next output; `None` after the last sample finished.
+    pub async fn next(&mut self) -> Option<Output> {
+        loop {
+            if let Some(output) = self.pending.pop_front() {
+                return Some(output);
+            }
+            let Some(event) = self.stream.next().await else {
+                self.observation.ended();
+                return None;
+            };
+            self.take(event);
+        }
+    }
+
+    /// The prompt's tokens.
+    pub fn prompt(&self) -> &Arc<[TokenId]> {
+        &self.prompt
+    }
+
+    /// What was used until now.
+    pub fn usage(&self) -> Usage {
+        self.usage
+    }
+
+    /// Ends the request from elsewhere.
+    pub fn abort_handle(&self) -> AbortHandle {
+        self.stream.abort_handle()
+    }
+
+    fn take(&mut self, event: Event) {
+        match event {
+            Event::Admitted { cached_tokens } => {
+                self.usage.cached_tokens = cached_tokens;
+                self.observation.admitted();
+                self.pending.push_back(Output::Started { cached_tokens });
+            }
+            Event::Token {
+                index,
+                token,
+                logprobs,
+            } => self.take_token(index, token, logprobs),
+            Event::Finished { index, reason } => {
+                let sample = &mut self.samples[index as usize];
+                let mut text = sample.matcher.push(&sample.detokenizer.finish()).text;
+                text.push_str(&sample.matcher.finish());
+                let stop = match reason {
+                    FinishReason::Stop { token } => token.map(StopCause::Token),
+                    _ => None,
+                };
+                self.finish(index, text, reason, stop);
+            }
+        }
+    }
+
+    fn take_token(&mut self, index: u32, token: TokenId, logprobs: Option<Box<TokenLogprobs>>) {
+        self.observation.token();
+        self.usage.completion_tokens += 1;
+        let sample = &mut self.samples[index as usize];
+        sample.tokens += 1;
+        let ends = self.ends.contains(&token);
+        let (text, stop) = if ends {
+            (String::new(), None)
+        } else {
+            let text = sample.detokenizer.push(token);
+            let matched = sample.matcher.push(&text);
+            (matched.text, matched.stop)
+        };
+        self.pending.push_back(Output::Chunk {
+            index,
+            text,
+            token: OutputToken {
+                id: token,
+                ends,
+                logprobs,
+            },
+        });
+        if let Some(which) = stop {
+            self.stream.stop(index);
+            let cause = StopCause::Text(self.stops[which].clone());
+            let reason = FinishReason::Stop { token: None };
+            self.finish(index, String::new(), reason, Some(cause));
+        }
+    }
+
+    fn finish(&mut self, index: u32, text: String, reason: FinishReason, stop: Option<StopCause>) {
+        self.observation.finished(reason);
+        self.pending.push_back(Output::Finished {
+            index,
+            text,
+            reason,
+            stop,
+            completion_tokens: self.samples[index as usize].tokens,
+        });
+    }
+}
