@@ -62,7 +62,7 @@ pub(super) struct ModelArgs {
     pub kv_cache_dtype: KvCacheDtype,
 
     /// Compute every prompt anew instead of reusing what earlier prompts began with
-    #[arg(long, env = "QUIRE_NO_PREFIX_CACHE")]
+    #[arg(long, env = "QUIRE_NO_PREFIX_CACHE", value_parser = clap::builder::BoolishValueParser::new())]
     pub no_prefix_cache: bool,
 
     /// Quantise the weights while loading: smaller and faster, a little less exact

@@ -87,6 +87,24 @@ impl Generator {
         })
     }
 
+    /// Refuses token ids the model does not have.
+    ///
+    /// # Errors
+    /// [`GenerateError::Invalid`], naming `param`.
+    pub fn check_tokens(&self, param: &str, tokens: &[TokenId]) -> Result<(), GenerateError> {
+        let vocab_size = self.engine().model().vocab_size;
+        match tokens.iter().find(|token| token.0 >= vocab_size) {
+            None => Ok(()),
+            Some(token) => Err(GenerateError::param(
+                param,
+                format!(
+                    "{param}: token id {}, expected ids below {vocab_size}",
+                    token.0
+                ),
+            )),
+        }
+    }
+
     /// Checks a request and hands it to the engine.
     ///
     /// # Errors
@@ -103,15 +121,7 @@ impl Generator {
         }
         let tokens: Arc<[TokenId]> = self.tokenize(request.prompt, true).await?.into();
         let model = inner.engine.model();
-        if let Some(token) = tokens.iter().find(|token| token.0 >= model.vocab_size) {
-            return Err(GenerateError::param(
-                "prompt",
-                format!(
-                    "token id {}, expected ids below {}",
-                    token.0, model.vocab_size
-                ),
-            ));
-        }
+        self.check_tokens("prompt", &tokens)?;
         if tokens.is_empty() {
             return Err(GenerateError::param(
                 "prompt",
