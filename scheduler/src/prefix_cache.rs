@@ -220,9 +220,7 @@ mod tests {
     #[test]
     fn different_salts_share_nothing() {
         let mut cache = PrefixCache::new(4, 2, false);
-        cache
-            .store(PrefixCache::root(1), BlockId(0), &tokens([1, 2]), 1)
-            .0;
+        cache.store(PrefixCache::root(1), BlockId(0), &tokens([1, 2]), 1);
         assert_eq!(find(&cache, PrefixCache::root(2), [1, 2], 2), None);
     }
 

@@ -137,14 +137,14 @@ impl ChatTemplate {
 
 /// The message, without the engine's dump of variables.
 fn describe(error: &Error) -> String {
-    let mut text = match error.detail() {
+    let text = match error.detail() {
         Some(detail) => detail.to_owned(),
         None => error.kind().to_string(),
     };
-    if let Some(line) = error.line() {
-        text.push_str(&format!(" (line {line} of the template)"));
+    match error.line() {
+        Some(line) => format!("{text} (line {line} of the template)"),
+        None => text,
     }
-    text
 }
 
 /// `{% generation %}` marks what training counts as the assistant's own; transformers renders its contents. So does `{% if true %}`.
