@@ -1,4 +1,4 @@
-//! The command line: one file per sub-command, flags that several share in [`model_args`].
+//! The command line: one file per sub-command, flags that several share in `model_args`.
 
 mod demo;
 mod logging;

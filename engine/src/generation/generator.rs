@@ -181,19 +181,17 @@ impl Generator {
         prompt: Prompt,
         add_special: bool,
     ) -> Result<Vec<TokenId>, GenerateError> {
-        let work: Box<dyn FnOnce(&Inner) -> Result<Vec<TokenId>, GenerateError> + Send> =
-            match prompt {
-                Prompt::Tokens(tokens) => return Ok(tokens),
-                Prompt::Text(text) => Box::new(move |inner| inner.encode(&text, add_special)),
-                Prompt::Chat(conversation) => Box::new(move |inner| {
-                    let text = inner.render(&conversation)?;
-                    inner.encode(&text, false)
-                }),
-            };
+        if let Prompt::Tokens(tokens) = prompt {
+            return Ok(tokens);
+        }
+        let permit = self.inner.tokenising.acquire().await;
         let inner = Arc::clone(&self.inner);
-        let permit = inner.tokenising.acquire().await;
-        let blocking = Arc::clone(&self.inner);
-        let done = tokio::task::spawn_blocking(move || work(&blocking)).await;
+        let done = tokio::task::spawn_blocking(move || match prompt {
+            Prompt::Tokens(tokens) => Ok(tokens),
+            Prompt::Text(text) => inner.encode(&text, add_special),
+            Prompt::Chat(conversation) => inner.encode(&inner.render(&conversation)?, false),
+        })
+        .await;
         drop(permit);
         done.map_err(|error| GenerateError::Internal(format!("tokenising failed: {error}")))?
     }

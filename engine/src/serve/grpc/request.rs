@@ -245,7 +245,7 @@ mod tests {
             overloaded
                 .metadata()
                 .get("grpc-retry-pushback-ms")
-                .map(|v| v.as_bytes()),
+                .map(tonic::metadata::MetadataValue::as_bytes),
             Some(&b"2000"[..])
         );
     }

@@ -63,6 +63,7 @@ pub(in super::super) async fn chat_completions(
         n: parameters.n(),
         echo: false,
         logprobs: logprobs.is_some(),
+        eos: app.generator.engine().model().eos.clone(),
         tokenizer: Arc::clone(app.generator.tokenizer()),
         prompts: vec![Arc::clone(generation.prompt())],
     };

@@ -36,7 +36,7 @@ struct Body {
 #[derive(Debug, Deserialize)]
 #[serde(
     untagged,
-    expecting = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
+    expecting = "expected a string, a list of strings, a list of token ids, or a list of lists of token ids"
 )]
 enum PromptField {
     Text(String),
@@ -94,6 +94,7 @@ pub(in super::super) async fn completions(
         n: parameters.n(),
         echo: body.echo.unwrap_or(false),
         logprobs: body.logprobs.is_some(),
+        eos: app.generator.engine().model().eos.clone(),
         tokenizer: Arc::clone(app.generator.tokenizer()),
         prompts: generations.iter().map(|g| Arc::clone(g.prompt())).collect(),
     };

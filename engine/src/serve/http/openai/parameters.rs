@@ -40,7 +40,7 @@ pub(super) struct Parameters {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "a string or a list of strings")]
+#[serde(untagged, expecting = "expected a string or a list of strings")]
 enum Stop {
     One(String),
     Several(Vec<String>),

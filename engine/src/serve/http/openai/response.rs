@@ -43,6 +43,8 @@ pub(super) struct Answer {
     pub echo: bool,
     pub logprobs: bool,
     pub tokenizer: Arc<Tokenizer>,
+    /// The model's own ends.
+    pub eos: Vec<TokenId>,
     /// One per prompt.
     pub prompts: Vec<Arc<[TokenId]>>,
 }
@@ -151,7 +153,7 @@ impl Answer {
             }
         }
         value["finish_reason"] = finish_reason(reason).into();
-        value["stop_reason"] = stop_reason(stop);
+        value["stop_reason"] = self.stop_reason(stop);
         if self.delivery.token_ids {
             value["token_ids"] = ids(choice.tokens.iter().map(|token| token.id));
         }
@@ -238,7 +240,7 @@ impl Answer {
                     choice["delta"] = json!({});
                 }
                 choice["finish_reason"] = finish_reason(reason).into();
-                choice["stop_reason"] = stop_reason(stop);
+                choice["stop_reason"] = self.stop_reason(stop);
                 vec![self.envelope(vec![choice], true)]
             }
         })
@@ -314,6 +316,15 @@ impl Answer {
         }
     }
 
+    /// What stopped the sample, if it was not the model's own end: vLLM's field.
+    fn stop_reason(&self, stop: Option<StopCause>) -> Value {
+        match stop {
+            Some(StopCause::Token(token)) if !self.eos.contains(&token) => token.0.into(),
+            Some(StopCause::Text(text)) => text.into(),
+            Some(StopCause::Token(_)) | None => Value::Null,
+        }
+    }
+
     /// The choice of a prompt's sample.
     fn choice(&self, prompt: usize, sample: u32) -> usize {
         prompt * self.n as usize + sample as usize
@@ -373,14 +384,5 @@ fn finish_reason(reason: FinishReason) -> &'static str {
         FinishReason::Stop { .. } => "stop",
         FinishReason::Length => "length",
         FinishReason::Aborted | FinishReason::DeadlineExceeded | FinishReason::Failed => "abort",
-    }
-}
-
-/// What stopped the sample, if it was not the model's own end: vLLM's field.
-fn stop_reason(stop: Option<StopCause>) -> Value {
-    match stop {
-        None => Value::Null,
-        Some(StopCause::Token(token)) => token.0.into(),
-        Some(StopCause::Text(text)) => text.into(),
     }
 }
