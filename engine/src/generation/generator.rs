@@ -2,7 +2,7 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use quire_scheduler::{AddError, TokenId};
 use tokio::sync::Semaphore;
@@ -31,6 +31,8 @@ struct Inner {
     histograms: Histograms,
     /// Prompts that may be tokenised at once: more would only delay each other, and the engine's threads.
     tokenising: Semaphore,
+    /// Each answer that is not read to its end holds a clone.
+    unread: Arc<()>,
 }
 
 impl std::fmt::Debug for Inner {
@@ -53,6 +55,7 @@ impl Generator {
                 template: checkpoint.chat_template.clone(),
                 defaults: checkpoint.generation.clone(),
                 tokenising: Semaphore::new(cores),
+                unread: Arc::new(()),
             }),
         }
     }
@@ -70,6 +73,13 @@ impl Generator {
     /// Whether conversations can be rendered.
     pub fn has_chat_template(&self) -> bool {
         self.inner.template.is_some()
+    }
+
+    /// Resolves when every answer has been read to its end or given up. To be asked while a server ends: it looks again and again.
+    pub async fn answered(&self) {
+        while Arc::strong_count(&self.inner.unread) > 1 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     /// Refuses a name that is neither empty nor the served model's.
@@ -169,6 +179,7 @@ impl Generator {
             tokens,
             text,
             observation,
+            Arc::clone(&inner.unread),
         ))
     }
 

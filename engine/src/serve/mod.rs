@@ -10,6 +10,7 @@
 
 mod grpc;
 mod http;
+mod listener;
 mod metrics;
 mod registry;
 
@@ -21,11 +22,14 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::generation::Generator;
+use listener::Protocol;
 
 pub use metrics::{Metrics, step_observer};
 
-/// How long answers may take to reach their clients once the last one is computed.
+/// How long clients may take to read their answers once the last one is computed.
 const FLUSH: Duration = Duration::from_secs(10);
+/// How long the last bytes may take to leave once nobody has an answer to read.
+const FAREWELL: Duration = Duration::from_millis(500);
 
 /// Largest request body of either protocol, in bytes. Far above any context; what is longer is refused without being read.
 pub(crate) const LARGEST_REQUEST: usize = 32 << 20;
@@ -54,14 +58,6 @@ pub enum ServeError {
         /// What the system said.
         #[source]
         source: std::io::Error,
-    },
-    /// A listener failed.
-    #[error("the {protocol} server failed: {message}")]
-    Listener {
-        /// Which one.
-        protocol: &'static str,
-        /// Why.
-        message: String,
     },
     /// The engine thread is gone.
     #[error("the engine has stopped; see the log for the reason")]
@@ -116,7 +112,7 @@ impl Server {
     /// Serves until `shutdown` resolves, then drains.
     ///
     /// # Errors
-    /// The engine died or a listener failed.
+    /// The engine died.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
         let engine = self.generator.engine().clone();
         let (close, closing) = watch::channel(false);
@@ -125,14 +121,19 @@ impl Server {
 
         let upkeep = tokio::spawn(self.metrics.clone().upkeep());
         let _stops_with_us = AbortOnDrop(upkeep);
-        let router = http::router(self.generator.clone(), self.metrics);
-        let mut http = tokio::spawn(http::serve(self.http, router, closed(closing.clone())));
-        let mut grpc = tokio::spawn(grpc::serve(
+        let http = listener::serve(
+            self.http,
+            http::router(self.generator.clone(), self.metrics),
+            Protocol::Http,
+            closed(closing.clone()),
+        );
+        let grpc = listener::serve(
             self.grpc,
-            self.generator,
-            health.clone(),
+            grpc::router(self.generator.clone(), health.clone()),
+            Protocol::Grpc,
             closed(closing),
-        ));
+        );
+        let mut listening = std::pin::pin!(async { tokio::join!(http, grpc) });
 
         tokio::select! {
             () = shutdown => {}
@@ -140,8 +141,8 @@ impl Server {
                 health.serving(false).await;
                 return Err(ServeError::EngineStopped);
             }
-            end = &mut http => return Err(failure("HTTP", end)),
-            end = &mut grpc => return Err(failure("gRPC", end)),
+            // Not before `close` is sent.
+            _ = &mut listening => {}
         }
 
         engine.drain();
@@ -150,11 +151,23 @@ impl Server {
             requests = engine.stats().in_flight,
             "shutting down: finishing what was accepted, refusing what is new"
         );
-        engine.drained().await;
+        // Connections are served meanwhile: what is new is refused in words, not by silence.
+        tokio::select! {
+            () = engine.drained() => {}
+            _ = &mut listening => {}
+        }
         close.send_replace(true);
-        let flushed = tokio::time::timeout(FLUSH, async { tokio::join!(http, grpc) }).await;
-        if flushed.is_err() {
-            tracing::warn!("some clients did not read their answers in {FLUSH:?}");
+        let answered = async {
+            self.generator.answered().await;
+            tokio::time::sleep(FAREWELL).await;
+        };
+        tokio::select! {
+            _ = &mut listening => {}
+            // Who holds a connection open without an answer to read (a health watch, half a request) is not waited for.
+            () = answered => {}
+            () = tokio::time::sleep(FLUSH) => {
+                tracing::warn!("some clients did not read their answers within {FLUSH:?}");
+            }
         }
         if engine.is_healthy() {
             Ok(())
@@ -177,17 +190,4 @@ impl Drop for AbortOnDrop {
 async fn closed(mut closing: watch::Receiver<bool>) {
     // The sender lives as long as `run`; without it there is nothing to wait for either.
     let _ = closing.wait_for(|&closing| closing).await;
-}
-
-/// What a listener that ended before it was told to ended with.
-fn failure<E: std::fmt::Display>(
-    protocol: &'static str,
-    end: Result<Result<(), E>, tokio::task::JoinError>,
-) -> ServeError {
-    let message = match end {
-        Ok(Ok(())) => "it ended".to_owned(),
-        Ok(Err(error)) => error.to_string(),
-        Err(error) => error.to_string(),
-    };
-    ServeError::Listener { protocol, message }
 }

@@ -4,14 +4,15 @@ mod generation;
 mod request;
 mod response;
 
-use std::future::Future;
-use std::time::Duration;
-
+use axum::Router;
+use axum::body::Body;
 use quire_proto::v1::generation_server::GenerationServer;
-use tokio::net::TcpListener;
-use tonic::transport::server::TcpIncoming;
+use tonic::Status;
+use tonic::service::Routes;
 use tonic_health::ServingStatus;
+use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::HealthReporter;
+use tower_http::catch_panic::CatchPanicLayer;
 
 use super::LARGEST_REQUEST;
 use super::registry::Registry;
@@ -21,9 +22,6 @@ use generation::GenerationService;
 
 /// The services whose health is reported; the empty name stands for the whole server.
 const SERVICES: [&str; 2] = ["", "quire.v1.Generation"];
-
-/// A peer that does not answer pings for as long is gone, and its requests with it.
-const KEEPALIVE: Duration = Duration::from_secs(30);
 
 /// What `grpc.health.v1` says; clones refer to the same.
 #[derive(Debug, Clone)]
@@ -46,16 +44,8 @@ impl Health {
     }
 }
 
-/// Serves until `closed` resolves and the open calls have ended.
-///
-/// # Errors
-/// The listener failed.
-pub(super) async fn serve(
-    listener: TcpListener,
-    generator: Generator,
-    health: Health,
-    closed: impl Future<Output = ()>,
-) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+/// All services.
+pub(super) fn router(generator: Generator, health: Health) -> Router {
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(quire_proto::FILE_DESCRIPTOR_SET)
@@ -64,16 +54,27 @@ pub(super) async fn serve(
     let service = GenerationService::new(generator, Registry::default());
     let service = GenerationServer::new(service).max_decoding_message_size(LARGEST_REQUEST);
     let health = tonic_health::server::HealthService::from_health_reporter(health.0);
-    tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE))
-        .http2_keepalive_timeout(Some(KEEPALIVE))
-        // One gateway's connection may carry all of the load.
-        .max_concurrent_streams(Some(8192))
-        .add_service(tonic_health::pb::health_server::HealthServer::new(health))
-        .add_service(reflection().build_v1()?)
-        .add_service(reflection().build_v1alpha()?)
-        .add_service(service)
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), closed)
-        .await?;
-    Ok(())
+    let described = "the descriptors are made when quire is built, and a test reads them";
+    let mut routes = Routes::new(service);
+    routes = routes
+        .add_service(HealthServer::new(health))
+        .add_service(reflection().build_v1().expect(described))
+        .add_service(reflection().build_v1alpha().expect(described));
+    routes
+        .into_axum_router()
+        .layer(CatchPanicLayer::custom(|_| {
+            Status::internal("the handler panicked; the server's log says where")
+                .into_http::<Body>()
+        }))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_descriptors_that_reflection_serves_can_be_read() {
+        let builder = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(quire_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+        assert!(builder.build_v1().is_ok());
+    }
 }

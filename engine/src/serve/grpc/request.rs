@@ -156,8 +156,6 @@ fn object(field: &str, text: &str) -> Result<Map<String, Value>, Status> {
 }
 
 /// When the client stops waiting, from the `grpc-timeout` header.
-///
-/// tonic holds unary calls to it but not what a stream sends after its headers; a request must leave the engine in both cases.
 pub(super) fn deadline(metadata: &MetadataMap) -> Option<Instant> {
     let timeout = parse_timeout(metadata.get("grpc-timeout")?.to_str().ok()?)?;
     Instant::now().checked_add(timeout)

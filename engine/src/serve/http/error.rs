@@ -8,6 +8,9 @@ use serde_json::{Value, json};
 use crate::core::FinishReason;
 use crate::generation::GenerateError;
 
+/// Longest message, in bytes.
+const LONGEST_MESSAGE: usize = 1000;
+
 /// An error response.
 #[derive(Debug, Clone)]
 pub(super) struct ApiError {
@@ -22,7 +25,7 @@ impl ApiError {
     pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
         Self {
             status,
-            message: message.into(),
+            message: shortened(message.into()),
             param: None,
             code: None,
             retry_after_s: None,
@@ -32,7 +35,7 @@ impl ApiError {
     /// A request that is wrong in one of its fields.
     pub fn param(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self {
-            param: Some(param.into()),
+            param: Some(shortened(param.into())),
             ..Self::new(StatusCode::BAD_REQUEST, message)
         }
     }
@@ -71,6 +74,16 @@ impl ApiError {
             "code": self.code,
         }})
     }
+}
+
+/// A message quotes what was wrong with a request; the request may be megabytes long.
+fn shortened(mut message: String) -> String {
+    if message.len() > LONGEST_MESSAGE {
+        let cut = (0..=LONGEST_MESSAGE).rfind(|&at| message.is_char_boundary(at));
+        message.truncate(cut.unwrap_or(0));
+        message.push('…');
+    }
+    message
 }
 
 impl IntoResponse for ApiError {

@@ -5,15 +5,12 @@ mod error;
 mod openai;
 mod tokenize;
 
-use std::future::Future;
-
 use axum::extract::State;
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::json;
-use tokio::net::TcpListener;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{LARGEST_REQUEST, Metrics};
@@ -54,28 +51,6 @@ pub(super) fn router(generator: Generator, metrics: Metrics) -> Router {
             metrics,
             started: openai::now(),
         })
-}
-
-/// Serves until `closed` resolves and the open requests have ended.
-///
-/// # Errors
-/// The listener failed.
-pub(super) async fn serve(
-    listener: TcpListener,
-    router: Router,
-    closed: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    use axum::serve::ListenerExt;
-
-    // Tokens are small packets that somebody waits for.
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY");
-        }
-    });
-    axum::serve(listener, router)
-        .with_graceful_shutdown(closed)
-        .await
 }
 
 /// Whether new work is welcome: the readiness probe.

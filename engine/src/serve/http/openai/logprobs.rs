@@ -45,11 +45,15 @@ pub(super) fn completion(
         *offset += token.chars().count();
         texts.push(token);
         chosen.push(finite(logprobs.logprob));
-        let alternatives: Map<String, Value> = logprobs
+        let mut alternatives: Map<String, Value> = logprobs
             .top
             .iter()
             .map(|&(id, logprob)| (text(id), finite(logprob).into()))
             .collect();
+        // The sampled token is always among them, even where it is not among the likeliest.
+        alternatives
+            .entry(texts[texts.len() - 1].clone())
+            .or_insert_with(|| finite(logprobs.logprob).into());
         top.push(Value::Object(alternatives));
     }
     json!({
