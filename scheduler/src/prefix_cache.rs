@@ -59,7 +59,8 @@ impl PrefixCache {
     pub fn new(blocks: u32, block_size: u32, events: bool) -> Self {
         Self {
             block_size: block_size as usize,
-            by_hash: HashMap::new(),
+            // Twice as many as there can be: it then never grows, however entries come and go.
+            by_hash: HashMap::with_capacity(2 * blocks as usize),
             entries: vec![None; blocks as usize],
             tokens: vec![TokenId(0); blocks as usize * block_size as usize],
             next_serial: 1,

@@ -126,6 +126,7 @@ impl Scheduler {
             key,
             salt: new.salt,
             tokens: new.prompt,
+            longest: prompt + new.max_tokens,
             computed: 0,
             blocks: Vec::new(),
             chain: PrefixCache::root(new.salt),
@@ -190,13 +191,18 @@ impl Scheduler {
             "a sequence is forked where its prompt is computed, once for each further sample"
         );
         sequence.pending_forks -= 1;
+        let mut tokens = Vec::with_capacity(sequence.longest as usize);
+        tokens.extend_from_slice(&sequence.tokens);
+        let mut blocks = Vec::with_capacity(sequence.blocks.capacity());
+        blocks.extend_from_slice(&sequence.blocks);
         let child = Sequence {
             state: State::Running,
             key: sequence.key.of_fork(sequence.pending_forks + 1),
             salt: sequence.salt,
-            tokens: sequence.tokens.clone(),
+            tokens,
+            longest: sequence.longest,
             computed: sequence.computed + sequence.scheduled,
-            blocks: sequence.blocks.clone(),
+            blocks,
             chain: sequence.chain,
             pending_forks: 0,
             scheduled: 0,

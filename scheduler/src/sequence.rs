@@ -21,6 +21,8 @@ pub(crate) struct Sequence {
     pub salt: u64,
     /// Known tokens: the prompt, then what was generated.
     pub tokens: Vec<TokenId>,
+    /// Most tokens it can come to know: once it runs, its lists have room for them, so that no step of its generation allocates.
+    pub longest: u32,
     /// Tokens whose keys and values are in its blocks.
     pub computed: u32,
     pub blocks: Vec<BlockId>,
@@ -78,6 +80,8 @@ impl Slots {
                 generation: 0,
                 sequence: Some(sequence),
             });
+            // Room for every slot to become free, so that an end allocates nothing.
+            self.free.reserve(self.slots.len());
             SeqId {
                 slot: self.slots.len() as u32 - 1,
                 generation: 0,

@@ -156,9 +156,14 @@ impl Scheduler {
             self.share_block(block);
         }
         let cached = found.len() as u32 * self.config.block_size;
+        let block_size = self.config.block_size;
         let sequence = self.slots.get_mut(seq).expect("looked up above");
         sequence.state = State::Running;
+        let room = sequence.longest - sequence.known();
+        sequence.tokens.reserve_exact(room as usize);
         sequence.blocks = found;
+        let room = sequence.longest.div_ceil(block_size) as usize - sequence.blocks.len();
+        sequence.blocks.reserve_exact(room);
         sequence.chain = chain;
         sequence.computed = cached;
         sequence.cached = Some(cached);

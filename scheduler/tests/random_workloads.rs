@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use quire_scheduler::{
     AddError, Config, KvEvent, NewSequence, Policy, Sampled, Scheduler, SeqId, Time, TokenId,
@@ -66,6 +67,8 @@ struct World {
     copies: u64,
     hits: u64,
     refused: u64,
+    /// Of every batch so far, in order.
+    trace: DefaultHasher,
 }
 
 impl World {
@@ -101,6 +104,7 @@ impl World {
             copies: 0,
             hits: 0,
             refused: 0,
+            trace: DefaultHasher::new(),
         }
     }
 
@@ -204,6 +208,12 @@ impl World {
             batch.tokens,
             batch.sequences.iter().map(|s| s.len).sum::<u32>()
         );
+        for s in &batch.sequences {
+            let table = self.scheduler.block_table(s.seq);
+            (s.seq, s.start, s.len, s.logits, s.cached).hash(&mut self.trace);
+            table.hash(&mut self.trace);
+        }
+        batch.preempted.hash(&mut self.trace);
         self.copies += batch.copies.len() as u64;
         for copy in &batch.copies {
             let (from, to) = (copy.from.0 as usize * size, copy.to.0 as usize * size);
@@ -395,7 +405,7 @@ fn the_same_calls_give_the_same_batches() {
         let mut batches = Vec::new();
         for _ in 0..500 {
             world.step(true);
-            batches.push(format!("{:?}", world.scheduler.stats()));
+            batches.push(world.trace.finish());
         }
         batches
     };
