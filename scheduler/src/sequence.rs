@@ -34,6 +34,8 @@ pub(crate) struct Sequence {
     pub scheduled: u32,
     /// The current batch gives it logits, and no token has come of them.
     pub awaiting: bool,
+    /// Others may hold the block of its last computed token: look before writing there. False: nobody does.
+    pub tail_may_be_shared: bool,
     /// Set at admission, until it was told in a [`crate::Scheduled`].
     pub cached: Option<u32>,
     /// It was admitted before: its look-ups were counted.
