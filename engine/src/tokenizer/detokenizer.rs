@@ -80,16 +80,13 @@ impl State {
                 Err(error) => {
                     let (valid, after) = rest.split_at(error.valid_up_to());
                     out.push_str(&String::from_utf8_lossy(valid));
-                    match error.error_len() {
-                        // No continuation can make these bytes a character.
-                        Some(wrong) => {
-                            out.push('\u{fffd}');
-                            rest = &after[wrong..];
-                        }
-                        None => {
-                            rest = after;
-                            break;
-                        }
+                    // No continuation can make these bytes a character.
+                    if let Some(wrong) = error.error_len() {
+                        out.push('\u{fffd}');
+                        rest = &after[wrong..];
+                    } else {
+                        rest = after;
+                        break;
                     }
                 }
             }
