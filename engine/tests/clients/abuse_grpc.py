@@ -47,10 +47,10 @@ def hundreds_of_wrong_requests_are_invalid_arguments(server: Server) -> None:
                     list(client.stub.GenerateStream(request, timeout=20))
                 problems[what] = "it was accepted"
             except grpc.RpcError as error:
-                if error.code() != Code.INVALID_ARGUMENT or not error.details():  # type: ignore[attr-defined]
+                if error.code() != Code.INVALID_ARGUMENT or not error.details():
                     problems[what] = expect.describe(error)
-                elif len(error.details()) > 4000:  # type: ignore[attr-defined]
-                    problems[what] = f"a message of {len(error.details())} bytes"  # type: ignore[attr-defined]
+                elif len(error.details()) > 4000:
+                    problems[what] = f"a message of {len(error.details())} bytes"
             expect.that(server.is_alive(), f"the server died of: {what}\n{server.log_tail()}")
     listed = "\n".join(f"  {what}: {problem}" for what, problem in sorted(problems.items()))
     expect.that(not problems, f"{len(problems)} kinds of wrong requests were not refused properly:\n{listed}")
@@ -72,7 +72,7 @@ def bytes_that_are_no_message_harm_nobody(server: Server) -> None:
                     for _ in call(raw, timeout=20):
                         pass
                 except grpc.RpcError as error:
-                    code = error.code()  # type: ignore[attr-defined]
+                    code = error.code()
                     expect.that(code in allowed, f"{method} of {raw[:40]!r}: {expect.describe(error)}")
     expect.that(server.is_alive(), f"the server died\n{server.log_tail()}")
     server.comes_to_rest()
@@ -109,7 +109,7 @@ def control_characters_in_names_are_harmless(server: Server) -> None:
             try:
                 expect.equal(client.stub.Generate(request, timeout=20).request_id, name)
             except grpc.RpcError as error:
-                expect.equal(error.code(), Code.INVALID_ARGUMENT, expect.describe(error))  # type: ignore[attr-defined]
+                expect.equal(error.code(), Code.INVALID_ARGUMENT, expect.describe(error))
             with expect.status(Code.NOT_FOUND, Code.INVALID_ARGUMENT):
                 client.stub.Generate(pb.GenerateRequest(text="Hello", model=name), timeout=20)
     expect.equal(server.http.get("/health").status_code, 200)

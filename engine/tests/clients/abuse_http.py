@@ -4,7 +4,8 @@ import dataclasses
 import json
 import random
 import socket
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import httpx
 
@@ -375,7 +376,7 @@ def _large(chance: random.Random) -> Wrong:
     path, base, _ = chance.choice(_endpoints())
     text = chance.choice(["a", "word ", "é", "👋", "\\u0000", "\\n"])
     long = '"' + text * (MEGABYTES // len(text.encode())) + '"'
-    prompt: Callable[[str], dict[str, Any]] = lambda value: (  # noqa: E731
+    prompt: Callable[[str], dict[str, Any]] = lambda value: (
         {"prompt": Literal(value)} if "prompt" in base else {"messages": [{"role": "user", "content": Literal(value)}]}
     )
     ids = "[" + "1," * (MEGABYTES // 2) + "1]"
@@ -386,11 +387,13 @@ def _large(chance: random.Random) -> Wrong:
             ("of token ids", base | (prompt(ids) if "prompt" in base else {"stop_token_ids": Literal(ids)})),
             ("of empty prompts" if "prompt" in base else "of messages", base | _many(base)),
             ("in a stop string", base | {"stop": Literal(long)}),
+            ("in a temperature", base | {"temperature": Literal(long)}),
+            ("in a model's name", base | {"model": Literal(long)}),
             ("in a salt of no prompt", {"cache_salt": Literal(long)}),
             ("of rubbish", Literal(chance.choice(["x", "[", "{", '"']) * MEGABYTES)),
         ]
     )
-    return Wrong(f"{path} with ten megabytes {what}", _dump(body), path, statuses=(400, 413))
+    return Wrong(f"{path} with ten megabytes {what}", _dump(body), path, statuses=(400, 404, 413))
 
 
 def _many(base: dict[str, Any]) -> dict[str, Any]:

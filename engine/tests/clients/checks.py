@@ -4,8 +4,9 @@ import inspect
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any
 
 from server import Server
 
@@ -118,7 +119,7 @@ def limit(seconds: float) -> Callable[[Callable[..., None]], Callable[..., None]
     """A check's own time limit."""
 
     def mark(check: Callable[..., None]) -> Callable[..., None]:
-        setattr(check, "limit", seconds)
+        check.limit = seconds
         return check
 
     return mark

@@ -2,7 +2,8 @@
 
 import contextlib
 import time
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 
@@ -62,10 +63,10 @@ def status(*codes: grpc.StatusCode, naming: str = "") -> Iterator[Caught]:
         yield caught
     except grpc.RpcError as error:
         caught.value = error
-        equal_code = error.code() in codes  # type: ignore[attr-defined]
+        equal_code = error.code() in codes
         that(equal_code, f"expected {[code.name for code in codes]}, got {describe(error)}")
-        that(error.details(), f"{describe(error)} has no message")  # type: ignore[attr-defined]
-        contains(error.details(), naming, f"message of {describe(error)}")  # type: ignore[attr-defined]
+        that(error.details(), f"{describe(error)} has no message")
+        contains(error.details(), naming, f"message of {describe(error)}")
         return
     raise AssertionError(f"expected {[code.name for code in codes]}, and the call succeeded")
 

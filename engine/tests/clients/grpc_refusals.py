@@ -146,7 +146,7 @@ def a_deadline_while_waiting_ends_the_wait(start) -> None:
         next(iter(long))
         with expect.status(Code.DEADLINE_EXCEEDED):
             client.Generate(text_request(PROMPT, 1), timeout=0.05)
-        waiting = lambda: server.metrics().value("vllm:num_requests_waiting")  # noqa: E731
+        waiting = lambda: server.metrics().value("vllm:num_requests_waiting")
         expect.within(5, lambda: waiting() == 0, "a request whose deadline passed still waits")
         long.cancel()
         server.comes_to_rest()

@@ -73,7 +73,7 @@ def clear_prefix_cache_forgets_every_block(server: Server) -> None:
         server.comes_to_rest()
         expect.that(client.GetStats(pb.GetStatsRequest()).kv_blocks_cached > 0, "nothing is cached")
         client.ClearPrefixCache(pb.ClearPrefixCacheRequest())
-        cached = lambda: client.GetStats(pb.GetStatsRequest()).kv_blocks_cached  # noqa: E731
+        cached = lambda: client.GetStats(pb.GetStatsRequest()).kv_blocks_cached
         expect.within(5, lambda: cached() == 0, "blocks are still cached")
 
 
@@ -173,7 +173,7 @@ def _first(reflect, request) -> list:
     try:
         return [next(call)]
     except grpc.RpcError as error:
-        expect.equal(error.code(), grpc.StatusCode.NOT_FOUND, f"reflection of {request}")  # type: ignore[attr-defined]
+        expect.equal(error.code(), grpc.StatusCode.NOT_FOUND, f"reflection of {request}")
         return [None]
 
 

@@ -1,8 +1,8 @@
 """A client of quire.v1 over the generated stub: notes what it sends and receives, and gives every call a deadline."""
 
 import dataclasses
-from typing import Any, Iterator
-
+from collections.abc import Iterator
+from typing import Any
 
 import expect
 import seen

@@ -15,8 +15,8 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import abuse_grpc
-import abuse_http
 import abuse_hangups
+import abuse_http
 import checks
 import command_line
 import drain
