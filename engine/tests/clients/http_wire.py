@@ -105,3 +105,10 @@ def one_connection_serves_many_requests(server: Server) -> None:
 def a_bearer_token_nobody_asked_for_is_no_error(server: Server) -> None:
     response = server.http.post("/v1/chat/completions", json=CHAT, headers={"Authorization": "Bearer whatever"})
     expect.equal(response.status_code, 200)
+
+
+def a_request_keeps_the_id_its_client_gave_it(server: Server) -> None:
+    named = server.http.post("/v1/chat/completions", json=CHAT, headers={"X-Request-Id": "one-of-mine"})
+    expect.equal(named.headers["x-request-id"], "one-of-mine")
+    ids = {server.http.post("/v1/chat/completions", json=CHAT).headers["x-request-id"] for _ in range(2)}
+    expect.equal(len(ids), 2, f"ids the server chose: {ids}")

@@ -161,6 +161,8 @@ def logprobs_of_a_sampled_token_are_its_own(server: Server) -> None:
         zero = client.completions.create(**request, logprobs=0).choices[0].logprobs
         five = client.completions.create(**request, logprobs=5).choices[0].logprobs
     expect.equal(zero.token_logprobs, five.token_logprobs, "the number of alternatives changes nothing else")
+    for token, logprob, top in zip(five.tokens, five.token_logprobs, five.top_logprobs):
+        expect.equal(top.get(token), logprob, "the chosen token is always reported, beside the likeliest")
     beaten = [max(top.values()) > logprob for top, logprob in zip(five.top_logprobs, five.token_logprobs)]
     expect.that(any(beaten), "at temperature 2 the likeliest token was always chosen")
     expect.that(all(logprob <= 0 for logprob in five.token_logprobs), "a logprob above 0")

@@ -11,6 +11,7 @@ import expect
 import wire
 from quire_client import QuireClient, text_request
 from server import Server
+from stubs import pb
 
 FLAGS = ["--max-seqs", "4", "--max-waiting", "8", "--log-format", "json"]
 CAPACITY = 12
@@ -81,6 +82,16 @@ def a_full_queue_takes_requests_again_when_it_has_room(start) -> None:
         tokens = sum(len(event.chunk.tokens) for event in waiting)
         expect.equal(tokens, 3, "tokens of the one that waited")
         expect.equal(client.Generate(text_request("C", 1)).usage.completion_tokens, 1)
+
+
+def more_samples_than_may_run_at_once_are_wrong_whatever_the_load(start) -> None:
+    server = start("--max-seqs", "4")
+    refused = server.http.post("/v1/completions", json=BODY | {"n": 5})
+    expect.equal(refused.status_code, 400)
+    error = refused.json()["error"]
+    expect.equal((error["param"], error["code"]), ("n", None), f"param and code of {error}")
+    with QuireClient(server) as client, expect.status(grpc.StatusCode.INVALID_ARGUMENT, naming="n "):
+        client.Generate(text_request("A", 1, sampling=pb.SamplingParams(n=5)))
 
 
 def _retries_succeed(server: Server) -> None:
