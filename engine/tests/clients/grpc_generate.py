@@ -108,8 +108,8 @@ def sampling_parameters_are_taken(server: Server) -> None:
     )
     with QuireClient(server) as client:
 
-        def ids(sampling) -> list[list[int]]:
-            return [sample.ids for sample in whole(client.Generate(text_request(PROMPT, 25, sampling=sampling))).samples]
+        def ids(sampling, tokens: int = 25) -> list[list[int]]:
+            return [sample.ids for sample in whole(client.Generate(text_request(PROMPT, tokens, sampling=sampling))).samples]
 
         first = ids(every)
         expect.equal(ids(every), first, "the same seed again")
@@ -125,8 +125,8 @@ def sampling_parameters_are_taken(server: Server) -> None:
         bias = pb.SamplingParams(logit_bias={forced: 100})
         expect.equal(ids(bias), [[forced] * 25], "a bias of 100")
         for penalty in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
-            value = 1.8
-            expect.that(ids(pb.SamplingParams(temperature=0, **{penalty: value})) != greedy, f"{penalty} changed nothing")
+            penalised = pb.SamplingParams(temperature=0, **{penalty: 1.9})
+            expect.that(ids(penalised, 150) != ids(pb.SamplingParams(temperature=0), 150), f"{penalty} changed nothing")
 
 
 def a_stop_string_ends_a_sample(server: Server) -> None:

@@ -89,7 +89,8 @@ def an_unknown_route_and_a_wrong_method_are_explained(server: Server) -> None:
 
 
 def a_body_over_the_limit_is_too_large(server: Server) -> None:
-    response = server.http.post("/v1/completions", content=b'{"prompt": "' + b"a" * (64 << 20) + b'"}')
+    body = b'{"prompt": "' + b"a" * (64 << 20) + b'"}'
+    response = server.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     expect.equal(response.status_code, 413)
     expect.that(response.json()["error"]["message"], "no message")
 

@@ -134,14 +134,17 @@ def return_token_ids_tells_the_tokens(server: Server) -> None:
     prompt = getattr(whole, "prompt_token_ids", None) or getattr(choice, "prompt_token_ids", None)
     expect.equal(prompt, server.tokens(PROMPT), "prompt_token_ids")
     expect.equal(len(choice.token_ids), 24)
-    expect.equal(server.post("/detokenize", {"model": "demo", "tokens": choice.token_ids})["prompt"], choice.text)
+    body = {"model": "demo", "tokens": choice.token_ids, "skip_special_tokens": True}
+    expect.equal(server.post("/detokenize", body)["prompt"], choice.text, "the text of token_ids")
     streamed = [token for chunk in chunks for one in chunk.choices for token in getattr(one, "token_ids", None) or []]
     expect.equal(streamed, choice.token_ids, "streamed token_ids")
 
 
 def logprobs_line_up_with_the_text(server: Server) -> None:
     with server.openai() as client:
-        choice = client.completions.create(**GREEDY, logprobs=4).choices[0]
+        # Control tokens are tokens, too; here they are text as well.
+        extra = {"ignore_eos": True, "skip_special_tokens": False}
+        choice = client.completions.create(**GREEDY | {"extra_body": extra}, logprobs=4).choices[0]
     logprobs = choice.logprobs
     expect.equal("".join(logprobs.tokens), choice.text, "the tokens' text")
     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):

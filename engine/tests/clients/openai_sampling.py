@@ -86,6 +86,17 @@ def a_bias_of_100_forces_a_token_and_of_minus_100_bans_it(server: Server) -> Non
         expect.that(banned not in without.choices[0].token_ids, f"token {banned} was chosen at -100")
 
 
+def tokens_that_are_no_whole_characters_break_no_stream(server: Server) -> None:
+    first, *rest = server.tokens("世")
+    expect.that(rest, "the character is one token; choose another")
+    request = BASE | {"max_tokens": 5, "logit_bias": {str(first): 100}}
+    with server.openai(_strict_response_validation=False) as client:
+        text = client.completions.create(**request).choices[0].text
+        streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**request, stream=True))
+    expect.equal(text, server.post("/detokenize", {"model": "demo", "tokens": [first] * 5})["prompt"], "as it is detokenised")
+    expect.equal(streamed, text, "streamed")
+
+
 def ignore_eos_gives_exactly_max_tokens(server: Server) -> None:
     messages = [{"role": "user", "content": "What is a slice?"}]
     with server.openai() as client:
