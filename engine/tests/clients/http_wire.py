@@ -1,6 +1,9 @@
 """The HTTP side as it is on the wire, with httpx: routes, headers, the form of streams and errors, tokenising."""
 
+import http.client
 import json
+import socket
+import time
 
 import httpx
 
@@ -95,6 +98,31 @@ def a_body_over_the_limit_is_too_large(server: Server) -> None:
     expect.that(response.json()["error"]["message"], "no message")
 
 
+def a_refusal_keeps_its_connection_or_says_that_it_closes_it(server: Server) -> None:
+    """Else the next request of a client that keeps connections alive gets no answer."""
+    for path, kind, length in [
+        ("/v1/completions", "nonsense", 5),
+        ("/v1/nothing", "application/json", 5),
+        ("/v1/models", "application/json", 5),
+        ("/v1/completions", "application/json", 40 << 20),
+    ]:
+        with socket.create_connection(("127.0.0.1", server.http_port), timeout=10) as wire:
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\n\r\n"
+            wire.sendall(head.encode())
+            # The body comes late, as it does over networks; the refusal may come before it.
+            time.sleep(0.1)
+            try:
+                wire.sendall(b"x" * length)
+            except OSError:
+                pass
+            first = _response(wire)
+            expect.that(400 <= first.status < 500, f"POST {path} as {kind} gives {first.status}")
+            if first.getheader("connection") == "close":
+                continue
+            wire.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            expect.equal(_response(wire).status, 200, f"the next request after {first.status} of POST {path}")
+
+
 def one_connection_serves_many_requests(server: Server) -> None:
     with httpx.Client(base_url=server.url, trust_env=False, limits=httpx.Limits(max_connections=1)) as client:
         for index in range(30):
@@ -113,3 +141,10 @@ def a_request_keeps_the_id_its_client_gave_it(server: Server) -> None:
     expect.equal(named.headers["x-request-id"], "one-of-mine")
     ids = {server.http.post("/v1/chat/completions", json=CHAT).headers["x-request-id"] for _ in range(2)}
     expect.equal(len(ids), 2, f"ids the server chose: {ids}")
+
+
+def _response(wire: socket.socket) -> http.client.HTTPResponse:
+    response = http.client.HTTPResponse(wire)
+    response.begin()
+    response.read()
+    return response
