@@ -4,6 +4,8 @@ import dataclasses
 import json
 import random
 import socket
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -172,6 +174,36 @@ def every_field_refuses_what_is_not_its_own(server: Server) -> None:
     expect.that(not problems, f"{len(problems)} values:\n" + "\n".join(problems))
 
 
+def large_bodies_at_once_stall_nobody(server: Server) -> None:
+    """Thirty megabytes, four at a time, of what grows most when it is parsed. Others are served meanwhile, and memory has an end."""
+    ids = b"1," * (15 << 20) + b"1]"
+    message = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, '
+    peak = _peak_memory(server)
+    for path, body in [
+        ("/v1/completions", b'{"prompt": [' + ids + b"}"),
+        ("/v1/chat/completions", message + b'"chat_template_kwargs": {"a": [' + ids + b"}}"),
+        ("/detokenize", b'{"tokens": [' + ids + b"}"),
+    ]:
+        statuses: list[int] = []
+
+        def send(path: str = path, body: bytes = body) -> None:
+            response = httpx.post(server.url + path, content=body, headers=JSON, timeout=50, trust_env=False)
+            statuses.append(response.status_code)
+
+        threads = [threading.Thread(target=send) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            begin = time.monotonic()
+            expect.equal(server.http.get("/health").status_code, 200)
+            took = time.monotonic() - begin
+            expect.that(took < 1, f"/health took {took:.1f} s beside large bodies to {path}")
+            time.sleep(0.02)
+        expect.equal(set(statuses) - {200, 400, 413}, set(), f"statuses of {path}")
+        grown = _peak_memory(server) - peak
+        expect.that(grown < 1 << 30, f"{path}: the server grew by {grown >> 20} MiB")
+
+
 def rubbish_on_the_socket_harms_nobody(server: Server) -> None:
     chance = random.Random(SEED)
     texts = [
@@ -223,6 +255,16 @@ def _problem(client: httpx.Client, wrong: Wrong) -> str | None:
     if not isinstance(param, str | None) or not isinstance(code, str | None):
         return f"param and code are text or null: {response.text[:200]!r}"
     return None
+
+
+def _peak_memory(server: Server) -> int:
+    """Bytes; 0 where the system does not tell."""
+    try:
+        with open(f"/proc/{server.process.pid}/status") as status:
+            lines = dict(line.split(":", 1) for line in status)
+    except OSError:
+        return 0
+    return int(lines["VmHWM"].split()[0]) << 10
 
 
 def _endpoints() -> list[tuple[str, dict[str, Any], dict[str, list[Any]]]]:
