@@ -3,6 +3,8 @@
 import asyncio
 import collections
 import random
+import resource
+import socket
 
 import grpc
 import httpx
@@ -10,6 +12,7 @@ import httpx
 import checks
 import expect
 import wire
+from quire_client import QuireClient, text_request
 from server import Server
 from stubs import pb, pb_grpc
 
@@ -28,6 +31,22 @@ def five_hundred_clients_that_hang_up_leave_nothing_behind(server: Server) -> No
     expect.equal(sum(kinds.values()), CLIENTS, f"clients: {dict(kinds)}")
     expect.equal(server.post("/v1/completions", body)["choices"], before, "an answer before and after")
     expect.equal(server.metrics().value("quire_kv_blocks_used"), 0, "blocks in use")
+
+
+def more_connections_than_the_system_allows_are_survived(start) -> None:
+    if not hasattr(resource, "prlimit"):
+        return  # Linux alone lets us set another process's limit.
+    server = start()
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (60, 60))
+    ports = [server.http_port, server.grpc_port]
+    held = [socket.create_connection(("127.0.0.1", port)) for port in ports * 60]
+    # As many as may be are taken; the rest waits with the system, the next one too.
+    expect.within(5, lambda: "accept" in server.log_text(), "the server has said that it cannot accept")
+    for connection in held:
+        connection.close()
+    expect.equal(server.http.get("/health").status_code, 200, "/health afterwards")
+    with QuireClient(server) as client:
+        expect.equal(client.Generate(text_request("A", 2)).usage.completion_tokens, 2)
 
 
 async def _crowd(server: Server, chance: random.Random) -> collections.Counter:

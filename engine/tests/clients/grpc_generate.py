@@ -260,6 +260,14 @@ def an_abort_from_another_connection_ends_the_stream(server: Server) -> None:
         expect.equal(client.Generate(text_request(PROMPT, 1, request_id="long")).request_id, "long")
 
 
+def a_client_that_does_not_read_delays_nobody(server: Server) -> None:
+    with QuireClient(server) as slow, QuireClient(server) as client:
+        stream = slow.GenerateStream(text_request(PROMPT, 1500, sampling=pb.SamplingParams(seed=1, n=8)))
+        for _ in range(3):
+            expect.equal(client.Generate(text_request(PROMPT, 40)).usage.completion_tokens, 40)
+        expect.equal(collect(stream).usage.completion_tokens, 8 * 1500, "and it gets all of its own answer")
+
+
 def preempted_requests_finish_with_the_same_tokens(start) -> None:
     # 40 blocks of 20 KiB: each request fits, two do not.
     server = start("--max-model-len", "512", "--kv-cache-memory", "800KiB", "--no-prefix-cache")

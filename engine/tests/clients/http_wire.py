@@ -131,6 +131,14 @@ def one_connection_serves_many_requests(server: Server) -> None:
             expect.equal(client.post("/v1/chat/completions", json=body).status_code, 400 if wrong else 200)
 
 
+def bodies_come_in_chunks_and_with_a_charset(server: Server) -> None:
+    body = json.dumps(CHAT).encode()
+    for content in (body, iter([body[:20], body[20:21], body[21:]])):
+        kind = {"content-type": "Application/JSON; charset=utf-8"}
+        response = server.http.post("/v1/chat/completions", content=content, headers=kind)
+        expect.equal(response.status_code, 200, response.text[:200])
+
+
 def a_bearer_token_nobody_asked_for_is_no_error(server: Server) -> None:
     response = server.http.post("/v1/chat/completions", json=CHAT, headers={"Authorization": "Bearer whatever"})
     expect.equal(response.status_code, 200)
