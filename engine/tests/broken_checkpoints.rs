@@ -290,6 +290,9 @@ fn wrong_tensors_are_named() {
     }
 }
 
+/// What is done to an index.
+type Break = fn(&mut Value);
+
 #[test]
 fn wrong_indices_are_named() {
     let tensor = "model.norm.weight";
@@ -308,7 +311,6 @@ fn wrong_indices_are_named() {
         copy.edit(INDEX, |index| index["weight_map"][tensor] = shard.clone());
         copy.refused(&[INDEX, tensor, &shard.to_string()]);
     }
-    type Break = fn(&mut Value);
     let cases: [(Break, &str); 4] = [
         (|index| index["weight_map"] = json!([]), "weight_map"),
         (
