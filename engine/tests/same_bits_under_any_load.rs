@@ -106,7 +106,7 @@ fn schedule(
         2 * config.layers * config.kv_heads * config.head_dim * block_size * base.kv_dtype.size();
     // The largest request needs 512 tokens of blocks (4 samples of up to 112 tokens); a few hundred more let a handful run side by side.
     let tokens = 576 + random.below(300);
-    let max_batch_tokens = 3 + random.below(if round % 2 == 0 { 40 } else { 400 }) as u32;
+    let max_batch_tokens = 3 + random.below(if round.is_multiple_of(2) { 40 } else { 400 }) as u32;
     let config = EngineConfig {
         max_batch_tokens,
         max_chunk_tokens: 1 + random.below(max_batch_tokens as usize) as u32,
@@ -132,7 +132,7 @@ fn requests(random: &mut Random, vocab: u32) -> Vec<Request> {
             let mut prompt = Vec::new();
             if random.below(2) == 0 {
                 let prefix = &prefixes[random.below(prefixes.len())];
-                prompt.extend_from_slice(&prefix[..1 + random.below(prefix.len())]);
+                prompt.extend_from_slice(&prefix[..=random.below(prefix.len())]);
             }
             let own = 1 + random.below(if at % 10 == 0 { 150 } else { 40 });
             prompt.extend((0..own).map(|_| token(random)));

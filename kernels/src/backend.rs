@@ -114,7 +114,7 @@ pub struct Span {
 /// One forward pass over rows of many sequences: what a device needs to know beside the weights.
 ///
 /// Kept and refilled from step to step by its owner, so that it allocates only while it grows.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct Step {
     /// Token id of each row. `[rows]`
     pub tokens: Vec<u32>,
@@ -127,6 +127,23 @@ pub struct Step {
     pub block_tables: Vec<u32>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
+}
+
+impl Clone for Step {
+    fn clone(&self) -> Self {
+        let mut step = Self::default();
+        step.clone_from(self);
+        step
+    }
+
+    /// Keeps the memory it has; the derived one would not.
+    fn clone_from(&mut self, source: &Self) {
+        self.tokens.clone_from(&source.tokens);
+        self.positions.clone_from(&source.positions);
+        self.spans.clone_from(&source.spans);
+        self.block_tables.clone_from(&source.block_tables);
+        self.logit_rows.clone_from(&source.logit_rows);
+    }
 }
 
 impl Step {

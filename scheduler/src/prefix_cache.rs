@@ -4,6 +4,7 @@
 //! is only one if the tokens are equal and its predecessor is the very block that was found before it.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use crate::{BlockId, KvEvent, TokenId};
 
@@ -19,7 +20,7 @@ pub(crate) struct Link {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Entry {
+struct Findable {
     hash: u64,
     parent: u64,
     serial: u64,
@@ -32,7 +33,7 @@ pub(crate) struct PrefixCache {
     block_size: usize,
     by_hash: HashMap<u64, BlockId>,
     /// By block.
-    entries: Vec<Option<Entry>>,
+    entries: Vec<Option<Findable>>,
     /// Tokens of findable blocks, by block. `[blocks, block_size]`
     tokens: Vec<TokenId>,
     next_serial: u64,
@@ -59,7 +60,8 @@ impl PrefixCache {
     pub fn new(blocks: u32, block_size: u32, events: bool) -> Self {
         Self {
             block_size: block_size as usize,
-            by_hash: HashMap::new(),
+            // Twice as many as there can be: it then never grows, however entries come and go.
+            by_hash: HashMap::with_capacity(2 * blocks as usize),
             entries: vec![None; blocks as usize],
             tokens: vec![TokenId(0); blocks as usize * block_size as usize],
             next_serial: 1,
@@ -110,17 +112,24 @@ impl PrefixCache {
         salt: u64,
     ) -> (Link, Option<BlockId>) {
         let hash = chain_hash(parent.hash, tokens);
-        if let Some((_, link)) = self.find(parent, hash, tokens, salt) {
-            return (link, None);
-        }
-        let displaced = self.by_hash.get(&hash).copied();
-        if let Some(other) = displaced {
-            self.evict(other);
-        }
+        let displaced = match self.by_hash.entry(hash) {
+            Entry::Vacant(place) => {
+                place.insert(block);
+                None
+            }
+            Entry::Occupied(place) => {
+                let other = *place.get();
+                if let Some((_, link)) = self.find(parent, hash, tokens, salt) {
+                    return (link, None);
+                }
+                self.evict(other);
+                self.by_hash.insert(hash, block);
+                Some(other)
+            }
+        };
         let serial = self.next_serial;
         self.next_serial += 1;
-        self.by_hash.insert(hash, block);
-        self.entries[block.index()] = Some(Entry {
+        self.entries[block.index()] = Some(Findable {
             hash,
             parent: parent.serial,
             serial,
@@ -220,9 +229,7 @@ mod tests {
     #[test]
     fn different_salts_share_nothing() {
         let mut cache = PrefixCache::new(4, 2, false);
-        cache
-            .store(PrefixCache::root(1), BlockId(0), &tokens([1, 2]), 1)
-            .0;
+        cache.store(PrefixCache::root(1), BlockId(0), &tokens([1, 2]), 1);
         assert_eq!(find(&cache, PrefixCache::root(2), [1, 2], 2), None);
     }
 

@@ -7,7 +7,8 @@ use crate::policy::{Key, Ranking};
 use crate::prefix_cache::{PrefixCache, chain_hash};
 use crate::sequence::{Sequence, Slots, State};
 use crate::{
-    AddError, Batch, BlockId, Config, ConfigError, KvEvent, Sampled, SeqId, Time, TokenId,
+    AddError, Batch, BlockId, Config, ConfigError, KvEvent, Sampled, Scheduled, SeqId, Time,
+    TokenId,
 };
 
 /// A sequence to be run.
@@ -126,12 +127,14 @@ impl Scheduler {
             key,
             salt: new.salt,
             tokens: new.prompt,
+            longest: prompt + new.max_tokens,
             computed: 0,
             blocks: Vec::new(),
             chain: PrefixCache::root(new.salt),
             pending_forks: new.samples - 1,
             scheduled: 0,
             awaiting: false,
+            tail_may_be_shared: false,
             cached: None,
             counted: false,
             hashes: Vec::new(),
@@ -190,17 +193,24 @@ impl Scheduler {
             "a sequence is forked where its prompt is computed, once for each further sample"
         );
         sequence.pending_forks -= 1;
+        sequence.tail_may_be_shared = true;
+        let mut tokens = Vec::with_capacity(sequence.longest as usize);
+        tokens.extend_from_slice(&sequence.tokens);
+        let mut blocks = Vec::with_capacity(sequence.blocks.capacity());
+        blocks.extend_from_slice(&sequence.blocks);
         let child = Sequence {
             state: State::Running,
             key: sequence.key.of_fork(sequence.pending_forks + 1),
             salt: sequence.salt,
-            tokens: sequence.tokens.clone(),
+            tokens,
+            longest: sequence.longest,
             computed: sequence.computed + sequence.scheduled,
-            blocks: sequence.blocks.clone(),
+            blocks,
             chain: sequence.chain,
             pending_forks: 0,
             scheduled: 0,
             awaiting: true,
+            tail_may_be_shared: true,
             cached: None,
             counted: true,
             hashes: Vec::new(),
@@ -219,11 +229,15 @@ impl Scheduler {
     /// Ends the step. The sequences whose logits were wanted, and their forks, that are still alive have a `Sampled` each, in any order; one that
     /// has none will compute its last token again.
     pub fn complete(&mut self, sampled: &[Sampled]) {
+        let mut unanswered = self.forked.len();
         for at in 0..self.batch.sequences.len() {
-            let seq = self.batch.sequences[at].seq;
+            let Scheduled { seq, logits, .. } = self.batch.sequences[at];
+            unanswered += logits as usize;
             if let Some(sequence) = self.slots.get_mut(seq) {
                 sequence.computed += std::mem::take(&mut sequence.scheduled);
-                self.store_blocks(seq);
+                if !sequence.awaiting {
+                    self.store_blocks(seq);
+                }
             }
         }
         for &Sampled {
@@ -238,21 +252,36 @@ impl Scheduler {
             if !std::mem::take(&mut sequence.awaiting) {
                 continue;
             }
-            if finished {
-                self.remove(seq);
-            } else {
+            unanswered -= 1;
+            if !finished {
                 sequence.tokens.push(token);
             }
+            self.store_blocks(seq);
+            if finished {
+                self.remove(seq);
+            }
         }
-        let batch = self.batch.sequences.iter().map(|scheduled| scheduled.seq);
-        for seq in batch.chain(self.forked.drain(..)) {
+        if unanswered > 0 {
+            self.take_back_unanswered();
+        }
+        self.forked.clear();
+        self.batch.clear();
+    }
+
+    /// The last token of a sequence whose logits came to nothing counts as not computed; what is before it does.
+    fn take_back_unanswered(&mut self) {
+        for at in 0..self.batch.sequences.len() + self.forked.len() {
+            let seq = match self.batch.sequences.get(at) {
+                Some(scheduled) => scheduled.seq,
+                None => self.forked[at - self.batch.sequences.len()],
+            };
             if let Some(sequence) = self.slots.get_mut(seq)
                 && std::mem::take(&mut sequence.awaiting)
             {
                 sequence.computed = sequence.known() - 1;
+                self.store_blocks(seq);
             }
         }
-        self.batch.clear();
     }
 
     /// Ends a sequence at any moment and frees what it holds. False: it had ended.
@@ -315,10 +344,10 @@ impl Scheduler {
         if !self.config.prefix_cache {
             return;
         }
+        let size = self.config.block_size;
         let Some(sequence) = self.slots.get_mut(seq) else {
             return;
         };
-        let size = self.config.block_size;
         while (sequence.chain.blocks + 1) * size <= sequence.computed {
             let at = sequence.chain.blocks as usize;
             let tokens = &sequence.tokens[at * size as usize..(at + 1) * size as usize];

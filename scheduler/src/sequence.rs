@@ -21,6 +21,8 @@ pub(crate) struct Sequence {
     pub salt: u64,
     /// Known tokens: the prompt, then what was generated.
     pub tokens: Vec<TokenId>,
+    /// Most tokens it can come to know: once it runs, its lists have room for them, so that no step of its generation allocates.
+    pub longest: u32,
     /// Tokens whose keys and values are in its blocks.
     pub computed: u32,
     pub blocks: Vec<BlockId>,
@@ -32,6 +34,8 @@ pub(crate) struct Sequence {
     pub scheduled: u32,
     /// The current batch gives it logits, and no token has come of them.
     pub awaiting: bool,
+    /// Others may hold the block of its last computed token: look before writing there. False: nobody does.
+    pub tail_may_be_shared: bool,
     /// Set at admission, until it was told in a [`crate::Scheduled`].
     pub cached: Option<u32>,
     /// It was admitted before: its look-ups were counted.
@@ -78,6 +82,8 @@ impl Slots {
                 generation: 0,
                 sequence: Some(sequence),
             });
+            // Room for every slot to become free, so that an end allocates nothing.
+            self.free.reserve(self.slots.len());
             SeqId {
                 slot: self.slots.len() as u32 - 1,
                 generation: 0,

@@ -10,13 +10,19 @@ impl Scheduler {
     /// The time is taken for policies that will need it; those there are fix a sequence's place when it is added.
     pub fn schedule(&mut self, _now: Time) -> &Batch {
         self.batch.clear();
-        self.running.retain(|&seq| {
-            self.slots
-                .get(seq)
-                .is_some_and(|s| s.state == State::Running)
-        });
+        // Every running sequence has one entry in the list; more entries are of some that stopped running.
+        if self.running.len() > self.running_count as usize {
+            self.running.retain(|&seq| {
+                self.slots
+                    .get(seq)
+                    .is_some_and(|s| s.state == State::Running)
+            });
+        }
+        self.prefills.clear();
         self.schedule_decodes();
+        let decodes = self.batch.sequences.len();
         self.schedule_prefills();
+        self.describe(decodes);
         if !self.batch.preempted.is_empty() {
             // A victim may have been scheduled before it lost its blocks.
             let slots = &self.slots;
@@ -24,7 +30,6 @@ impl Scheduler {
                 .sequences
                 .retain(|s| slots.get(s.seq).is_some_and(|x| x.scheduled > 0));
         }
-        self.describe();
         &self.batch
     }
 
@@ -33,6 +38,7 @@ impl Scheduler {
     }
 
     /// One token for each sequence that misses only its last one; where the budget is short, the next step begins with those left out.
+    /// Those that miss more are noted on the way.
     fn schedule_decodes(&mut self) {
         let count = self.running.len();
         if count == 0 {
@@ -40,13 +46,16 @@ impl Scheduler {
         }
         let begin = self.rotation % count;
         self.rotation = 0;
-        for i in 0..count {
-            let at = (begin + i) % count;
+        for at in (begin..count).chain(0..begin) {
             let seq = self.running[at];
             let Some(sequence) = self.slots.get(seq) else {
                 continue;
             };
-            if sequence.state != State::Running || sequence.remaining() != 1 {
+            if sequence.state != State::Running {
+                continue;
+            }
+            if sequence.remaining() > 1 {
+                self.prefills.push((sequence.key, seq));
                 continue;
             }
             if self.budget() == 0 {
@@ -60,15 +69,6 @@ impl Scheduler {
     /// Prompts, running and waiting, in key order: each a chunk, and what is left of the budget to the first of them.
     fn schedule_prefills(&mut self) {
         let mut prefills = std::mem::take(&mut self.prefills);
-        prefills.clear();
-        for &seq in &self.running {
-            if let Some(sequence) = self.slots.get(seq)
-                && sequence.state == State::Running
-                && sequence.remaining() > 1
-            {
-                prefills.push((sequence.key, seq));
-            }
-        }
         prefills.sort_unstable();
         let several = prefills.len() + self.waiting.len() > 1;
         let cap = if several {
@@ -156,9 +156,14 @@ impl Scheduler {
             self.share_block(block);
         }
         let cached = found.len() as u32 * self.config.block_size;
+        let block_size = self.config.block_size;
         let sequence = self.slots.get_mut(seq).expect("looked up above");
         sequence.state = State::Running;
+        let room = sequence.longest - sequence.known();
+        sequence.tokens.reserve_exact(room as usize);
         sequence.blocks = found;
+        let room = sequence.longest.div_ceil(block_size) as usize - sequence.blocks.len();
+        sequence.blocks.reserve_exact(room);
         sequence.chain = chain;
         sequence.computed = cached;
         sequence.cached = Some(cached);
@@ -200,12 +205,14 @@ impl Scheduler {
     /// Schedules `tokens` more tokens of a running sequence. Preempts whoever has the largest key, itself
     /// if need be, while there are no blocks for them.
     fn compute(&mut self, seq: SeqId, tokens: u32) {
-        let sequence = self.slots.get(seq).expect("only running sequences compute");
+        let size = self.config.block_size;
+        let sequence = self
+            .slots
+            .get_mut(seq)
+            .expect("only running sequences compute");
         let first = sequence.computed + sequence.scheduled;
         let end = first + tokens;
-        let size = self.config.block_size;
-        // The block of the first token may be shared with a fork.
-        if !first.is_multiple_of(size) && sequence.scheduled == 0 {
+        if std::mem::take(&mut sequence.tail_may_be_shared) && !first.is_multiple_of(size) {
             let at = (first / size) as usize;
             let shared = sequence.blocks[at];
             if self.pool.references(shared) > 1 {
@@ -231,11 +238,13 @@ impl Scheduler {
         }
         let sequence = self.slots.get_mut(seq).expect("still running");
         if sequence.scheduled == 0 {
+            // Right if all it misses is one token; `describe` says the rest.
+            sequence.awaiting = sequence.remaining() == 1;
             self.batch.sequences.push(Scheduled {
                 seq,
                 start: first,
-                len: 0,
-                logits: 0,
+                len: 1,
+                logits: u32::from(sequence.awaiting),
                 cached: sequence.cached.take(),
             });
         }
@@ -275,6 +284,7 @@ impl Scheduler {
         sequence.state = State::Waiting;
         sequence.computed = 0;
         sequence.cached = None;
+        sequence.awaiting = false;
         self.batch.tokens -= std::mem::take(&mut sequence.scheduled);
         sequence.chain = crate::prefix_cache::PrefixCache::root(sequence.salt);
         let (key, forks) = (sequence.key, sequence.pending_forks);
@@ -287,16 +297,18 @@ impl Scheduler {
         self.hash_known(seq);
     }
 
-    /// Fills in the lengths, which are known only when the whole plan is.
-    fn describe(&mut self) {
-        for scheduled in &mut self.batch.sequences {
+    /// Fills in the lengths of prompts, which are known only when the whole plan is.
+    fn describe(&mut self, decodes: usize) {
+        for scheduled in &mut self.batch.sequences[decodes..] {
             let sequence = self
                 .slots
                 .get_mut(scheduled.seq)
                 .expect("the batch names live sequences");
-            scheduled.len = sequence.scheduled;
-            sequence.awaiting = sequence.remaining() == sequence.scheduled;
-            scheduled.logits = u32::from(sequence.awaiting);
+            if sequence.state == State::Running {
+                scheduled.len = sequence.scheduled;
+                sequence.awaiting = sequence.remaining() == sequence.scheduled;
+                scheduled.logits = u32::from(sequence.awaiting);
+            }
         }
     }
 }

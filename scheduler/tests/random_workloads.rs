@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use quire_scheduler::{
     AddError, Config, KvEvent, NewSequence, Policy, Sampled, Scheduler, SeqId, Time, TokenId,
@@ -66,6 +67,9 @@ struct World {
     copies: u64,
     hits: u64,
     refused: u64,
+    unanswered: u64,
+    /// Of every batch so far, in order.
+    trace: DefaultHasher,
 }
 
 impl World {
@@ -101,6 +105,8 @@ impl World {
             copies: 0,
             hits: 0,
             refused: 0,
+            unanswered: 0,
+            trace: DefaultHasher::new(),
         }
     }
 
@@ -204,6 +210,12 @@ impl World {
             batch.tokens,
             batch.sequences.iter().map(|s| s.len).sum::<u32>()
         );
+        for s in &batch.sequences {
+            let table = self.scheduler.block_table(s.seq);
+            (s.seq, s.start, s.len, s.logits, s.cached).hash(&mut self.trace);
+            table.hash(&mut self.trace);
+        }
+        batch.preempted.hash(&mut self.trace);
         self.copies += batch.copies.len() as u64;
         for copy in &batch.copies {
             let (from, to) = (copy.from.0 as usize * size, copy.to.0 as usize * size);
@@ -216,13 +228,21 @@ impl World {
             batch.sequences.len(),
             "a sequence is scheduled once a step"
         );
+        let mut holders = vec![0; self.config.num_blocks as usize];
+        for live in &self.live {
+            for block in self.scheduler.block_table(live.seq) {
+                holders[block.0 as usize] += 1;
+            }
+        }
         // All keys of a step are stored before any is read: so it is in the kernels, layer by layer.
         for scheduled in &batch.sequences {
             let prefixes = self.prefixes(by_seq[&scheduled.seq]);
             let table = self.scheduler.block_table(scheduled.seq);
             assert!(scheduled.len > 0);
             for p in scheduled.start as usize..(scheduled.start + scheduled.len) as usize {
-                self.slots[table[p / size].0 as usize * size + p % size] = prefixes[p];
+                let block = table[p / size].0 as usize;
+                assert_eq!(holders[block], 1, "a step writes only to a sequence's own");
+                self.slots[block * size + p % size] = prefixes[p];
             }
             self.hits += u64::from(scheduled.cached.unwrap_or(0));
         }
@@ -255,6 +275,10 @@ impl World {
             let Some(at) = self.live.iter().position(|l| l.seq == seq) else {
                 continue; // aborted since the plan was made
             };
+            if self.random.chance(50) {
+                self.unanswered += 1;
+                continue; // it will compute its last token again
+            }
             let mut seqs = vec![seq];
             for _ in 0..std::mem::take(&mut self.live[at].forks) {
                 let fork = self.scheduler.fork(seq);
@@ -366,7 +390,8 @@ impl World {
 
 #[test]
 fn a_million_random_steps_keep_every_invariant() {
-    let (mut steps, mut preemptions, mut copies, mut hits, mut refused) = (0, 0, 0, 0, 0);
+    let (mut steps, mut preemptions, mut copies) = (0, 0, 0);
+    let (mut hits, mut refused, mut unanswered) = (0, 0, 0);
     let mut seed = 1;
     while steps < STEPS {
         let mut world = World::new(seed);
@@ -376,14 +401,19 @@ fn a_million_random_steps_keep_every_invariant() {
         copies += world.copies;
         hits += world.hits;
         refused += world.refused;
+        unanswered += world.unanswered;
         seed += 1;
     }
     println!(
-        "{steps} steps, {seed} configurations: {preemptions} preemptions, {copies} copies on write, {hits} cached tokens, {refused} refusals"
+        "{steps} steps, {seed} configurations: {preemptions} preemptions, {copies} copies on write, {hits} cached tokens, {refused} refusals, {unanswered} steps in vain"
     );
     assert!(steps >= STEPS);
     assert!(
-        preemptions > 10_000 && copies > 1000 && hits > 10_000 && refused > 1000,
+        preemptions > 10_000
+            && copies > 1000
+            && hits > 10_000
+            && refused > 1000
+            && unanswered > 1000,
         "the workloads were to force all of it"
     );
 }
@@ -395,7 +425,7 @@ fn the_same_calls_give_the_same_batches() {
         let mut batches = Vec::new();
         for _ in 0..500 {
             world.step(true);
-            batches.push(format!("{:?}", world.scheduler.stats()));
+            batches.push(world.trace.finish());
         }
         batches
     };

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use flume::{Receiver, Selector, Sender, TryRecvError};
+use flume::{Receiver, Selector, Sender};
 use quire_kernels::{Backend, Step};
 use quire_scheduler::{NewSequence, Sampled, Scheduler, SeqId, Time, TokenId};
 
@@ -81,6 +81,18 @@ struct Sequence {
     limits: Arc<Limits>,
 }
 
+/// What wakes an engine that has nothing to do.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "made once per wake-up and taken apart at once"
+)]
+enum Arrival {
+    Request(Submission),
+    Control(Control),
+    /// Every handle is gone.
+    Closed,
+}
+
 /// What ends the samples of a request.
 struct Limits {
     max_tokens: u32,
@@ -144,11 +156,6 @@ impl<B: Backend> EngineLoop<B> {
     fn receive(&mut self) -> bool {
         if !self.scheduler.has_work() {
             self.publish();
-            enum Arrival {
-                Request(Submission),
-                Control(Control),
-                Closed,
-            }
             let arrival = Selector::new()
                 .recv(&self.requests, |request| {
                     request.map_or(Arrival::Closed, Arrival::Request)
@@ -164,11 +171,8 @@ impl<B: Backend> EngineLoop<B> {
                 Arrival::Closed => return false,
             }
         }
-        loop {
-            match self.requests.try_recv() {
-                Ok(submission) => self.accept(submission),
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
-            }
+        while let Ok(submission) = self.requests.try_recv() {
+            self.accept(submission);
         }
         while let Ok(control) = self.control.try_recv() {
             self.obey(control);

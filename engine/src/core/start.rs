@@ -152,7 +152,7 @@ fn check(config: &EngineConfig) -> Result<(), StartError> {
             return Err(setting(name, value, "1 to 1048576"));
         }
     }
-    if config.block_size == 0 || config.block_size % 16 != 0 || config.block_size > 1024 {
+    if config.block_size == 0 || !config.block_size.is_multiple_of(16) || config.block_size > 1024 {
         return Err(setting(
             "--block-size",
             config.block_size,

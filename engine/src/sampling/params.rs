@@ -204,7 +204,7 @@ mod tests {
             ("presence_penalty", |p| p.presence_penalty = 2.1),
             ("frequency_penalty", |p| p.frequency_penalty = -2.1),
             ("frequency_penalty", |p| {
-                p.frequency_penalty = f32::NEG_INFINITY
+                p.frequency_penalty = f32::NEG_INFINITY;
             }),
             ("n", |p| p.n = 0),
             ("n", |p| p.n = 129),
@@ -213,10 +213,10 @@ mod tests {
             ("logprobs", |p| p.logprobs = Some(21)),
             ("logit_bias", |p| p.logit_bias = vec![(TokenId(10), 0.0)]),
             ("logit_bias", |p| {
-                p.logit_bias = vec![(TokenId(1), f32::NAN)]
+                p.logit_bias = vec![(TokenId(1), f32::NAN)];
             }),
             ("logit_bias", |p| {
-                p.logit_bias = vec![(TokenId(1), 0.0); 1025]
+                p.logit_bias = vec![(TokenId(1), 0.0); 1025];
             }),
             ("stop_token_ids", |p| p.stop_token_ids = vec![TokenId(10)]),
         ];

@@ -80,14 +80,13 @@ impl State {
                 Err(error) => {
                     let (valid, after) = rest.split_at(error.valid_up_to());
                     out.push_str(&String::from_utf8_lossy(valid));
-                    // No continuation can make these bytes a character.
-                    if let Some(wrong) = error.error_len() {
-                        out.push('\u{fffd}');
-                        rest = &after[wrong..];
-                    } else {
+                    let Some(wrong) = error.error_len() else {
                         rest = after;
                         break;
-                    }
+                    };
+                    // No continuation can make these bytes a character.
+                    out.push('\u{fffd}');
+                    rest = &after[wrong..];
                 }
             }
         }

@@ -16,10 +16,12 @@ const DEMO_WEIGHTS: &[u8] = include_bytes!("../../demo-model/model.safetensors")
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Answer {
     pub tokens: Vec<TokenId>,
-    /// Per token: the chosen one's logprob and rank, then the alternatives.
-    pub logprobs: Vec<(u32, u32, Vec<(TokenId, u32)>)>,
+    pub logprobs: Vec<LogprobBits>,
     pub reason: Option<FinishReason>,
 }
+
+/// The chosen token's logprob and rank, then the alternatives.
+pub type LogprobBits = (u32, u32, Vec<(TokenId, u32)>);
 
 pub fn submit(engine: &Engine, request: &Request) -> RequestStream {
     engine.submit(request.clone()).unwrap()

@@ -1,6 +1,5 @@
 //! [`ChatTemplate`]: a model's Jinja template, rendered as transformers renders it.
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
@@ -146,14 +145,14 @@ impl ChatTemplate {
 
 /// The message, without the engine's dump of variables.
 fn describe(error: &Error) -> String {
-    let mut text = match error.detail() {
+    let text = match error.detail() {
         Some(detail) => detail.to_owned(),
         None => error.kind().to_string(),
     };
-    if let Some(line) = error.line() {
-        let _ = write!(text, " (line {line} of the template)");
+    match error.line() {
+        Some(line) => format!("{text} (line {line} of the template)"),
+        None => text,
     }
-    text
 }
 
 /// transformers hands a message's reasoning over under every name that templates read.

@@ -1,0 +1,83 @@
+//! A step in which running sequences generate allocates nothing, however long they have been at it.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use quire_scheduler::{Config, NewSequence, Policy, Sampled, Scheduler, Time, TokenId};
+
+/// The system's allocator, counting.
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is passed on to `System` unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise; the pointer came from `System`.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const SEQUENCES: u32 = 64;
+const PROMPT: u32 = 20;
+const GENERATED: u32 = 500;
+
+#[test]
+fn steps_of_running_sequences_allocate_nothing() {
+    let config = Config {
+        block_size: 16,
+        num_blocks: SEQUENCES * (PROMPT + GENERATED).div_ceil(16) + 100,
+        max_batch_tokens: 4096,
+        max_chunk_tokens: 4096,
+        max_seqs: SEQUENCES,
+        max_model_len: 2048,
+        max_waiting: SEQUENCES,
+        prefix_cache: true,
+        policy: Policy::Priority,
+        priority_aging: 1000,
+        kv_events: false,
+    };
+    let mut scheduler = Scheduler::new(config).expect("a valid configuration");
+    for n in 0..SEQUENCES {
+        let new = NewSequence {
+            prompt: (0..PROMPT).map(|i| TokenId(n * PROMPT + i)).collect(),
+            max_tokens: GENERATED,
+            samples: 1,
+            priority: 0,
+            tenant: 0,
+            salt: 0,
+        };
+        scheduler
+            .add(new, Time(u64::from(n)))
+            .expect("room in the queue");
+    }
+    let mut sampled = Vec::with_capacity(SEQUENCES as usize);
+    let mut before = 0;
+    for step in 0..GENERATED {
+        if step == 2 {
+            // All prompts are computed, and the lists of the step itself have their size.
+            before = ALLOCATIONS.load(Ordering::Relaxed);
+        }
+        sampled.clear();
+        for scheduled in &scheduler.schedule(Time(1000 + u64::from(step))).sequences {
+            sampled.push(Sampled {
+                seq: scheduled.seq,
+                token: TokenId(step),
+                finished: step + 1 == GENERATED,
+            });
+        }
+        assert_eq!(sampled.len(), SEQUENCES as usize, "everybody generates");
+        scheduler.complete(&sampled);
+    }
+    assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0);
+    assert!(!scheduler.has_work());
+}
