@@ -295,7 +295,7 @@ type Break = fn(&mut Value);
 
 #[test]
 fn wrong_indices_are_named() {
-    let tensor = "model.norm.weight";
+    type Break = fn(&mut Value);
     for shard in [
         json!("../model.safetensors"),
         json!("/etc/passwd"),
@@ -308,8 +308,8 @@ fn wrong_indices_are_named() {
         Value::Null,
     ] {
         let copy = Copy::of("qwen3");
-        copy.edit(INDEX, |index| index["weight_map"][tensor] = shard.clone());
-        copy.refused(&[INDEX, tensor, &shard.to_string()]);
+        copy.edit(INDEX, |index| index["weight_map"][NORM] = shard.clone());
+        copy.refused(&[INDEX, NORM, &shard.to_string()]);
     }
     let cases: [(Break, &str); 4] = [
         (|index| index["weight_map"] = json!([]), "weight_map"),
