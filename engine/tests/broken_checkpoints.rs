@@ -290,9 +290,6 @@ fn wrong_tensors_are_named() {
     }
 }
 
-/// What is done to an index.
-type Break = fn(&mut Value);
-
 #[test]
 fn wrong_indices_are_named() {
     type Break = fn(&mut Value);
