@@ -42,7 +42,8 @@ def get_stats_moves_with_a_request(server: Server) -> None:
         usage = [client.Generate(request).usage for _ in range(2)][1]
         stream = client.GenerateStream(text_request("A", 1900))
         next(iter(stream))
-        during = client.GetStats(pb.GetStatsRequest())
+        stats = lambda: client.GetStats(pb.GetStatsRequest())
+        during = expect.within(5, lambda: (now := stats()).requests_running and now, "a stream runs")
         stream.cancel()
         server.comes_to_rest()
         after = client.GetStats(pb.GetStatsRequest())
