@@ -5,6 +5,7 @@
 //! [`serve`] speaks the protocols, [`cli`] is the command line.
 
 pub mod checkpoint;
+pub mod cli;
 pub mod core;
 pub mod generation;
 pub mod model;

@@ -19,7 +19,7 @@ fn latencies(measured: &Measured) -> [(&'static str, &'static str, &Latency); 5]
 /// A page for the terminal.
 pub fn table(measured: &Measured) -> String {
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
     table.set_header(["ms", "mean", "p50", "p90", "p99", "max"]);
     for (name, _, latency) in latencies(measured) {
         let mut row = vec![name.to_owned()];

@@ -1,4 +1,4 @@
-//! The command line: one file per sub-command, flags that several share in [`model_args`].
+//! The command line: one file per sub-command, flags that several share in `model_args`.
 
 mod demo;
 mod logging;
@@ -41,9 +41,9 @@ enum Command {
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
     let done = match command {
-        Command::Serve(args) => serve::serve(args),
-        Command::Run(args) => run::run(args),
-        Command::Demo(args) => demo::demo(args),
+        Command::Serve(args) => serve::serve(&args),
+        Command::Run(args) => run::run(&args),
+        Command::Demo(args) => demo::demo(&args),
     };
     match done {
         Ok(code) => code,

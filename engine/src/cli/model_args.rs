@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use quire_kernels::{Format, KvDtype};
 use quire_scheduler::Policy;
 
-use crate::checkpoint::{Checkpoint, ModelSource};
+use crate::checkpoint::{Checkpoint, CheckpointError, ModelSource};
 use crate::core::{Engine, EngineConfig, StepReport};
 
 use super::progress::Loading;
@@ -62,7 +62,7 @@ pub(super) struct ModelArgs {
     pub kv_cache_dtype: KvCacheDtype,
 
     /// Compute every prompt anew instead of reusing what earlier prompts began with
-    #[arg(long, env = "QUIRE_NO_PREFIX_CACHE")]
+    #[arg(long, env = "QUIRE_NO_PREFIX_CACHE", value_parser = clap::builder::BoolishValueParser::new())]
     pub no_prefix_cache: bool,
 
     /// Quantise the weights while loading: smaller and faster, a little less exact
@@ -149,10 +149,14 @@ impl ModelArgs {
             None => ModelSource::Demo,
             Some(path) => ModelSource::Path(path.clone()),
         };
-        Checkpoint::open(&source).with_context(|| match &self.model {
-            None => "the demo model".to_owned(),
-            Some(path) => format!("model {}", path.display()),
-        })
+        match Checkpoint::open(&source) {
+            // It names the path itself.
+            Err(error @ CheckpointError::NotACheckpoint { .. }) => Err(error.into()),
+            opened => opened.with_context(|| match &self.model {
+                None => "the demo model".to_owned(),
+                Some(path) => format!("model {}", path.display()),
+            }),
+        }
     }
 
     /// Loads the model with a progress bar and starts its engine.

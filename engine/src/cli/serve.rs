@@ -1,1 +1,146 @@
+//! `quire serve`: the server, until it is told to end.
 
+use std::net::SocketAddr;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Args;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::logging::{self, LogFormat};
+use super::model_args::ModelArgs;
+use crate::generation::Generator;
+use crate::serve::{Metrics, Server, step_observer};
+
+/// Exit code of a server that was told twice to end: as of a process ended by SIGINT.
+const INTERRUPTED: i32 = 130;
+
+/// Flags of `quire serve`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Every flag can also be set by the environment variable shown beside it.
+
+Examples:
+  quire serve                                     the demo model, on this machine only
+  quire serve --model ./Qwen3-0.6B --quantize q8_0
+  quire serve --model ./Qwen3-0.6B --http 0.0.0.0:8000 --grpc 0.0.0.0:50051
+
+Try it:
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{\"messages\": [{\"role\": \"user\", \"content\": \"What does `Vec::push` do?\"}]}'
+
+SIGTERM (or Ctrl-C) finishes what was accepted, refuses what is new and exits with 0; a second one exits at once.")]
+pub(super) struct ServeArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+
+    /// Where to listen for HTTP: the OpenAI API, /health, /metrics
+    #[arg(
+        long,
+        env = "QUIRE_HTTP",
+        value_name = "ADDR:PORT",
+        default_value = "127.0.0.1:8000"
+    )]
+    http: SocketAddr,
+
+    /// Where to listen for gRPC: quire.v1.Generation, health, reflection
+    #[arg(
+        long,
+        env = "QUIRE_GRPC",
+        value_name = "ADDR:PORT",
+        default_value = "127.0.0.1:50051"
+    )]
+    grpc: SocketAddr,
+
+    /// The name clients call the model by [default: its directory's name]
+    #[arg(long, env = "QUIRE_SERVED_MODEL_NAME", value_name = "NAME")]
+    served_model_name: Option<String>,
+
+    /// How log lines look
+    #[arg(
+        long,
+        env = "QUIRE_LOG_FORMAT",
+        value_name = "FORMAT",
+        default_value = "text"
+    )]
+    log_format: LogFormat,
+
+    /// What is logged: a level, or a filter such as quire=debug,tonic=warn
+    #[arg(
+        long,
+        env = "QUIRE_LOG_LEVEL",
+        value_name = "LEVEL",
+        default_value = "info"
+    )]
+    log_level: String,
+}
+
+/// Runs the server.
+///
+/// # Errors
+/// The model cannot be loaded, an address is taken, or the engine died.
+pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    logging::start(args.log_format, &args.log_level)?;
+    let metrics = Metrics::install();
+    let checkpoint = args.model.open()?;
+    let mut config = args.model.engine_config();
+    config.served_name.clone_from(&args.served_model_name);
+    let name = config.served_name.as_ref().unwrap_or(&checkpoint.name);
+    let observer = step_observer(name);
+    let engine = args.model.start(&checkpoint, &config, Some(observer))?;
+    let metrics = metrics.with_engine(&engine);
+    let generator = Generator::new(engine, &checkpoint);
+    // The weights are packed; their mapping need not stay.
+    drop(checkpoint);
+
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(async {
+        let mut signals = Signals::listen()?;
+        let server = Server::bind(generator, metrics, args.http, args.grpc).await?;
+        tracing::info!(
+            http = %server.http_address()?,
+            grpc = %server.grpc_address()?,
+            "ready"
+        );
+        server
+            .run(async move {
+                let name = signals.next().await;
+                tracing::info!(signal = name, "asked to end");
+                tokio::spawn(async move {
+                    let name = signals.next().await;
+                    tracing::warn!(signal = name, "asked to end again: exiting now");
+                    std::process::exit(INTERRUPTED);
+                });
+            })
+            .await?;
+        tracing::info!("everything accepted is finished; goodbye");
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// The signals that ask a server to end.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn listen() -> anyhow::Result<Self> {
+        let listen = |kind| signal(kind).context("cannot listen for signals");
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Waits for one; its name.
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}

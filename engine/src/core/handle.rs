@@ -289,6 +289,18 @@ impl Engine {
         }
     }
 
+    /// Resolves when the engine thread has ended, whatever the reason.
+    pub async fn stopped(&self) {
+        loop {
+            let mut told = std::pin::pin!(self.shared.idle.notified());
+            told.as_mut().enable();
+            if !self.is_healthy() {
+                return;
+            }
+            told.await;
+        }
+    }
+
     /// Whether the engine thread lives.
     pub fn is_healthy(&self) -> bool {
         !self.shared.stopped.load(Ordering::SeqCst)

@@ -1,5 +1,7 @@
 //! [`GenerateError`]: why there is no answer, in terms every protocol can express.
 
+use quire_scheduler::AddError;
+
 use crate::core::SubmitError;
 use crate::sampling::InvalidParam;
 
@@ -76,6 +78,9 @@ impl From<SubmitError> for GenerateError {
                 retry_after_s,
             },
             SubmitError::Draining => Self::Draining,
+            SubmitError::Rejected(error @ AddError::TooManySamples { .. }) => {
+                Self::param("n", format!("n: {error}"))
+            }
             SubmitError::Rejected(error) => Self::TooLong(error.to_string()),
             SubmitError::Stopped => Self::Internal(error.to_string()),
         }

@@ -2,7 +2,7 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use quire_scheduler::{AddError, TokenId};
 use tokio::sync::Semaphore;
@@ -31,6 +31,8 @@ struct Inner {
     histograms: Histograms,
     /// Prompts that may be tokenised at once: more would only delay each other, and the engine's threads.
     tokenising: Semaphore,
+    /// Each answer that is not read to its end holds a clone.
+    unread: Arc<()>,
 }
 
 impl std::fmt::Debug for Inner {
@@ -53,6 +55,7 @@ impl Generator {
                 template: checkpoint.chat_template.clone(),
                 defaults: checkpoint.generation.clone(),
                 tokenising: Semaphore::new(cores),
+                unread: Arc::new(()),
             }),
         }
     }
@@ -72,6 +75,13 @@ impl Generator {
         self.inner.template.is_some()
     }
 
+    /// Resolves when every answer has been read to its end or given up. To be asked while a server ends: it looks again and again.
+    pub async fn answered(&self) {
+        while Arc::strong_count(&self.inner.unread) > 1 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     /// Refuses a name that is neither empty nor the served model's.
     ///
     /// # Errors
@@ -85,6 +95,24 @@ impl Generator {
             asked: asked.chars().take(200).collect(),
             served: served.clone(),
         })
+    }
+
+    /// Refuses token ids the model does not have.
+    ///
+    /// # Errors
+    /// [`GenerateError::Invalid`], naming `param`.
+    pub fn check_tokens(&self, param: &str, tokens: &[TokenId]) -> Result<(), GenerateError> {
+        let vocab_size = self.engine().model().vocab_size;
+        match tokens.iter().find(|token| token.0 >= vocab_size) {
+            None => Ok(()),
+            Some(token) => Err(GenerateError::param(
+                param,
+                format!(
+                    "{param}: token id {}, expected ids below {vocab_size}",
+                    token.0
+                ),
+            )),
+        }
     }
 
     /// Checks a request and hands it to the engine.
@@ -103,15 +131,7 @@ impl Generator {
         }
         let tokens: Arc<[TokenId]> = self.tokenize(request.prompt, true).await?.into();
         let model = inner.engine.model();
-        if let Some(token) = tokens.iter().find(|token| token.0 >= model.vocab_size) {
-            return Err(GenerateError::param(
-                "prompt",
-                format!(
-                    "token id {}, expected ids below {}",
-                    token.0, model.vocab_size
-                ),
-            ));
-        }
+        self.check_tokens("prompt", &tokens)?;
         if tokens.is_empty() {
             return Err(GenerateError::param(
                 "prompt",
@@ -159,6 +179,7 @@ impl Generator {
             tokens,
             text,
             observation,
+            Arc::clone(&inner.unread),
         ))
     }
 
@@ -171,19 +192,17 @@ impl Generator {
         prompt: Prompt,
         add_special: bool,
     ) -> Result<Vec<TokenId>, GenerateError> {
-        let work: Box<dyn FnOnce(&Inner) -> Result<Vec<TokenId>, GenerateError> + Send> =
-            match prompt {
-                Prompt::Tokens(tokens) => return Ok(tokens),
-                Prompt::Text(text) => Box::new(move |inner| inner.encode(&text, add_special)),
-                Prompt::Chat(conversation) => Box::new(move |inner| {
-                    let text = inner.render(&conversation)?;
-                    inner.encode(&text, false)
-                }),
-            };
+        if let Prompt::Tokens(tokens) = prompt {
+            return Ok(tokens);
+        }
+        let permit = self.inner.tokenising.acquire().await;
         let inner = Arc::clone(&self.inner);
-        let permit = inner.tokenising.acquire().await;
-        let blocking = Arc::clone(&self.inner);
-        let done = tokio::task::spawn_blocking(move || work(&blocking)).await;
+        let done = tokio::task::spawn_blocking(move || match prompt {
+            Prompt::Tokens(tokens) => Ok(tokens),
+            Prompt::Text(text) => inner.encode(&text, add_special),
+            Prompt::Chat(conversation) => inner.encode(&inner.render(&conversation)?, false),
+        })
+        .await;
         drop(permit);
         done.map_err(|error| GenerateError::Internal(format!("tokenising failed: {error}")))?
     }

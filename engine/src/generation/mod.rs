@@ -15,6 +15,7 @@ mod stop;
 
 pub use error::GenerateError;
 pub use generator::Generator;
+pub(crate) use observe::{SECONDS, labels};
 pub use output::{Generation, Output, OutputToken, StopCause, Usage};
 pub use request::{GenerationRequest, MAX_STOP_STRINGS, Prompt, SamplingRequest};
 

@@ -85,6 +85,8 @@ pub struct Generation {
     prompt: Arc<[TokenId]>,
     usage: Usage,
     observation: Observation,
+    /// Held as long as there is something to read.
+    _unread: Arc<()>,
 }
 
 impl std::fmt::Debug for Generation {
@@ -117,6 +119,7 @@ impl Generation {
         prompt: Arc<[TokenId]>,
         text: TextOptions,
         observation: Observation,
+        unread: Arc<()>,
     ) -> Self {
         let sample = |_| Sample {
             detokenizer: tokenizer.detokenizer(&prompt, text.skip_special),
@@ -135,6 +138,7 @@ impl Generation {
             },
             prompt,
             observation,
+            _unread: unread,
         }
     }
 

@@ -1,1 +1,193 @@
-//! The frontends: thin translations between protocols and [`crate::generation`]. Owned by the frontends' author.
+//! The servers: gRPC and HTTP listeners over one [`Generator`], health, metrics, and an end that loses nothing.
+//!
+//! Every protocol is a thin translation to and from [`crate::generation`]; several services can stand over one engine.
+//!
+//! How it ends: [`Server::run`] is given a future that says when. From then on health checks are red and new work is refused
+//! (`UNAVAILABLE` / 503), what was accepted finishes, answers are flushed, and the listeners close. If the engine dies instead, `run`
+//! fails, so that whoever supervises the process starts a new one.
+//!
+//! **Invariant:** a frontend never touches a tensor.
+
+mod grpc;
+mod http;
+mod listener;
+mod metrics;
+mod registry;
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::generation::Generator;
+use listener::Protocol;
+
+pub use metrics::{Metrics, step_observer};
+
+/// How long clients may take to read their answers once the last one is computed.
+const FLUSH: Duration = Duration::from_secs(10);
+/// How long the last bytes may take to leave once nobody has an answer to read.
+const FAREWELL: Duration = Duration::from_millis(500);
+
+/// Largest request body of either protocol, in bytes. Far above any context; what is longer is refused without being read.
+pub(crate) const LARGEST_REQUEST: usize = 32 << 20;
+
+/// Listeners that are bound and not yet served.
+#[derive(Debug)]
+pub struct Server {
+    generator: Generator,
+    metrics: Metrics,
+    http: TcpListener,
+    grpc: TcpListener,
+}
+
+/// Why a server cannot start, or ended by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// An address is taken or not ours.
+    #[error("cannot listen on {address} for {protocol}: {source}; choose another with {flag}")]
+    Bind {
+        /// What would have been served there.
+        protocol: &'static str,
+        /// The flag that sets the address.
+        flag: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The engine thread is gone.
+    #[error("the engine has stopped; see the log for the reason")]
+    EngineStopped,
+}
+
+impl Server {
+    /// Binds both addresses; port 0 takes a free one.
+    ///
+    /// # Errors
+    /// [`ServeError::Bind`].
+    pub async fn bind(
+        generator: Generator,
+        metrics: Metrics,
+        http: SocketAddr,
+        grpc: SocketAddr,
+    ) -> Result<Self, ServeError> {
+        let bind = async |protocol, flag, address| {
+            TcpListener::bind(address)
+                .await
+                .map_err(|source| ServeError::Bind {
+                    protocol,
+                    flag,
+                    address,
+                    source,
+                })
+        };
+        Ok(Self {
+            http: bind("HTTP", "--http", http).await?,
+            grpc: bind("gRPC", "--grpc", grpc).await?,
+            generator,
+            metrics,
+        })
+    }
+
+    /// Where HTTP listens.
+    ///
+    /// # Errors
+    /// The system does not say.
+    pub fn http_address(&self) -> std::io::Result<SocketAddr> {
+        self.http.local_addr()
+    }
+
+    /// Where gRPC listens.
+    ///
+    /// # Errors
+    /// The system does not say.
+    pub fn grpc_address(&self) -> std::io::Result<SocketAddr> {
+        self.grpc.local_addr()
+    }
+
+    /// Serves until `shutdown` resolves, then drains.
+    ///
+    /// # Errors
+    /// The engine died.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
+        let engine = self.generator.engine().clone();
+        let (close, closing) = watch::channel(false);
+        let health = grpc::Health::new();
+        health.serving(true).await;
+
+        let upkeep = tokio::spawn(self.metrics.clone().upkeep());
+        let _stops_with_us = AbortOnDrop(upkeep);
+        let http = listener::serve(
+            self.http,
+            http::router(self.generator.clone(), self.metrics),
+            Protocol::Http,
+            closed(closing.clone()),
+        );
+        let grpc = listener::serve(
+            self.grpc,
+            grpc::router(self.generator.clone(), health.clone()),
+            Protocol::Grpc,
+            closed(closing),
+        );
+        let mut listening = std::pin::pin!(async { tokio::join!(http, grpc) });
+
+        tokio::select! {
+            () = shutdown => {}
+            () = engine.stopped() => {
+                health.serving(false).await;
+                return Err(ServeError::EngineStopped);
+            }
+            // Not before `close` is sent.
+            _ = &mut listening => {}
+        }
+
+        engine.drain();
+        health.serving(false).await;
+        tracing::info!(
+            requests = engine.stats().in_flight,
+            "shutting down: finishing what was accepted, refusing what is new"
+        );
+        // Connections are served meanwhile: what is new is refused in words, not by silence.
+        tokio::select! {
+            () = engine.drained() => {}
+            _ = &mut listening => {}
+        }
+        close.send_replace(true);
+        let answered = async {
+            self.generator.answered().await;
+            tokio::time::sleep(FAREWELL).await;
+        };
+        tokio::select! {
+            _ = &mut listening => {}
+            // Who holds a connection open without an answer to read (a health watch, half a request) is not waited for.
+            () = answered => {}
+            () = tokio::time::sleep(FLUSH) => {
+                tracing::warn!("some clients did not read their answers within {FLUSH:?}");
+            }
+        }
+        if engine.is_healthy() {
+            Ok(())
+        } else {
+            Err(ServeError::EngineStopped)
+        }
+    }
+}
+
+/// A task that ends with its owner.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Resolves when the listeners are to close.
+async fn closed(mut closing: watch::Receiver<bool>) {
+    // The sender lives as long as `run`; without it there is nothing to wait for either.
+    let _ = closing.wait_for(|&closing| closing).await;
+}

@@ -1,4 +1,7 @@
 //! [`Buffer`]: aligned, zeroed memory that fails with an error instead of ending the process.
+//!
+//! Large buffers come from the system as untouched pages — an allocator would write their zeroes, and a KV cache sized for the worst case would
+//! occupy all of it at once — and in huge pages where there are any: weights are read from end to end at every step.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
@@ -7,6 +10,8 @@ use crate::Error;
 
 /// A cache line, and the widest vector there is.
 const ALIGNMENT: usize = 64;
+/// Buffers of at least so many bytes are mapped: a huge page.
+const MAPPED: usize = 2 << 20;
 
 /// Plain numbers: every bit pattern, all zeroes included, is a value.
 ///
@@ -24,7 +29,7 @@ unsafe impl Plain for i32 {}
 // SAFETY: primitive numbers.
 unsafe impl Plain for f32 {}
 
-/// A fixed-size array of numbers, aligned to 64 bytes and zeroed. Large ones cost no memory until they are written.
+/// A fixed-size array of numbers, aligned to 64 bytes and zeroed. Large ones (see [`MAPPED`]) cost no memory until they are written.
 pub(crate) struct Buffer<T: Plain> {
     data: NonNull<T>,
     len: usize,
@@ -51,10 +56,13 @@ impl<T: Plain> Buffer<T> {
                 len: 0,
             });
         }
-        let layout = Self::layout(bytes);
-        // SAFETY: the layout's size is not zero.
-        let data = unsafe { alloc_zeroed(layout) };
-        let data = NonNull::new(data.cast()).ok_or(Error::OutOfMemory { what, bytes })?;
+        let data = if bytes >= MAPPED {
+            map(bytes)
+        } else {
+            // SAFETY: the layout's size is not zero.
+            NonNull::new(unsafe { alloc_zeroed(Self::layout(bytes)) })
+        };
+        let data = data.ok_or(Error::OutOfMemory { what, bytes })?.cast();
         Ok(Self { data, len })
     }
 
@@ -89,11 +97,61 @@ impl<T: Plain> Buffer<T> {
 impl<T: Plain> Drop for Buffer<T> {
     fn drop(&mut self) {
         let bytes = self.len * size_of::<T>();
-        if bytes > 0 {
+        if bytes >= MAPPED {
+            // SAFETY: mapped in `zeroed` with this very length.
+            unsafe { unmap(self.data.cast(), bytes) };
+        } else if bytes > 0 {
             // SAFETY: allocated in `zeroed` with this very layout.
             unsafe { dealloc(self.data.as_ptr().cast(), Self::layout(bytes)) };
         }
     }
+}
+
+/// Zeroed pages that cost nothing until they are touched.
+#[cfg(unix)]
+fn map(bytes: usize) -> Option<NonNull<u8>> {
+    // SAFETY: a new anonymous mapping touches nothing there is.
+    let data = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        )
+    };
+    if data == libc::MAP_FAILED {
+        return None;
+    }
+    #[cfg(target_os = "linux")]
+    // SAFETY: advice on the mapping just made. Without effect where there are no huge pages.
+    unsafe {
+        libc::madvise(data, bytes, libc::MADV_HUGEPAGE);
+    }
+    NonNull::new(data.cast())
+}
+
+/// # Safety
+/// `data` is a mapping of `bytes` that nobody uses any more.
+#[cfg(unix)]
+unsafe fn unmap(data: NonNull<u8>, bytes: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { libc::munmap(data.as_ptr().cast(), bytes) };
+}
+
+#[cfg(not(unix))]
+fn map(bytes: usize) -> Option<NonNull<u8>> {
+    // SAFETY: the layout's size is not zero.
+    NonNull::new(unsafe { alloc_zeroed(Buffer::<u8>::layout(bytes)) })
+}
+
+/// # Safety
+/// `data` was made by `map` with `bytes`, and nobody uses it any more.
+#[cfg(not(unix))]
+unsafe fn unmap(data: NonNull<u8>, bytes: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { dealloc(data.as_ptr(), Buffer::<u8>::layout(bytes)) };
 }
 
 /// A mutable array that several threads write at once, each its own elements.
@@ -137,6 +195,25 @@ mod tests {
     fn memory_that_cannot_be_had_is_an_error() {
         assert!(Buffer::<f32>::zeroed(usize::MAX / 2, "test").is_err());
         assert!(Buffer::<f32>::zeroed(1 << 60, "test").is_err());
+    }
+
+    /// The resident part of this process, in bytes.
+    #[cfg(target_os = "linux")]
+    fn resident() -> usize {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let pages: usize = statm.split(' ').nth(1).unwrap().parse().unwrap();
+        pages * 4096
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_large_buffer_costs_nothing_until_it_is_written() {
+        let before = resident();
+        let mut buffer = Buffer::<u8>::zeroed(1 << 30, "test").unwrap();
+        assert!(resident() < before + (64 << 20));
+        buffer.as_mut_slice()[1 << 29] = 1;
+        assert_eq!(buffer.as_slice()[(1 << 29) - 1], 0);
+        assert!(resident() < before + (64 << 20));
     }
 
     #[test]

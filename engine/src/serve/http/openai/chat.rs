@@ -1,0 +1,103 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::Response;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::super::App;
+use super::super::body::JsonBody;
+use super::super::error::ApiError;
+use super::messages::conversation;
+use super::now;
+use super::parameters::Parameters;
+use super::response::{Answer, Endpoint, request_id};
+use crate::generation::Prompt;
+
+#[derive(Debug, Deserialize)]
+struct Body {
+    messages: Vec<Value>,
+    max_tokens: Option<u32>,
+    max_completion_tokens: Option<u32>,
+    logprobs: Option<bool>,
+    top_logprobs: Option<u32>,
+    tools: Option<Vec<Value>>,
+    tool_choice: Option<Value>,
+    functions: Option<Value>,
+    add_generation_prompt: Option<bool>,
+    chat_template_kwargs: Option<Map<String, Value>>,
+}
+
+/// Answers a conversation.
+pub(in super::super) async fn chat_completions(
+    State(app): State<App>,
+    headers: HeaderMap,
+    body: JsonBody,
+) -> Result<Response, ApiError> {
+    let parameters: Parameters = body.read()?;
+    app.generator.check_model(parameters.model())?;
+    let body: Body = body.read()?;
+    let delivery = parameters.delivery()?;
+    let logprobs = logprobs(&body)?;
+    let tools = tools(&body)?;
+    let conversation = conversation(
+        body.messages,
+        tools,
+        body.add_generation_prompt.unwrap_or(true),
+        body.chat_template_kwargs.unwrap_or_default(),
+    )?;
+    let id = request_id(&headers);
+    let max_tokens = body.max_completion_tokens.or(body.max_tokens);
+    let prompt = Prompt::Chat(Box::new(conversation));
+    let request = parameters.request(&id, prompt, max_tokens, logprobs)?;
+    let generation = app.generator.generate(request).await?;
+    let answer = Answer {
+        endpoint: Endpoint::Chat,
+        id,
+        model: app.generator.engine().model().name.clone(),
+        created: now(),
+        delivery,
+        n: parameters.n(),
+        echo: false,
+        logprobs: logprobs.is_some(),
+        eos: app.generator.engine().model().eos.clone(),
+        tokenizer: Arc::clone(app.generator.tokenizer()),
+        prompts: vec![Arc::clone(generation.prompt())],
+    };
+    answer.respond(vec![generation]).await
+}
+
+fn logprobs(body: &Body) -> Result<Option<u32>, ApiError> {
+    match (body.logprobs.unwrap_or(false), body.top_logprobs) {
+        (true, count) => Ok(Some(count.unwrap_or(0))),
+        (false, None | Some(0)) => Ok(None),
+        (false, Some(_)) => Err(ApiError::param(
+            "top_logprobs",
+            "top_logprobs needs logprobs: true",
+        )),
+    }
+}
+
+/// The tools the template is to show.
+fn tools(body: &Body) -> Result<Vec<Value>, ApiError> {
+    if body.functions.as_ref().is_some_and(|f| !f.is_null()) {
+        return Err(ApiError::param(
+            "functions",
+            "functions is obsolete and not supported; use tools",
+        ));
+    }
+    match &body.tool_choice {
+        None | Some(Value::Null) => Ok(body.tools.clone().unwrap_or_default()),
+        Some(choice) if choice == "auto" => Ok(body.tools.clone().unwrap_or_default()),
+        Some(choice) if choice == "none" => Ok(Vec::new()),
+        Some(choice) => Err(ApiError::param(
+            "tool_choice",
+            format!(
+                "tool_choice is {choice}, expected \"auto\" or \"none\": forcing a call is not supported"
+            ),
+        )),
+    }
+}

@@ -1,0 +1,186 @@
+//! Chat messages as clients send them, made into the plain form that chat templates were written for.
+
+use serde_json::{Map, Value};
+
+use super::super::error::ApiError;
+use crate::tokenizer::Conversation;
+
+/// A conversation for the chat template.
+///
+/// # Errors
+/// A message has no role, no content, or content that is not text; the error names it.
+pub(in super::super) fn conversation(
+    messages: Vec<Value>,
+    tools: Vec<Value>,
+    add_generation_prompt: bool,
+    variables: Map<String, Value>,
+) -> Result<Conversation, ApiError> {
+    if messages.is_empty() {
+        return Err(ApiError::param(
+            "messages",
+            "messages is empty, expected at least one message",
+        ));
+    }
+    if let Some(at) = tools.iter().position(|tool| !tool.is_object()) {
+        let field = format!("tools[{at}]");
+        let message = format!("{field} is not an object");
+        return Err(ApiError::param(field, message));
+    }
+    let messages = messages
+        .into_iter()
+        .enumerate()
+        .map(|(at, message)| plain(at, message))
+        .collect::<Result<_, _>>()?;
+    Ok(Conversation {
+        messages,
+        tools,
+        add_generation_prompt,
+        variables,
+    })
+}
+
+fn plain(at: usize, message: Value) -> Result<Value, ApiError> {
+    let Value::Object(mut message) = message else {
+        let field = format!("messages[{at}]");
+        let problem = format!("{field} is not an object");
+        return Err(ApiError::param(field, problem));
+    };
+    match message.get("role") {
+        Some(Value::String(role)) if !role.is_empty() => {}
+        _ => {
+            let field = format!("messages[{at}].role");
+            let problem = format!("{field} is missing, expected system, user, assistant or tool");
+            return Err(ApiError::param(field, problem));
+        }
+    }
+    let calls = message
+        .get_mut("tool_calls")
+        .and_then(Value::as_array_mut)
+        .filter(|calls| !calls.is_empty());
+    let has_calls = calls.is_some();
+    for call in calls.into_iter().flatten() {
+        parse_arguments(call);
+    }
+    let field = || format!("messages[{at}].content");
+    let text = match message.remove("content") {
+        Some(Value::String(text)) => text.into(),
+        Some(Value::Array(parts)) => joined(&parts, at)?.into(),
+        None | Some(Value::Null) if has_calls => Value::Null,
+        None | Some(Value::Null) => {
+            let problem = format!("{} is missing, expected text", field());
+            return Err(ApiError::param(field(), problem));
+        }
+        Some(other) => {
+            let problem = format!(
+                "{} is {}, expected a string or a list of parts",
+                field(),
+                kind(&other)
+            );
+            return Err(ApiError::param(field(), problem));
+        }
+    };
+    message.insert("content".to_owned(), text);
+    Ok(Value::Object(message))
+}
+
+/// The text of a list of parts.
+fn joined(parts: &[Value], at: usize) -> Result<String, ApiError> {
+    let mut text = String::new();
+    for (i, part) in parts.iter().enumerate() {
+        match (part["type"].as_str(), part["text"].as_str()) {
+            (Some("text" | "input_text"), Some(piece)) => text.push_str(piece),
+            (found, _) => {
+                let field = format!("messages[{at}].content[{i}]");
+                let problem = match found {
+                    Some("text") | None => {
+                        format!("{field} is not a part like {{\"type\": \"text\", \"text\": …}}")
+                    }
+                    Some(found) => {
+                        format!("{field} is of type `{found}`, the model reads only text")
+                    }
+                };
+                return Err(ApiError::param(field, problem));
+            }
+        }
+    }
+    Ok(text)
+}
+
+/// OpenAI sends a call's arguments as a string that holds JSON; templates expect the object.
+fn parse_arguments(call: &mut Value) {
+    if let Some(arguments) = call.pointer_mut("/function/arguments")
+        && let Some(Ok(object @ Value::Object(_))) = arguments.as_str().map(serde_json::from_str)
+    {
+        *arguments = object;
+    }
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn of(message: Value) -> Result<Value, String> {
+        conversation(vec![message], Vec::new(), true, Map::new())
+            .map(|conversation| conversation.messages[0].clone())
+            .map_err(|error| {
+                error.body()["error"]["param"]
+                    .as_str()
+                    .unwrap_or("")
+                    .to_owned()
+            })
+    }
+
+    #[test]
+    fn parts_become_one_text() {
+        let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
+        let got = of(json!({"role": "user", "content": parts}));
+        assert_eq!(got, Ok(json!({"role": "user", "content": "ab"})));
+    }
+
+    #[test]
+    fn arguments_of_calls_become_objects() {
+        let call =
+            json!({"type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}});
+        let got = of(json!({"role": "assistant", "content": null, "tool_calls": [call]}));
+        let got = got.expect("a call needs no content");
+        assert_eq!(
+            got["tool_calls"][0]["function"]["arguments"],
+            json!({"x": 1})
+        );
+    }
+
+    #[test]
+    fn what_is_not_text_is_named() {
+        assert_eq!(of(json!("hi")), Err("messages[0]".to_owned()));
+        assert_eq!(
+            of(json!({"content": "hi"})),
+            Err("messages[0].role".to_owned())
+        );
+        assert_eq!(
+            of(json!({"role": "user"})),
+            Err("messages[0].content".to_owned())
+        );
+        assert_eq!(
+            of(json!({"role": "user", "content": 5})),
+            Err("messages[0].content".to_owned())
+        );
+        let image = json!([{"type": "image_url", "image_url": {"url": "x"}}]);
+        assert_eq!(
+            of(json!({"role": "user", "content": image})),
+            Err("messages[0].content[0]".to_owned())
+        );
+    }
+}

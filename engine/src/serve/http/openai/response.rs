@@ -1,0 +1,388 @@
+//! Answers: the outputs of one or more generations, merged and put into OpenAI's shapes, whole or as a stream of events.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream::{self, SelectAll, Stream, StreamExt};
+use quire_scheduler::TokenId;
+use serde_json::{Value, json};
+
+use super::super::error::ApiError;
+use super::logprobs;
+use super::parameters::Delivery;
+use crate::core::FinishReason;
+use crate::generation::{Generation, Output, OutputToken, StopCause, Usage};
+use crate::tokenizer::Tokenizer;
+
+/// The header that carries a request's id, both ways.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// The two endpoints' answers differ in this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Endpoint {
+    Completion,
+    Chat,
+}
+
+/// What an answer is made of, beside its outputs.
+pub(super) struct Answer {
+    pub endpoint: Endpoint,
+    /// The request's id.
+    pub id: Arc<str>,
+    pub model: String,
+    /// Seconds since 1970.
+    pub created: u64,
+    pub delivery: Delivery,
+    /// Samples per prompt.
+    pub n: u32,
+    /// Begin each text with its prompt's.
+    pub echo: bool,
+    pub logprobs: bool,
+    pub tokenizer: Arc<Tokenizer>,
+    /// The model's own ends.
+    pub eos: Vec<TokenId>,
+    /// One per prompt.
+    pub prompts: Vec<Arc<[TokenId]>>,
+}
+
+/// Something that happened to one of the prompts' generations.
+enum Item {
+    Output(usize, Output),
+    /// A generation ended, with what it used.
+    Used(Usage),
+}
+
+/// The id a client gave its request, or a new one.
+pub(super) fn request_id(headers: &HeaderMap) -> Arc<str> {
+    headers
+        .get(&REQUEST_ID)
+        .and_then(|id| id.to_str().ok())
+        .filter(|id| !id.is_empty() && id.len() <= 128)
+        .map_or_else(
+            || uuid::Uuid::new_v4().simple().to_string().into(),
+            Into::into,
+        )
+}
+
+impl Answer {
+    /// Runs the generations to their ends; they stop early if the client goes away, because everything is then dropped.
+    pub async fn respond(self, generations: Vec<Generation>) -> Result<Response, ApiError> {
+        let id = HeaderValue::from_str(&self.id).ok();
+        let items = merge(generations);
+        let mut response = if self.delivery.stream {
+            let events = self.events(items);
+            Sse::new(events)
+                .keep_alive(KeepAlive::default())
+                .into_response()
+        } else {
+            Json(self.whole(items).await?).into_response()
+        };
+        if let Some(id) = id {
+            response.headers_mut().insert(REQUEST_ID, id);
+        }
+        Ok(response)
+    }
+
+    async fn whole(self, mut items: SelectAll<Items>) -> Result<Value, ApiError> {
+        let mut choices: Vec<Choice> = (0..self.choices()).map(|_| Choice::default()).collect();
+        let mut usage = Usage::default();
+        while let Some(item) = items.next().await {
+            match item {
+                Item::Used(used) => add(&mut usage, used),
+                Item::Output(_, Output::Started { .. }) => {}
+                Item::Output(prompt, Output::Chunk { index, text, token }) => {
+                    let choice = &mut choices[self.choice(prompt, index)];
+                    choice.text.push_str(&text);
+                    choice.tokens.push(token);
+                }
+                Item::Output(
+                    prompt,
+                    Output::Finished {
+                        index,
+                        text,
+                        reason,
+                        stop,
+                        ..
+                    },
+                ) => {
+                    if let Some(error) = ApiError::of_end(reason) {
+                        return Err(error);
+                    }
+                    let choice = &mut choices[self.choice(prompt, index)];
+                    choice.text.push_str(&text);
+                    choice.end = Some((reason, stop));
+                }
+            }
+        }
+        let choices: Vec<Value> = choices
+            .into_iter()
+            .enumerate()
+            .map(|(at, choice)| self.whole_choice(at, choice))
+            .collect();
+        let mut value = self.envelope(choices, false);
+        value["usage"] = self::usage(usage);
+        if self.delivery.token_ids && self.endpoint == Endpoint::Chat {
+            value["prompt_token_ids"] = ids(self.prompts[0].iter().copied());
+        }
+        Ok(value)
+    }
+
+    fn whole_choice(&self, at: usize, choice: Choice) -> Value {
+        let prompt = &self.prompts[at / self.n as usize];
+        let (reason, stop) = choice.end.unwrap_or((FinishReason::Aborted, None));
+        let mut value = json!({"index": at});
+        match self.endpoint {
+            Endpoint::Chat => {
+                value["message"] =
+                    json!({"role": "assistant", "content": choice.text, "refusal": null});
+                value["logprobs"] = self.logprobs(&choice.tokens, &mut 0);
+            }
+            Endpoint::Completion => {
+                let mut text = self.echoed(prompt);
+                let mut offset = text.chars().count();
+                text.push_str(&choice.text);
+                value["text"] = text.into();
+                value["logprobs"] = self.logprobs(&choice.tokens, &mut offset);
+                if self.delivery.token_ids {
+                    value["prompt_token_ids"] = ids(prompt.iter().copied());
+                }
+            }
+        }
+        value["finish_reason"] = finish_reason(reason).into();
+        value["stop_reason"] = self.stop_reason(stop);
+        if self.delivery.token_ids {
+            value["token_ids"] = ids(choice.tokens.iter().map(|token| token.id));
+        }
+        value
+    }
+
+    /// Chunks as they come, then the usage if asked for, then `[DONE]`. A failure is an event of its own, and the last before `[DONE]`.
+    fn events(self, items: SelectAll<Items>) -> impl Stream<Item = Result<Event, Infallible>> {
+        let mut used = Usage::default();
+        let mut failed = false;
+        let mut offsets = vec![0; self.choices()];
+        items
+            .map(Some)
+            .chain(stream::iter([None]))
+            .map(move |item| {
+                let mut events = Vec::new();
+                let mut send = |chunk: &Value| {
+                    events.push(Event::default().data(chunk.to_string()));
+                };
+                match item {
+                    _ if failed => {}
+                    Some(Item::Output(prompt, output)) => {
+                        match self.chunks(prompt, output, &mut offsets) {
+                            Ok(chunks) => chunks.iter().for_each(send),
+                            Err(error) => {
+                                failed = true;
+                                send(&error.body());
+                                events.push(Event::default().data("[DONE]"));
+                            }
+                        }
+                    }
+                    Some(Item::Used(usage)) => add(&mut used, usage),
+                    None => {
+                        if self.delivery.include_usage {
+                            let mut chunk = self.envelope(Vec::new(), true);
+                            chunk["usage"] = usage(used);
+                            send(&chunk);
+                        }
+                        events.push(Event::default().data("[DONE]"));
+                    }
+                }
+                events
+            })
+            .flat_map(|events| stream::iter(events.into_iter().map(Ok)))
+    }
+
+    /// What is sent for one output.
+    fn chunks(
+        &self,
+        prompt: usize,
+        output: Output,
+        offsets: &mut [usize],
+    ) -> Result<Vec<Value>, ApiError> {
+        Ok(match output {
+            Output::Started { .. } => (0..self.n)
+                .filter_map(|index| self.opening(prompt, index, offsets))
+                .collect(),
+            Output::Chunk { index, text, token } => {
+                let at = self.choice(prompt, index);
+                let tokens = [token];
+                let mut choice = self.delta(at, &text);
+                choice["logprobs"] = self.logprobs(&tokens, &mut offsets[at]);
+                if self.delivery.token_ids {
+                    choice["token_ids"] = ids(tokens.iter().map(|token| token.id));
+                }
+                let [token] = tokens;
+                if token.ends && !self.delivery.token_ids {
+                    return Ok(Vec::new());
+                }
+                vec![self.envelope(vec![choice], true)]
+            }
+            Output::Finished {
+                index,
+                text,
+                reason,
+                stop,
+                ..
+            } => {
+                if let Some(error) = ApiError::of_end(reason) {
+                    return Err(error);
+                }
+                let mut choice = self.delta(self.choice(prompt, index), &text);
+                if text.is_empty() && self.endpoint == Endpoint::Chat {
+                    choice["delta"] = json!({});
+                }
+                choice["finish_reason"] = finish_reason(reason).into();
+                choice["stop_reason"] = self.stop_reason(stop);
+                vec![self.envelope(vec![choice], true)]
+            }
+        })
+    }
+
+    /// What a sample's stream begins with: in a chat its role, in a completion the echoed prompt.
+    fn opening(&self, prompt: usize, index: u32, offsets: &mut [usize]) -> Option<Value> {
+        let at = self.choice(prompt, index);
+        let tokens = &self.prompts[prompt];
+        let (mut choice, needed) = match self.endpoint {
+            Endpoint::Chat => {
+                let mut choice = self.delta(at, "");
+                choice["delta"]["role"] = "assistant".into();
+                (choice, true)
+            }
+            Endpoint::Completion => {
+                let text = self.echoed(tokens);
+                offsets[at] = text.chars().count();
+                (self.delta(at, &text), !text.is_empty())
+            }
+        };
+        if self.delivery.token_ids {
+            choice["prompt_token_ids"] = ids(tokens.iter().copied());
+        }
+        (needed || self.delivery.token_ids).then(|| self.envelope(vec![choice], true))
+    }
+
+    /// A choice of a chunk.
+    fn delta(&self, at: usize, text: &str) -> Value {
+        match self.endpoint {
+            Endpoint::Chat => json!({
+                "index": at, "delta": {"content": text}, "logprobs": null, "finish_reason": null,
+            }),
+            Endpoint::Completion => json!({
+                "index": at, "text": text, "logprobs": null, "finish_reason": null,
+            }),
+        }
+    }
+
+    fn logprobs(&self, tokens: &[OutputToken], offset: &mut usize) -> Value {
+        match self.endpoint {
+            _ if !self.logprobs => Value::Null,
+            Endpoint::Chat => logprobs::chat(&self.tokenizer, tokens),
+            Endpoint::Completion => logprobs::completion(&self.tokenizer, tokens, offset),
+        }
+    }
+
+    fn envelope(&self, choices: Vec<Value>, chunk: bool) -> Value {
+        let (prefix, object) = match (self.endpoint, chunk) {
+            (Endpoint::Completion, _) => ("cmpl", "text_completion"),
+            (Endpoint::Chat, false) => ("chatcmpl", "chat.completion"),
+            (Endpoint::Chat, true) => ("chatcmpl", "chat.completion.chunk"),
+        };
+        let mut value = json!({
+            "id": format!("{prefix}-{}", self.id),
+            "object": object,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        });
+        if chunk && self.delivery.include_usage {
+            value["usage"] = Value::Null;
+        }
+        value
+    }
+
+    /// The prompt's text, if it is to be echoed.
+    fn echoed(&self, prompt: &[TokenId]) -> String {
+        if self.echo {
+            self.tokenizer.decode(prompt, true)
+        } else {
+            String::new()
+        }
+    }
+
+    /// What stopped the sample, if it was not the model's own end: vLLM's field.
+    fn stop_reason(&self, stop: Option<StopCause>) -> Value {
+        match stop {
+            Some(StopCause::Token(token)) if !self.eos.contains(&token) => token.0.into(),
+            Some(StopCause::Text(text)) => text.into(),
+            Some(StopCause::Token(_)) | None => Value::Null,
+        }
+    }
+
+    /// The choice of a prompt's sample.
+    fn choice(&self, prompt: usize, sample: u32) -> usize {
+        prompt * self.n as usize + sample as usize
+    }
+
+    fn choices(&self) -> usize {
+        self.prompts.len() * self.n as usize
+    }
+}
+
+/// A sample of an answer that is sent whole.
+#[derive(Default)]
+struct Choice {
+    text: String,
+    tokens: Vec<OutputToken>,
+    end: Option<(FinishReason, Option<StopCause>)>,
+}
+
+type Items = stream::BoxStream<'static, Item>;
+
+/// The outputs of all generations as they come.
+fn merge(generations: Vec<Generation>) -> SelectAll<Items> {
+    let streams = generations.into_iter().enumerate().map(|(at, generation)| {
+        stream::unfold(Some(generation), move |generation| async move {
+            let mut generation = generation?;
+            Some(match generation.next().await {
+                Some(output) => (Item::Output(at, output), Some(generation)),
+                None => (Item::Used(generation.usage()), None),
+            })
+        })
+        .boxed()
+    });
+    stream::select_all(streams)
+}
+
+fn add(sum: &mut Usage, usage: Usage) {
+    sum.prompt_tokens += usage.prompt_tokens;
+    sum.cached_tokens += usage.cached_tokens;
+    sum.completion_tokens += usage.completion_tokens;
+}
+
+fn usage(usage: Usage) -> Value {
+    json!({
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    })
+}
+
+fn ids(tokens: impl Iterator<Item = TokenId>) -> Value {
+    tokens.map(|token| Value::from(token.0)).collect()
+}
+
+fn finish_reason(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop { .. } => "stop",
+        FinishReason::Length => "length",
+        FinishReason::Aborted | FinishReason::DeadlineExceeded | FinishReason::Failed => "abort",
+    }
+}
