@@ -5,12 +5,7 @@
 pub struct Random(u64);
 
 impl Random {
-    /// Equal seeds give equal numbers.
-    pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    /// A stream of its own for the `n`th of something.
+    /// A stream for the `n`th of something: equal seeds give equal streams, different `n` different ones.
     pub fn nth(seed: u64, n: u64) -> Self {
         let mut outer = Self(seed ^ n.wrapping_mul(0xd605_0b4c_d8b4_5f1d));
         Self(outer.next())
@@ -42,7 +37,7 @@ mod tests {
 
     #[test]
     fn numbers_stay_in_their_range_and_fill_it() {
-        let mut random = Random::new(7);
+        let mut random = Random::nth(7, 0);
         let mut seen = [0_u32; 10];
         for _ in 0..10_000 {
             seen[random.below(10) as usize] += 1;

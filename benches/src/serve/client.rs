@@ -7,11 +7,11 @@ use super::client_grpc::GrpcClient;
 use super::client_http::HttpClient;
 use super::prompt::Prompt;
 
-/// Speaks to the server under test; cheap to clone.
-#[derive(Debug, Clone)]
+/// Speaks to the server under test.
+#[derive(Debug)]
 pub enum Client {
     /// OpenAI completions.
-    Http(HttpClient),
+    Http(Box<HttpClient>),
     /// `quire.v1.Generation`.
     Grpc(GrpcClient),
 }
@@ -56,7 +56,7 @@ impl Client {
     pub async fn connect(arguments: &Arguments) -> anyhow::Result<Self> {
         let model = arguments.model.as_deref();
         match (&arguments.url, &arguments.grpc) {
-            (Some(url), _) => Ok(Self::Http(HttpClient::connect(url, model).await?)),
+            (Some(url), _) => Ok(Self::Http(Box::new(HttpClient::connect(url, model).await?))),
             (None, Some(address)) => Ok(Self::Grpc(GrpcClient::connect(address, model).await?)),
             (None, None) => anyhow::bail!("name a server with --url or --grpc"),
         }

@@ -1,6 +1,5 @@
 //! quire's gRPC service, streamed.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
@@ -18,11 +17,11 @@ use super::prompt::Prompt;
 /// Connections; a server may limit the streams of each.
 const CONNECTIONS: usize = 8;
 
-/// A client of one server; clones share their connections.
-#[derive(Debug, Clone)]
+/// A client of one server.
+#[derive(Debug)]
 pub struct GrpcClient {
     channels: Vec<GenerationClient<Channel>>,
-    next: Arc<AtomicUsize>,
+    next: AtomicUsize,
     model: String,
     description: String,
 }
@@ -56,7 +55,7 @@ impl GrpcClient {
         );
         Ok(Self {
             channels,
-            next: Arc::default(),
+            next: AtomicUsize::new(0),
             model: model.unwrap_or_default().to_owned(),
             description,
         })

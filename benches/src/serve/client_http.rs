@@ -17,8 +17,8 @@ use super::client::{Answer, Failure};
 use super::prompt::Prompt;
 use super::sse;
 
-/// A client of one server; clones share their connections.
-#[derive(Debug, Clone)]
+/// A client of one server.
+#[derive(Debug)]
 pub struct HttpClient {
     connections: Connections<HttpConnector, Full<Bytes>>,
     completions: Uri,

@@ -26,8 +26,9 @@ use client::Client;
 
 /// Put a load on a running server and measure what its users would see
 ///
-/// The server is any that speaks the OpenAI completions API over HTTP (--url), or quire over gRPC (--grpc). Every answer is streamed, greedy
-/// and exactly --max-tokens long where the server can ignore its end-of-sequence token.
+/// The server is any that speaks the OpenAI completions API over HTTP (--url),
+/// or quire over gRPC (--grpc). Every answer is streamed, greedy, and exactly
+/// --max-tokens long where the server can ignore its end-of-sequence token.
 ///
 /// Latencies count from the moment a request was meant to be sent:
 ///   TTFT         until the first piece of the answer
@@ -83,7 +84,7 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     max_tokens: u32,
 
-    /// Equal seeds give equal prompts and equal arrivals
+    /// Equal seeds give equal prompts and equal arrivals. A server that has seen a seed's prompts may find them in its prefix cache
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 

@@ -19,7 +19,7 @@ fn latencies(measured: &Measured) -> [(&'static str, &'static str, &Latency); 5]
 /// A page for the terminal.
 pub fn table(measured: &Measured) -> String {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_style(presets::ASCII_MARKDOWN);
     table.set_header(["ms", "mean", "p50", "p90", "p99", "max"]);
     for (name, _, latency) in latencies(measured) {
         let mut row = vec![name.to_owned()];
@@ -35,30 +35,36 @@ pub fn table(measured: &Measured) -> String {
         column.set_cell_alignment(CellAlignment::Right);
     }
     let total = measured.prompt_tokens + measured.completion_tokens;
-    let mut page = format!(
-        "{}\n{table}\n{} answered, {} failed in {:.2} s\n{:.1} requests/s, {:.1} output tokens/s, {:.1} tokens/s with prompts \
-         ({} prompt tokens, {} of them cached, and {} generated)",
-        measured.server,
-        measured.completed,
-        measured.failed(),
-        measured.elapsed.as_secs_f64(),
-        measured.per_second(measured.completed),
-        measured.per_second(measured.completion_tokens),
-        measured.per_second(total),
-        measured.prompt_tokens,
-        measured.cached_tokens,
-        measured.completion_tokens,
-    );
+    let mut lines = vec![
+        measured.server.clone(),
+        table.to_string(),
+        format!(
+            "{} answered, {} failed in {:.2} s",
+            measured.completed,
+            measured.failed(),
+            measured.elapsed.as_secs_f64()
+        ),
+        format!(
+            "{:.1} requests/s, {:.1} output tokens/s, {:.1} tokens/s with prompts",
+            measured.per_second(measured.completed),
+            measured.per_second(measured.completion_tokens),
+            measured.per_second(total)
+        ),
+        format!(
+            "{} tokens read, {} of them cached, {} generated",
+            measured.prompt_tokens, measured.cached_tokens, measured.completion_tokens
+        ),
+    ];
     if measured.short > 0 {
-        page += &format!(
-            "\n{} answers ended before --max-tokens: the server does not ignore its end-of-sequence token",
+        lines.push(format!(
+            "{} answers ended before --max-tokens: the server does not ignore its end-of-sequence token",
             measured.short
-        );
+        ));
     }
     for (kind, (count, message)) in &measured.failures {
-        page += &format!("\n{count} × {kind}: {}", message.trim());
+        lines.push(format!("{count} × {kind}: {}", message.trim()));
     }
-    page
+    lines.join("\n")
 }
 
 /// Parameters and results.
