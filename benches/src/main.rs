@@ -1,2 +1,31 @@
-//! x
-fn main() {}
+//! quire's instruments. `serve` puts a load on a running server, ours or another, and says what its users would see; `engine` times
+//! the decoder by itself and says how close it comes to what the machine can do.
+//!
+//! A number leaves here with everything one needs to repeat it: the table for people, `--json` for comparisons.
+
+mod engine;
+mod random;
+mod serve;
+
+use clap::{Parser, Subcommand};
+
+/// quire's instruments: what users of a server see, and how close the engine comes to what the machine can do
+#[derive(Debug, Parser)]
+#[command(name = "quire-bench", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(serve::Arguments),
+    Engine(engine::Arguments),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().command {
+        Command::Serve(arguments) => serve::run(&arguments),
+        Command::Engine(arguments) => engine::run(&arguments),
+    }
+}

@@ -1,0 +1,210 @@
+//! The operations of a decoder by themselves, at the shapes of Qwen3-0.6B, on all cores this process may use.
+//!
+//! One row is limited by memory and reported in bytes of weights a second; many rows are limited by arithmetic and reported in
+//! operations a second ("elem" is one multiplication or addition). Matrices are used in turn, enough of them not to stay in any cache: so it is in a model.
+
+use std::time::Duration;
+
+use criterion::{BenchmarkId, Criterion, Throughput};
+use half::{bf16, f16};
+use quire_kernels::cpu::{Activations, CpuBackend, CpuOptions, KvCache, Matrix};
+use quire_kernels::{AttentionShape, Backend, Format, KvDtype, KvShape, MatrixPart, Span, Step};
+
+const FORMATS: [(&str, Format); 5] = [
+    ("f32", Format::F32),
+    ("f16", Format::F16),
+    ("bf16", Format::Bf16),
+    ("q8_0", Format::Q8_0),
+    ("q4_0", Format::Q4_0),
+];
+const ROWS: [usize; 4] = [1, 8, 32, 512];
+/// More bytes of weights than any cache holds.
+const WORKING_SET: usize = 192 << 20;
+
+const BLOCK: usize = 16;
+const SHAPE: AttentionShape = AttentionShape {
+    heads: 16,
+    kv_heads: 8,
+    head_dim: 128,
+    scale: 0.088_388_35,
+};
+
+fn backend() -> CpuBackend {
+    CpuBackend::new(CpuOptions::default()).expect("the best instruction set is available")
+}
+
+/// Numbers in [-1, 1), the same every time (SplitMix64, Steele et al. 2014).
+fn numbers(len: usize) -> impl Iterator<Item = f32> {
+    (1..=len as u64).map(|i| {
+        let mut z = i.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z >> 40) as f32 / (1 << 23) as f32 - 1.0
+    })
+}
+
+fn matrix(backend: &CpuBackend, rows: usize, cols: usize, format: Format) -> Matrix {
+    let values = numbers(rows * cols);
+    let (stored, data): (Format, Vec<u8>) = match format {
+        Format::F16 => (
+            format,
+            values
+                .flat_map(|x| f16::from_f32(x).to_le_bytes())
+                .collect(),
+        ),
+        Format::Bf16 => (
+            format,
+            values
+                .flat_map(|x| bf16::from_f32(x).to_le_bytes())
+                .collect(),
+        ),
+        _ => (Format::F32, values.flat_map(f32::to_le_bytes).collect()),
+    };
+    let quantize = (stored != format).then_some(format);
+    let part = MatrixPart {
+        rows,
+        cols,
+        format: stored,
+        data: &data,
+    };
+    backend
+        .matrix(&[part], quantize)
+        .expect("a shape every format can hold")
+}
+
+fn activations(backend: &CpuBackend, rows: usize, cols: usize) -> Activations {
+    let mut made = backend.activations(rows, cols).expect("memory");
+    for (x, value) in made.as_mut_slice().iter_mut().zip(numbers(rows * cols)) {
+        *x = value;
+    }
+    made
+}
+
+/// A step of sequences that each compute `rows` tokens from position `start`; their blocks are those of a cache made for them.
+fn step(sequences: u32, start: u32, rows: u32) -> Step {
+    let mut step = Step::default();
+    let blocks = (start + rows).div_ceil(BLOCK as u32);
+    for sequence in 0..sequences {
+        step.spans.push(Span {
+            row: sequence * rows,
+            rows,
+            start,
+            table: step.block_tables.len() as u32,
+        });
+        step.tokens.resize(step.tokens.len() + rows as usize, 0);
+        step.positions.extend(start..start + rows);
+        step.block_tables
+            .extend(sequence * blocks..(sequence + 1) * blocks);
+    }
+    step
+}
+
+fn linear(c: &mut Criterion) {
+    for (name, features, inputs) in [("gate and up", 6144, 1024), ("down", 1024, 3072)] {
+        for (format_name, format) in FORMATS {
+            let mut backend = backend();
+            let first = matrix(&backend, features, inputs, format);
+            let bytes = backend.matrix_bytes(&first);
+            let mut matrices = vec![first];
+            while matrices.len() * bytes < WORKING_SET {
+                matrices.push(matrix(&backend, features, inputs, format));
+            }
+            let mut group =
+                c.benchmark_group(format!("{name} [{features}, {inputs}] {format_name}"));
+            for rows in ROWS {
+                group.throughput(if rows == 1 {
+                    Throughput::Bytes(bytes as u64)
+                } else {
+                    Throughput::Elements((2 * rows * features * inputs) as u64)
+                });
+                let x = activations(&backend, rows, inputs);
+                let mut y = activations(&backend, rows, features);
+                backend
+                    .begin(&step(rows as u32, 0, 1))
+                    .expect("a valid step");
+                let mut turn = matrices.iter().cycle();
+                group.bench_function(BenchmarkId::from_parameter(rows), |b| {
+                    b.iter(|| {
+                        let matrix = turn.next().expect("there is at least one matrix");
+                        backend.linear(&x, matrix, None, &mut y)
+                    });
+                });
+            }
+            group.finish();
+        }
+    }
+}
+
+fn cache(backend: &CpuBackend, step: &Step) -> KvCache {
+    let shape = KvShape {
+        layers: 1,
+        blocks: step.block_tables.len(),
+        block_size: BLOCK,
+        kv_heads: SHAPE.kv_heads,
+        head_dim: SHAPE.head_dim,
+        dtype: KvDtype::F16,
+    };
+    backend.kv_cache(&shape).expect("memory")
+}
+
+fn attention(c: &mut Criterion) {
+    let mut group = c.benchmark_group("attention, 16 query and 8 KV heads of 128");
+    for (name, sequences, start, rows) in [
+        ("decode at 1024", 1, 1024, 1),
+        ("decode at 8192", 1, 8192, 1),
+        ("decode at 1024, 32 sequences", 32, 1024, 1),
+        ("prefill of 512 at 0", 1, 0, 512),
+        ("prefill of 512 at 4096", 1, 4096, 512),
+    ] {
+        let mut backend = backend();
+        let step = step(sequences, start, rows);
+        let kv = cache(&backend, &step);
+        backend.begin(&step).expect("a valid step");
+        let qkv_cols = (SHAPE.heads + 2 * SHAPE.kv_heads) * SHAPE.head_dim;
+        let qkv = activations(&backend, step.rows(), qkv_cols);
+        let mut out = activations(&backend, step.rows(), SHAPE.heads * SHAPE.head_dim);
+        let seen: u64 = step.positions.iter().map(|&p| u64::from(p) + 1).sum();
+        group.throughput(if rows == 1 {
+            // Keys and values, two bytes each.
+            Throughput::Bytes(seen * (2 * SHAPE.kv_heads * SHAPE.head_dim * 2) as u64)
+        } else {
+            Throughput::Elements(seen * (4 * SHAPE.heads * SHAPE.head_dim) as u64)
+        });
+        group.bench_function(name, |b| {
+            b.iter(|| backend.attention(&qkv, 0, &SHAPE, &kv, &mut out));
+        });
+    }
+    group.finish();
+}
+
+fn rms_norm(c: &mut Criterion) {
+    const HIDDEN: usize = 1024;
+    let mut group = c.benchmark_group("rms_norm of 1024");
+    let mut backend = backend();
+    let weight: Vec<f32> = numbers(HIDDEN).collect();
+    let weight = backend.vector(&weight).expect("memory");
+    for rows in [1, 32, 512] {
+        group.throughput(Throughput::Bytes((rows * HIDDEN * 8) as u64));
+        let x = activations(&backend, rows, HIDDEN);
+        let mut out = activations(&backend, rows, HIDDEN);
+        backend
+            .begin(&step(rows as u32, 0, 1))
+            .expect("a valid step");
+        group.bench_function(BenchmarkId::from_parameter(rows), |b| {
+            b.iter(|| backend.rms_norm(&x, &weight, 1e-6, &mut out));
+        });
+    }
+    group.finish();
+}
+
+fn main() {
+    let mut criterion = Criterion::default()
+        .sample_size(20)
+        .measurement_time(Duration::from_millis(1500))
+        .warm_up_time(Duration::from_millis(300))
+        .configure_from_args();
+    linear(&mut criterion);
+    attention(&mut criterion);
+    rms_norm(&mut criterion);
+    criterion.final_summary();
+}

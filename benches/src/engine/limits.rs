@@ -1,0 +1,290 @@
+//! [`Limits`]: what the machine can do at most, measured. Small loops that do nothing but read, or nothing but multiply and add.
+//!
+//! On x86-64 the arithmetic loops are written in assembly, one for each instruction set, and the fastest that the processor has counts — also
+//! where our kernels do not use it yet. Elsewhere plain Rust stands in for f32, and 8-bit products are not measured.
+
+use std::sync::Barrier;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+/// A peak, and the instructions it was reached with.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Peak {
+    /// Multiplications and additions.
+    pub per_second: f64,
+    /// The instruction set.
+    pub with: &'static str,
+}
+
+/// What the machine can do at most, all threads together.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Limits {
+    /// Threads that were measured.
+    pub threads: usize,
+    /// Reading memory that is in no cache.
+    pub memory_bytes_per_second: f64,
+    /// f32 multiply-add.
+    pub f32: Peak,
+    /// Products of 8-bit integers added up exactly in 32 bits; `None` where it was not measured.
+    pub int8: Option<Peak>,
+}
+
+/// Memory that is read: more than any cache holds.
+const BUFFER_BYTES: usize = 1 << 30;
+/// Runs of each loop, of which the median counts.
+const RUNS: usize = 5;
+
+impl Limits {
+    /// Measures on so many threads. Takes a few seconds.
+    ///
+    /// # Errors
+    /// There is no memory to read.
+    pub fn measure(threads: usize) -> anyhow::Result<Self> {
+        let fastest = |loops: &[Loop]| {
+            loops
+                .iter()
+                .filter(|l| (l.available)())
+                .map(|l| l.peak(threads))
+                .max_by(|a, b| a.per_second.total_cmp(&b.per_second))
+        };
+        Ok(Self {
+            threads,
+            memory_bytes_per_second: memory(threads)?,
+            f32: fastest(F32).unwrap_or_else(|| PLAIN.peak(threads)),
+            int8: fastest(INT8),
+        })
+    }
+}
+
+/// Runs `work` on all threads at once; the time until the last is done.
+fn together(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
+    let barrier = Barrier::new(threads + 1);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|thread| {
+                let (barrier, work) = (&barrier, &work);
+                scope.spawn(move || {
+                    barrier.wait();
+                    work(thread);
+                })
+            })
+            .collect();
+        barrier.wait();
+        let began = Instant::now();
+        for worker in workers {
+            worker.join().expect("the loops do not panic");
+        }
+        began.elapsed()
+    })
+}
+
+fn median(mut values: [f64; RUNS]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[RUNS / 2]
+}
+
+fn memory(threads: usize) -> anyhow::Result<f64> {
+    let words = BUFFER_BYTES / size_of::<u64>();
+    let mut buffer: Vec<u64> = Vec::new();
+    buffer
+        .try_reserve_exact(words)
+        .map_err(|error| anyhow::anyhow!("no memory to measure the memory with: {error}"))?;
+    // Not zeroes: pages of zeroes may all be the same page.
+    buffer.resize(words, 1);
+    let part = words / threads;
+    let speeds = [(); RUNS].map(|()| {
+        let took = together(threads, |thread| {
+            let words = &buffer[thread * part..(thread + 1) * part];
+            let mut sums = [0_u64; 16];
+            for group in words.chunks_exact(sums.len()) {
+                for (sum, word) in sums.iter_mut().zip(group) {
+                    *sum = sum.wrapping_add(*word);
+                }
+            }
+            std::hint::black_box(sums);
+        });
+        (part * threads * size_of::<u64>()) as f64 / took.as_secs_f64()
+    });
+    Ok(median(speeds))
+}
+
+/// A loop that does arithmetic and nothing else.
+struct Loop {
+    with: &'static str,
+    /// Whether the processor has the instructions.
+    available: fn() -> bool,
+    /// Multiplications and additions of one turn.
+    operations: f64,
+    /// Does so many turns. To be called only if `available`.
+    run: fn(u64),
+}
+
+impl Loop {
+    fn peak(&self, threads: usize) -> Peak {
+        // Turns that take about 50 ms.
+        let mut turns = 1 << 16;
+        while together(threads, |_| (self.run)(turns)) < Duration::from_millis(50) {
+            turns *= 2;
+        }
+        let speeds = [(); RUNS].map(|()| {
+            let took = together(threads, |_| (self.run)(turns));
+            self.operations * turns as f64 * threads as f64 / took.as_secs_f64()
+        });
+        Peak {
+            per_second: median(speeds),
+            with: self.with,
+        }
+    }
+}
+
+const PLAIN: Loop = Loop {
+    with: "plain Rust",
+    available: || true,
+    operations: 2.0 * 64.0,
+    run: |turns| {
+        let factor = std::hint::black_box(1.0_f32);
+        let mut sums = [0.0_f32; 64];
+        for _ in 0..turns {
+            for sum in &mut sums {
+                *sum = *sum * factor + factor;
+            }
+        }
+        std::hint::black_box(sums);
+    },
+};
+
+#[cfg(not(target_arch = "x86_64"))]
+const F32: &[Loop] = &[];
+#[cfg(not(target_arch = "x86_64"))]
+const INT8: &[Loop] = &[];
+
+#[cfg(target_arch = "x86_64")]
+use x86::{F32, INT8};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    //! Independent chains of instructions, enough of them to keep two units busy whose results take five cycles.
+
+    use std::arch::{asm, is_x86_feature_detected};
+
+    use super::Loop;
+
+    /// 1.0 as bits, and four 8-bit ones.
+    const ONE: u32 = 0x3f80_0000;
+    const ONES: u32 = 0x0101_0101;
+
+    /// Repeats the given lines; registers 12 and 13 hold `$value` in every lane, 14 holds 16-bit ones, the others zero.
+    macro_rules! repeat {
+        ($turns:ident, $wide:literal, $value:ident, $($line:expr),+ $(,)?) => {
+            // SAFETY: a loop is run only where the processor has its instructions. They touch no memory, and every register they use is
+            // declared.
+            unsafe {
+                asm!(
+                    "vzeroall",
+                    "vmovd xmm12, {value:e}",
+                    concat!("vpbroadcastd ", $wide, "12, xmm12"),
+                    concat!("vpbroadcastd ", $wide, "13, xmm12"),
+                    "vmovd xmm14, {words:e}",
+                    concat!("vpbroadcastd ", $wide, "14, xmm14"),
+                    "2:",
+                    $($line,)+
+                    "dec {turns}",
+                    "jnz 2b",
+                    "vzeroupper",
+                    turns = inout(reg) $turns => _,
+                    value = in(reg) $value,
+                    words = in(reg) 0x0001_0001_u32,
+                    out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
+                    out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
+                    out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+                    out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
+                    options(nomem, nostack),
+                );
+            }
+        };
+    }
+
+    /// One instruction that multiplies and adds, in twelve chains.
+    macro_rules! one_instruction {
+        ($turns:ident, $wide:literal, $value:ident, $op:literal) => {
+            one_instruction!(@ $turns, $wide, $value, $op, 0 1 2 3 4 5 6 7 8 9 10 11)
+        };
+        (@ $turns:ident, $wide:literal, $value:ident, $op:literal, $($n:literal)+) => {
+            repeat!($turns, $wide, $value, $(
+                concat!($op, " ", $wide, $n, ", ", $wide, "12, ", $wide, "13"),
+            )+)
+        };
+    }
+
+    /// Multiply to 16 bits, add neighbours to 32 bits, add up: six chains with a register each to work in.
+    macro_rules! three_instructions {
+        ($turns:ident, $wide:literal) => {
+            three_instructions!(@ $turns, $wide, 0 6, 1 7, 2 8, 3 9, 4 10, 5 11)
+        };
+        (@ $turns:ident, $wide:literal, $($n:literal $t:literal),+) => {
+            repeat!($turns, $wide, ONES, $(
+                concat!("vpmaddubsw ", $wide, $t, ", ", $wide, "12, ", $wide, "13"),
+                concat!("vpmaddwd ", $wide, $t, ", ", $wide, $t, ", ", $wide, "14"),
+                concat!("vpaddd ", $wide, $n, ", ", $wide, $n, ", ", $wide, $t),
+            )+)
+        };
+    }
+
+    pub const F32: &[Loop] = &[
+        Loop {
+            with: "AVX2+FMA",
+            available: || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            operations: 12.0 * 8.0 * 2.0,
+            run: |turns| one_instruction!(turns, "ymm", ONE, "vfmadd231ps"),
+        },
+        Loop {
+            with: "AVX-512",
+            available: || is_x86_feature_detected!("avx512f"),
+            operations: 12.0 * 16.0 * 2.0,
+            run: |turns| one_instruction!(turns, "zmm", ONE, "vfmadd231ps"),
+        },
+    ];
+
+    pub const INT8: &[Loop] = &[
+        Loop {
+            with: "AVX2",
+            available: || is_x86_feature_detected!("avx2"),
+            operations: 6.0 * 32.0 * 2.0,
+            run: |turns| three_instructions!(turns, "ymm"),
+        },
+        Loop {
+            with: "AVX-512",
+            available: || is_x86_feature_detected!("avx512bw"),
+            operations: 6.0 * 64.0 * 2.0,
+            run: |turns| three_instructions!(turns, "zmm"),
+        },
+        Loop {
+            with: "AVX-512 VNNI",
+            available: || is_x86_feature_detected!("avx512vnni"),
+            operations: 12.0 * 64.0 * 2.0,
+            run: |turns| one_instruction!(turns, "zmm", ONES, "vpdpbusd"),
+        },
+    ];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_loop_the_processor_has_runs() {
+        for l in F32.iter().chain(INT8).chain([&PLAIN]) {
+            if (l.available)() {
+                // An instruction it does not have would end the process.
+                (l.run)(1);
+                (l.run)(1000);
+            }
+        }
+    }
+
+    #[test]
+    fn the_median_is_the_middle() {
+        assert_eq!(median([5.0, 1.0, 9.0, 3.0, 4.0]), 4.0);
+    }
+}

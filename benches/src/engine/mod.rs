@@ -1,0 +1,216 @@
+//! `quire-bench engine`: the decoder by itself — no scheduler, no sampling, no network — beside what the machine could do.
+//!
+//! In go a checkpoint and batch sizes; out come tokens per second of reading prompts, of generating and of both at once, each with the
+//! share of the machine's limits that it reaches. The limits are measured in the same run, on the same threads: memory read, f32
+//! multiply-add and 8-bit integer products.
+
+mod cost;
+mod limits;
+mod report;
+mod workload;
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use quire::checkpoint::{Checkpoint, ModelSource};
+use quire::model::{Decoder, LoadOptions};
+use quire_kernels::cpu::{CpuBackend, CpuOptions};
+use quire_kernels::{Backend, Format, KvDtype};
+use serde::Serialize;
+
+use cost::Cost;
+use limits::Limits;
+use workload::{Kind, Line, Workload};
+
+/// Time the decoder by itself and say how close it comes to the machine's limits
+///
+/// For each batch size three lines:
+///   prefill  every sequence's prompt is read, in steps of --chunk tokens
+///   decode   every sequence generates --gen tokens, one a step
+///   mixed    all generate while one more prompt is read in steps of --chunk tokens:
+///            what a client waits for its next token when another arrives
+///
+/// "memory" is the share of the measured memory bandwidth with which weights and
+/// KV cache are read, "arithmetic" the share of the measured peak with which
+/// multiplications and additions are done: f32 for float weights and attention,
+/// 8 bit for quantised weights. Each line is the median of --repeat runs.
+#[derive(Debug, Clone, Args, Serialize)]
+#[command(verbatim_doc_comment, after_help = EXAMPLES)]
+pub struct Arguments {
+    /// Directory with config.json, safetensors and tokenizer.json [default: the demo model inside the binary]
+    #[arg(long, short, value_name = "PATH")]
+    model: Option<PathBuf>,
+
+    /// Quantise the weights while loading
+    #[arg(long, value_name = "FORMAT")]
+    quantize: Option<Quantize>,
+
+    /// Precision of the KV cache
+    #[arg(long, value_name = "DTYPE", default_value = "f16")]
+    kv_cache_dtype: KvCacheDtype,
+
+    /// Threads that compute [default: the cores this process may use]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+
+    /// Tokens of each prompt
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    prompt: u32,
+
+    /// Tokens to generate for each sequence
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    r#gen: u32,
+
+    /// Sequences at once; several numbers make several rounds
+    #[arg(long, value_name = "N,…", default_value = "1,8,32", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    batch: Vec<u32>,
+
+    /// Most tokens of one step
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    chunk: u32,
+
+    /// Runs of each line, of which the median is reported
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeat: u32,
+
+    /// Write parameters, limits and results to this file as JSON
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    json: Option<PathBuf>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  A checkpoint as it is, and quantised to 4 bits:
+    quire-bench engine --model PATH
+    quire-bench engine --model PATH --quantize q4_0 --batch 1,8,32 --json q4_0.json
+  How decoding slows down with the length of the context:
+    quire-bench engine --model PATH --batch 1 --prompt 8192";
+
+/// What weights may be quantised to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+enum Quantize {
+    /// 8.5 bits a weight
+    #[value(name = "q8_0")]
+    #[serde(rename = "q8_0")]
+    Q8_0,
+    /// 4.5 bits a weight
+    #[value(name = "q4_0")]
+    #[serde(rename = "q4_0")]
+    Q4_0,
+}
+
+/// Precision of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum KvCacheDtype {
+    /// 16-bit float
+    F16,
+    /// 32-bit float
+    F32,
+}
+
+const BLOCK: u32 = 16;
+
+/// Runs every line and prints it.
+///
+/// # Errors
+/// The model cannot be loaded, or the context is longer than it was made for.
+pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let source = match &arguments.model {
+        None => ModelSource::Demo,
+        Some(path) => ModelSource::Path(path.clone()),
+    };
+    let checkpoint = Checkpoint::open(&source)?;
+    let context = arguments.prompt + arguments.r#gen;
+    anyhow::ensure!(
+        context as usize <= checkpoint.config.max_position,
+        "--prompt {} and --gen {} make {context} tokens, the model's context is {}",
+        arguments.prompt,
+        arguments.r#gen,
+        checkpoint.config.max_position
+    );
+    let largest = arguments.batch.iter().copied().max().unwrap_or(1);
+
+    let threads = arguments.threads.map_or_else(
+        || std::thread::available_parallelism().map_or(1, usize::from),
+        usize::from,
+    );
+    eprintln!("measuring the machine on {threads} threads …");
+    let limits = Limits::measure(threads)?;
+    eprintln!("loading {} …", checkpoint.name);
+    let backend = CpuBackend::new(CpuOptions {
+        threads: Some(threads),
+        ..CpuOptions::default()
+    })?;
+    let options = LoadOptions {
+        quantize: arguments.quantize.map(|quantize| match quantize {
+            Quantize::Q8_0 => Format::Q8_0,
+            Quantize::Q4_0 => Format::Q4_0,
+        }),
+        max_rows: arguments.chunk.max(largest) as usize,
+    };
+    let decoder = Decoder::load(&checkpoint, backend, options, &mut |_| {})?;
+    let kv_dtype = match arguments.kv_cache_dtype {
+        KvCacheDtype::F16 => KvDtype::F16,
+        KvCacheDtype::F32 => KvDtype::F32,
+    };
+    // One more sequence than the largest batch: the prompt that is read while the others generate.
+    let blocks = (largest as usize + 1) * context.div_ceil(BLOCK) as usize;
+    let kv = decoder
+        .kv_cache(blocks, BLOCK as usize, kv_dtype)
+        .context("the KV cache")?;
+    let about = format!(
+        "{}, {}, {:.1} MiB of weights, {}",
+        checkpoint.name,
+        arguments.quantize.map_or("as stored", |q| match q {
+            Quantize::Q8_0 => "q8_0",
+            Quantize::Q4_0 => "q4_0",
+        }),
+        decoder.weight_bytes() as f64 / f64::from(1 << 20),
+        decoder.backend().description()
+    );
+    println!("{about}\n{}", report::limits(&limits));
+
+    let cost = Cost::of(
+        decoder.config(),
+        decoder.weight_bytes(),
+        arguments.quantize.is_some(),
+        kv_dtype,
+    );
+    let mut workload = Workload::new(
+        decoder,
+        kv,
+        workload::Shape {
+            prompt: arguments.prompt,
+            generated: arguments.r#gen,
+            chunk: arguments.chunk,
+            block: BLOCK,
+        },
+        cost,
+    );
+    let mut lines: Vec<Line> = Vec::new();
+    for &batch in &arguments.batch {
+        for kind in [Kind::Prefill, Kind::Decode, Kind::Mixed] {
+            if kind == Kind::Mixed && batch >= arguments.chunk {
+                // Nothing of a step is left for the prompt.
+                continue;
+            }
+            eprintln!("{kind:?} of {batch} …");
+            lines.push(workload.measure(kind, batch, arguments.repeat, &limits)?);
+        }
+    }
+    println!("{}", report::table(&lines));
+    if let Some(path) = &arguments.json {
+        let json = serde_json::json!({
+            "parameters": arguments,
+            "about": about,
+            "limits": limits,
+            "lines": lines,
+        });
+        std::fs::write(path, serde_json::to_string_pretty(&json)? + "\n")
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}

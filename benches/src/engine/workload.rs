@@ -1,0 +1,232 @@
+//! [`Workload`]: steps as a server would make them, with nothing but the decoder in them.
+
+use std::time::{Duration, Instant};
+
+use quire::model::Decoder;
+use quire_kernels::cpu::{CpuBackend, KvCache};
+use quire_kernels::{Error, Span, Step};
+use serde::Serialize;
+
+use super::cost::{Cost, Need};
+use super::limits::Limits;
+use crate::random::Random;
+
+/// What is timed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// All prompts are read.
+    Prefill,
+    /// All sequences generate.
+    Decode,
+    /// All sequences generate while one more prompt is read.
+    Mixed,
+}
+
+/// Lengths, in tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    /// Of a prompt.
+    pub prompt: u32,
+    /// Generated after it.
+    pub generated: u32,
+    /// Most of one step.
+    pub chunk: u32,
+    /// Of a KV-cache block.
+    pub block: u32,
+}
+
+/// One result: the median of several runs.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Line {
+    /// What was timed.
+    pub kind: Kind,
+    /// Sequences at once.
+    pub batch: u32,
+    /// Tokens computed in a run.
+    pub tokens: u32,
+    /// Steps of a run.
+    pub steps: u32,
+    /// Seconds of a run.
+    pub seconds: f64,
+    /// The fastest run and the slowest.
+    pub range: (f64, f64),
+    /// Share of the memory bandwidth.
+    pub memory: f64,
+    /// Share of the arithmetic peak.
+    pub arithmetic: f64,
+}
+
+impl Line {
+    /// Tokens computed a second.
+    pub fn tokens_per_second(&self) -> f64 {
+        f64::from(self.tokens) / self.seconds
+    }
+}
+
+/// A decoder and sequences to run on it.
+pub struct Workload {
+    decoder: Decoder<CpuBackend>,
+    kv: KvCache,
+    shape: Shape,
+    cost: Cost,
+    tokens: Random,
+    step: Step,
+    logits: Vec<f32>,
+}
+
+/// What one run did.
+#[derive(Default)]
+struct Run {
+    took: Duration,
+    tokens: u32,
+    steps: u32,
+    need: Need,
+}
+
+impl Workload {
+    /// `kv` has blocks for one sequence more than will ever be asked for.
+    pub fn new(decoder: Decoder<CpuBackend>, kv: KvCache, shape: Shape, cost: Cost) -> Self {
+        Self {
+            decoder,
+            kv,
+            shape,
+            cost,
+            tokens: Random::nth(0, 0),
+            step: Step::default(),
+            logits: Vec::new(),
+        }
+    }
+
+    /// Runs it `repeat` times.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn measure(
+        &mut self,
+        kind: Kind,
+        batch: u32,
+        repeat: u32,
+        limits: &Limits,
+    ) -> Result<Line, Error> {
+        let mut runs = (0..repeat)
+            .map(|_| match kind {
+                Kind::Prefill => self.prefill(batch),
+                Kind::Decode => self.decode(batch),
+                Kind::Mixed => self.mixed(batch),
+            })
+            .collect::<Result<Vec<Run>, Error>>()?;
+        runs.sort_by_key(|run| run.took);
+        let seconds = |run: &Run| run.took.as_secs_f64();
+        let range = (seconds(&runs[0]), seconds(&runs[runs.len() - 1]));
+        let run = &runs[runs.len() / 2];
+        let (memory, arithmetic) = self.cost.at_least(run.need, limits);
+        Ok(Line {
+            kind,
+            batch,
+            tokens: run.tokens,
+            steps: run.steps,
+            seconds: seconds(run),
+            range,
+            memory: memory / seconds(run),
+            arithmetic: arithmetic / seconds(run),
+        })
+    }
+
+    fn prefill(&mut self, batch: u32) -> Result<Run, Error> {
+        let Shape { prompt, chunk, .. } = self.shape;
+        let mut run = Run::default();
+        let mut next = (0, 0);
+        while next.0 < batch {
+            self.step.clear();
+            while next.0 < batch && (self.step.rows() as u32) < chunk {
+                let rows = (prompt - next.1).min(chunk - self.step.rows() as u32);
+                self.span(next.0, next.1, rows, next.1 + rows == prompt);
+                next = if next.1 + rows == prompt {
+                    (next.0 + 1, 0)
+                } else {
+                    (next.0, next.1 + rows)
+                };
+            }
+            self.run_step(&mut run)?;
+        }
+        Ok(run)
+    }
+
+    fn decode(&mut self, batch: u32) -> Result<Run, Error> {
+        let mut run = Run::default();
+        for n in 0..self.shape.generated {
+            self.step.clear();
+            for sequence in 0..batch {
+                self.span(sequence, self.shape.prompt + n, 1, true);
+            }
+            self.run_step(&mut run)?;
+        }
+        Ok(run)
+    }
+
+    fn mixed(&mut self, batch: u32) -> Result<Run, Error> {
+        let Shape {
+            prompt,
+            generated,
+            chunk,
+            ..
+        } = self.shape;
+        let mut run = Run::default();
+        let mut read = 0;
+        while read < prompt {
+            self.step.clear();
+            // A prompt may take more steps than there is room to generate in; the last place is then written again.
+            let at = prompt + run.steps.min(generated - 1);
+            for sequence in 0..batch {
+                self.span(sequence, at, 1, true);
+            }
+            let rows = (prompt - read).min(chunk - batch);
+            self.span(batch, read, rows, read + rows == prompt);
+            read += rows;
+            self.run_step(&mut run)?;
+        }
+        Ok(run)
+    }
+
+    /// Adds tokens of a sequence to the step.
+    fn span(&mut self, sequence: u32, start: u32, rows: u32, logits: bool) {
+        let vocabulary = self.decoder.config().vocab_size as u64;
+        let Shape {
+            prompt,
+            generated,
+            block,
+            ..
+        } = self.shape;
+        let step = &mut self.step;
+        let row = step.rows() as u32;
+        step.spans.push(Span {
+            row,
+            rows,
+            start,
+            table: step.block_tables.len() as u32,
+        });
+        let tokens = &mut self.tokens;
+        step.tokens
+            .extend((0..rows).map(|_| tokens.below(vocabulary) as u32));
+        step.positions.extend(start..start + rows);
+        let first = sequence * (prompt + generated).div_ceil(block);
+        step.block_tables
+            .extend(first..first + (start + rows).div_ceil(block));
+        if logits {
+            step.logit_rows.push(row + rows - 1);
+        }
+    }
+
+    fn run_step(&mut self, run: &mut Run) -> Result<(), Error> {
+        let began = Instant::now();
+        self.decoder
+            .forward(&self.step, &[], &mut self.kv, &mut self.logits)?;
+        run.took += began.elapsed();
+        run.tokens += self.step.rows() as u32;
+        run.steps += 1;
+        let spans = self.step.spans.iter().map(|span| (span.start, span.rows));
+        run.need += self.cost.step(spans, self.step.logit_rows.len() as u32);
+        Ok(())
+    }
+}

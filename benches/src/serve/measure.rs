@@ -1,0 +1,251 @@
+//! [`Measured`]: what a load found, request by request into histograms.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+
+use super::client::{Answer, Failure};
+
+/// The longest latency a histogram can hold; longer ones count as this.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+
+/// How long something took, many times. Microseconds, to three digits.
+#[derive(Debug, Clone)]
+pub struct Latency(Histogram<u64>);
+
+/// What is said of a latency, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Summary {
+    /// How many were measured.
+    pub count: u64,
+    /// Their mean.
+    pub mean_ms: f64,
+    /// Half were no longer.
+    pub p50_ms: f64,
+    /// 90 of 100 were no longer.
+    pub p90_ms: f64,
+    /// 99 of 100 were no longer.
+    pub p99_ms: f64,
+    /// The longest.
+    pub max_ms: f64,
+}
+
+impl Latency {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        let longest = LONGEST.as_micros() as u64;
+        Self(Histogram::new_with_max(longest, 3).expect("the bounds are constants that fit"))
+    }
+
+    /// Counts one.
+    pub fn record(&mut self, duration: Duration) {
+        self.0
+            .saturating_record(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX));
+    }
+
+    /// `None`: nothing was measured.
+    pub fn summary(&self) -> Option<Summary> {
+        let ms = |micros: u64| micros as f64 / 1000.0;
+        (!self.0.is_empty()).then(|| Summary {
+            count: self.0.len(),
+            mean_ms: self.0.mean() / 1000.0,
+            p50_ms: ms(self.0.value_at_quantile(0.50)),
+            p90_ms: ms(self.0.value_at_quantile(0.90)),
+            p99_ms: ms(self.0.value_at_quantile(0.99)),
+            max_ms: ms(self.0.max()),
+        })
+    }
+}
+
+/// One request, from the harness's side.
+#[derive(Debug)]
+pub struct Outcome {
+    /// When it was meant to be sent.
+    pub meant: Instant,
+    /// When it was sent.
+    pub sent: Instant,
+    /// When its answer, or its failure, was complete.
+    pub ended: Instant,
+    /// Which of both it was.
+    pub result: Result<Answer, Failure>,
+}
+
+/// What a load found.
+#[derive(Debug)]
+pub struct Measured {
+    /// One line about the server.
+    pub server: String,
+    /// From the first moment a request was meant to be sent to the end of the last answer.
+    pub elapsed: Duration,
+    /// Requests answered.
+    pub completed: u64,
+    /// Requests not answered, by kind, with the first message of each.
+    pub failures: BTreeMap<String, (u64, String)>,
+    /// Answers that ended before `max_tokens`.
+    pub short: u64,
+    /// Prompt tokens of answered requests.
+    pub prompt_tokens: u64,
+    /// Those the server found in its prefix cache.
+    pub cached_tokens: u64,
+    /// Tokens generated for answered requests.
+    pub completion_tokens: u64,
+    /// Until the first piece.
+    pub ttft: Latency,
+    /// Between pieces.
+    pub inter_token: Latency,
+    /// From the first piece to the last, by token.
+    pub per_token: Latency,
+    /// Until the end.
+    pub end_to_end: Latency,
+    /// By how much the harness itself was late to send.
+    pub lateness: Latency,
+    max_tokens: u64,
+}
+
+impl Measured {
+    /// Nothing yet, of a load whose answers are to have `max_tokens` tokens.
+    pub fn new(server: String, max_tokens: u32) -> Self {
+        Self {
+            server,
+            elapsed: Duration::ZERO,
+            completed: 0,
+            failures: BTreeMap::new(),
+            short: 0,
+            prompt_tokens: 0,
+            cached_tokens: 0,
+            completion_tokens: 0,
+            ttft: Latency::new(),
+            inter_token: Latency::new(),
+            per_token: Latency::new(),
+            end_to_end: Latency::new(),
+            lateness: Latency::new(),
+            max_tokens: u64::from(max_tokens),
+        }
+    }
+
+    /// Counts one request. The load began at `began`.
+    pub fn record(&mut self, outcome: Outcome, began: Instant) {
+        let Outcome {
+            meant,
+            sent,
+            ended,
+            result,
+        } = outcome;
+        self.elapsed = self.elapsed.max(ended.duration_since(began));
+        self.lateness.record(sent.duration_since(meant));
+        match result {
+            Ok(answer) => self.answered(&answer, meant, ended),
+            Err(Failure { kind, message }) => {
+                self.failures.entry(kind).or_insert((0, message)).0 += 1;
+            }
+        }
+    }
+
+    fn answered(&mut self, answer: &Answer, meant: Instant, ended: Instant) {
+        self.completed += 1;
+        self.short += u64::from(answer.completion_tokens < self.max_tokens);
+        self.prompt_tokens += answer.prompt_tokens;
+        self.cached_tokens += answer.cached_tokens;
+        self.completion_tokens += answer.completion_tokens;
+        self.end_to_end.record(ended.duration_since(meant));
+        for pair in answer.pieces.windows(2) {
+            self.inter_token.record(pair[1].duration_since(pair[0]));
+        }
+        if let (Some(first), Some(last)) = (answer.pieces.first(), answer.pieces.last()) {
+            self.ttft.record(first.duration_since(meant));
+            if let Some(others @ 1..) = answer.completion_tokens.checked_sub(1) {
+                let each = last.duration_since(*first).as_secs_f64() / others as f64;
+                self.per_token.record(Duration::from_secs_f64(each));
+            }
+        }
+    }
+
+    /// Requests not answered.
+    pub fn failed(&self) -> u64 {
+        self.failures.values().map(|(count, _)| count).sum()
+    }
+
+    /// Something a second, over the whole load.
+    pub fn per_second(&self, count: u64) -> f64 {
+        let seconds = self.elapsed.as_secs_f64();
+        if seconds > 0.0 {
+            count as f64 / seconds
+        } else {
+            0.0
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_those_of_the_sorted_values() {
+        let mut latency = Latency::new();
+        assert_eq!(latency.summary(), None);
+        for ms in (1..=1000).rev() {
+            latency.record(Duration::from_millis(ms));
+        }
+        let summary = latency.summary().unwrap();
+        assert_eq!(summary.count, 1000);
+        for (got, expected) in [
+            (summary.p50_ms, 500.0),
+            (summary.p90_ms, 900.0),
+            (summary.p99_ms, 990.0),
+            (summary.max_ms, 1000.0),
+            (summary.mean_ms, 500.5),
+        ] {
+            assert!((got / expected - 1.0).abs() < 2e-3, "{got}, not {expected}");
+        }
+    }
+
+    #[test]
+    fn latencies_count_from_when_a_request_was_meant_to_be_sent() {
+        let began = Instant::now();
+        let at = |ms| began + Duration::from_millis(ms);
+        let mut measured = Measured::new(String::new(), 4);
+        measured.record(
+            Outcome {
+                meant: at(100),
+                sent: at(300),
+                ended: at(1000),
+                result: Ok(Answer {
+                    pieces: vec![at(400), at(500), at(700)],
+                    prompt_tokens: 10,
+                    completion_tokens: 4,
+                    cached_tokens: 5,
+                }),
+            },
+            began,
+        );
+        let p50 = |latency: &Latency| latency.summary().unwrap().p50_ms.round();
+        assert_eq!(p50(&measured.ttft), 300.0);
+        assert_eq!(p50(&measured.end_to_end), 900.0);
+        assert_eq!(p50(&measured.lateness), 200.0);
+        assert_eq!(p50(&measured.inter_token), 100.0);
+        assert_eq!(p50(&measured.per_token), 100.0, "300 ms for three tokens");
+        assert_eq!(measured.elapsed, Duration::from_secs(1));
+        assert_eq!(measured.per_second(measured.completion_tokens), 4.0);
+        assert_eq!((measured.completed, measured.short), (1, 0));
+    }
+
+    #[test]
+    fn failures_are_counted_by_kind_and_keep_their_first_message() {
+        let began = Instant::now();
+        let mut measured = Measured::new(String::new(), 4);
+        for message in ["full", "still full"] {
+            let outcome = Outcome {
+                meant: began,
+                sent: began,
+                ended: began,
+                result: Err(Failure::new("HTTP 429", message)),
+            };
+            measured.record(outcome, began);
+        }
+        assert_eq!(measured.failed(), 2);
+        assert_eq!(measured.failures["HTTP 429"], (2, "full".to_owned()));
+        assert_eq!(measured.ttft.summary(), None);
+    }
+}

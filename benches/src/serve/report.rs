@@ -1,0 +1,151 @@
+//! What a load found, for people and for comparisons.
+
+use comfy_table::{CellAlignment, Table, presets};
+use serde_json::{Value, json};
+
+use super::Arguments;
+use super::measure::{Latency, Measured};
+
+fn latencies(measured: &Measured) -> [(&'static str, &'static str, &Latency); 5] {
+    [
+        ("TTFT", "ttft", &measured.ttft),
+        ("inter-token", "inter_token", &measured.inter_token),
+        ("per token", "per_token", &measured.per_token),
+        ("end to end", "end_to_end", &measured.end_to_end),
+        ("sent late by", "lateness", &measured.lateness),
+    ]
+}
+
+/// A page for the terminal.
+pub fn table(measured: &Measured) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header(["ms", "mean", "p50", "p90", "p99", "max"]);
+    for (name, _, latency) in latencies(measured) {
+        let mut row = vec![name.to_owned()];
+        match latency.summary() {
+            Some(s) => row.extend(
+                [s.mean_ms, s.p50_ms, s.p90_ms, s.p99_ms, s.max_ms].map(|ms| format!("{ms:.1}")),
+            ),
+            None => row.extend(std::iter::repeat_n("–".to_owned(), 5)),
+        }
+        table.add_row(row);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    let total = measured.prompt_tokens + measured.completion_tokens;
+    let mut lines = vec![
+        measured.server.clone(),
+        table.to_string(),
+        format!(
+            "{} answered, {} failed in {:.2} s",
+            measured.completed,
+            measured.failed(),
+            measured.elapsed.as_secs_f64()
+        ),
+        format!(
+            "{:.1} requests/s, {:.1} output tokens/s, {:.1} tokens/s with prompts",
+            measured.per_second(measured.completed),
+            measured.per_second(measured.completion_tokens),
+            measured.per_second(total)
+        ),
+        format!(
+            "{} tokens read, {} of them cached, {} generated",
+            measured.prompt_tokens, measured.cached_tokens, measured.completion_tokens
+        ),
+    ];
+    if measured.short > 0 {
+        lines.push(format!(
+            "{} answers ended before --max-tokens: the server does not ignore its end-of-sequence token",
+            measured.short
+        ));
+    }
+    for (kind, (count, message)) in &measured.failures {
+        lines.push(format!("{count} × {kind}: {}", message.trim()));
+    }
+    lines.join("\n")
+}
+
+/// Parameters and results.
+pub fn json(arguments: &Arguments, measured: &Measured) -> Value {
+    let latency: serde_json::Map<String, Value> = latencies(measured)
+        .into_iter()
+        .map(|(_, key, latency)| (key.to_owned(), json!(latency.summary())))
+        .collect();
+    let failures: serde_json::Map<String, Value> = measured
+        .failures
+        .iter()
+        .map(|(kind, (count, message))| (kind.clone(), json!({"count": count, "message": message})))
+        .collect();
+    let total = measured.prompt_tokens + measured.completion_tokens;
+    json!({
+        "parameters": arguments,
+        "server": measured.server,
+        "seconds": measured.elapsed.as_secs_f64(),
+        "completed": measured.completed,
+        "failed": measured.failed(),
+        "failures": failures,
+        "short_answers": measured.short,
+        "prompt_tokens": measured.prompt_tokens,
+        "cached_tokens": measured.cached_tokens,
+        "completion_tokens": measured.completion_tokens,
+        "requests_per_second": measured.per_second(measured.completed),
+        "output_tokens_per_second": measured.per_second(measured.completion_tokens),
+        "total_tokens_per_second": measured.per_second(total),
+        "latency": latency,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::super::client::{Answer, Failure};
+    use super::super::measure::Outcome;
+    use super::*;
+
+    #[test]
+    fn the_page_says_what_was_measured_and_what_failed() {
+        let began = Instant::now();
+        let at = |ms| began + Duration::from_millis(ms);
+        let mut measured = Measured::new("a server".to_owned(), 3);
+        let answer = Answer {
+            pieces: vec![at(250), at(350), at(450)],
+            prompt_tokens: 7,
+            completion_tokens: 3,
+            cached_tokens: 0,
+        };
+        let refusal = Failure::new("HTTP 429", "full\n");
+        for result in [Ok(answer), Err(refusal)] {
+            let (meant, sent, ended) = (at(0), at(0), at(500));
+            measured.record(
+                Outcome {
+                    meant,
+                    sent,
+                    ended,
+                    result,
+                },
+                began,
+            );
+        }
+        let page = table(&measured);
+        for part in [
+            "a server",
+            "1 answered, 1 failed in 0.50 s",
+            "6.0 output tokens/s, 20.0 tokens/s",
+            "1 × HTTP 429: full",
+        ] {
+            assert!(page.contains(part), "{part:?} is not in\n{page}");
+        }
+        let row = |name: &str| -> Vec<f64> {
+            let line = page.lines().find(|line| line.contains(name)).expect(name);
+            line.split_whitespace()
+                .filter_map(|cell| cell.parse().ok())
+                .collect()
+        };
+        assert!(row("TTFT").iter().all(|ms| (ms - 250.0).abs() < 0.5));
+        assert_eq!(row("inter-token").len(), 5);
+        assert!(row("inter-token").iter().all(|ms| (ms - 100.0).abs() < 0.5));
+    }
+}
