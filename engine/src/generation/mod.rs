@@ -17,7 +17,9 @@ pub use error::GenerateError;
 pub use generator::Generator;
 pub(crate) use observe::{SECONDS, labels};
 pub use output::{Generation, Output, OutputToken, StopCause, Usage};
-pub use request::{GenerationRequest, MAX_STOP_STRINGS, Prompt, SamplingRequest};
+pub use request::{
+    GenerationRequest, MAX_MESSAGES, MAX_STOP_STRINGS, MAX_TOOLS, Prompt, SamplingRequest,
+};
 
 #[cfg(doc)]
 use crate::core::Engine;

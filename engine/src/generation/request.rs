@@ -9,6 +9,10 @@ use crate::checkpoint::GenerationDefaults;
 use crate::sampling::SamplingParams;
 use crate::tokenizer::Conversation;
 
+/// Most messages of a conversation.
+pub const MAX_MESSAGES: usize = 16_384;
+/// Most tools of a conversation.
+pub const MAX_TOOLS: usize = 1024;
 /// Most stop strings of a request.
 pub const MAX_STOP_STRINGS: usize = 16;
 

@@ -9,11 +9,15 @@ use serde_json::{Map, Value, json};
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Status};
 
-use crate::generation::{GenerateError, GenerationRequest, Prompt, SamplingRequest};
+use crate::generation::{
+    GenerateError, GenerationRequest, MAX_MESSAGES, MAX_TOOLS, Prompt, SamplingRequest,
+};
 use crate::tokenizer::Conversation;
 
 /// Longest `request_id`, in bytes.
 const LONGEST_ID: usize = 256;
+/// Most bytes of JSON in one message, of all fields that hold some: parsed, it takes fifty times the memory.
+const MOST_JSON: usize = 1 << 20;
 
 /// A request for the generator. `id`: from [`request_id`].
 pub(super) fn generation(
@@ -90,10 +94,24 @@ pub(super) fn request_id(asked: &str) -> Result<Arc<str>, Status> {
 
 /// A conversation for the chat template.
 pub(super) fn conversation(chat: v1::Chat) -> Result<Conversation, Status> {
-    if chat.messages.is_empty() {
-        return Err(Status::invalid_argument(
-            "chat.messages is empty, expected at least one message",
-        ));
+    let (messages, tools) = (chat.messages.len(), chat.tools_json.len());
+    if messages == 0 || messages > MAX_MESSAGES {
+        return Err(Status::invalid_argument(format!(
+            "chat.messages has {messages} messages, expected 1 to {MAX_MESSAGES}"
+        )));
+    }
+    if tools > MAX_TOOLS {
+        return Err(Status::invalid_argument(format!(
+            "chat.tools_json has {tools} tools, expected at most {MAX_TOOLS}"
+        )));
+    }
+    let calls = chat.messages.iter().flat_map(|m| &m.tool_calls_json);
+    let texts = chat.tools_json.iter().chain(calls);
+    let json = texts.map(String::len).sum::<usize>() + chat.template_variables_json.len();
+    if json > MOST_JSON {
+        return Err(Status::invalid_argument(format!(
+            "chat has {json} bytes in its tools_json, tool_calls_json and template_variables_json, expected at most {MOST_JSON}"
+        )));
     }
     let messages = chat
         .messages

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::super::error::ApiError;
+use crate::generation::{MAX_MESSAGES, MAX_TOOLS};
 use crate::tokenizer::Conversation;
 
 /// A conversation for the chat template.
@@ -15,10 +16,17 @@ pub(in super::super) fn conversation(
     add_generation_prompt: bool,
     variables: Map<String, Value>,
 ) -> Result<Conversation, ApiError> {
-    if messages.is_empty() {
+    let count = messages.len();
+    if count == 0 || count > MAX_MESSAGES {
         return Err(ApiError::param(
             "messages",
-            "messages is empty, expected at least one message",
+            format!("messages: {count} messages, expected 1 to {MAX_MESSAGES}"),
+        ));
+    }
+    if tools.len() > MAX_TOOLS {
+        return Err(ApiError::param(
+            "tools",
+            format!("tools: {} tools, expected at most {MAX_TOOLS}", tools.len()),
         ));
     }
     if let Some(at) = tools.iter().position(|tool| !tool.is_object()) {
