@@ -4,8 +4,6 @@ import dataclasses
 import json
 import random
 import socket
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -177,7 +175,7 @@ def every_field_refuses_what_is_not_its_own(server: Server) -> None:
 def large_bodies_at_once_stall_nobody(server: Server) -> None:
     """Many at a time of what grows most when it is parsed: others are served meanwhile, and memory has an end."""
     message = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, '
-    peak = _peak_memory(server)
+    peak = server.peak_memory()
     for size in (7 << 20, 30 << 20):
         ids = b"1," * (size // 2) + b"1]"
         for path, body in [
@@ -186,7 +184,7 @@ def large_bodies_at_once_stall_nobody(server: Server) -> None:
             ("/detokenize", b'{"tokens": [' + ids + b"}"),
         ]:
             _send_at_once(server, path, body, times=8)
-            grown = _peak_memory(server) - peak
+            grown = server.peak_memory() - peak
             expect.that(grown < 1 << 30, f"eight times {size >> 20} MiB to {path}: the server grew by {grown >> 20} MiB")
 
 
@@ -197,15 +195,7 @@ def _send_at_once(server: Server, path: str, body: bytes, times: int) -> None:
         response = httpx.post(server.url + path, content=body, headers=JSON, timeout=50, trust_env=False)
         statuses.append(response.status_code)
 
-    threads = [threading.Thread(target=send) for _ in range(times)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        begin = time.monotonic()
-        expect.equal(server.http.get("/health").status_code, 200)
-        took = time.monotonic() - begin
-        expect.that(took < 1, f"/health took {took:.1f} s beside large bodies to {path}")
-        time.sleep(0.02)
+    server.stays_responsive([send] * times, f"large bodies to {path}")
     expect.equal(len(statuses), times, f"answers of {path}")
     expect.equal(set(statuses) - {200, 400, 413}, set(), f"statuses of {path}")
 
@@ -261,16 +251,6 @@ def _problem(client: httpx.Client, wrong: Wrong) -> str | None:
     if not isinstance(param, str | None) or not isinstance(code, str | None):
         return f"param and code are text or null: {response.text[:200]!r}"
     return None
-
-
-def _peak_memory(server: Server) -> int:
-    """Bytes; 0 where the system does not tell."""
-    try:
-        with open(f"/proc/{server.process.pid}/status") as status:
-            lines = dict(line.split(":", 1) for line in status)
-    except OSError:
-        return 0
-    return int(lines["VmHWM"].split()[0]) << 10
 
 
 def _endpoints() -> list[tuple[str, dict[str, Any], dict[str, list[Any]]]]:
