@@ -99,6 +99,34 @@ def a_prompt_of_megabytes_is_too_long(server: Server) -> None:
                 client.stub.Generate(request, timeout=30)
 
 
+def large_messages_at_once_stall_nobody(start) -> None:
+    """Eight at a time of what grows most when it is read: others are served meanwhile, and memory has an end."""
+    server = start()
+    user = pb.ChatMessage(role="user", content="x")
+    once = pb.StopConditions(max_tokens=1)
+    variables = '{"a":[' + "1," * (3 << 20) + "1]}"
+    peak = server.peak_memory()
+    for what, request in {
+        "template variables": pb.GenerateRequest(chat=pb.Chat(messages=[user], template_variables_json=variables), stop=once),
+        "tools": pb.GenerateRequest(chat=pb.Chat(messages=[user], tools_json=["{}"] * (1 << 20)), stop=once),
+        "messages": pb.GenerateRequest(chat=pb.Chat(messages=[user] * 500_000)),
+        "stop strings": pb.GenerateRequest(text="a", stop=pb.StopConditions(strings=["a"] * 2_000_000)),
+    }.items():
+        codes: list[Code] = []
+
+        def send(request=request, codes=codes) -> None:
+            with QuireClient(server) as client:
+                call = client.stub.Generate.future(request, timeout=50)
+                codes.append(call.code())
+
+        server.stays_responsive([send] * 8, f"large {what}")
+        expect.equal(len(codes), 8, f"answers to large {what}")
+        allowed = {Code.OK, Code.INVALID_ARGUMENT, Code.RESOURCE_EXHAUSTED, Code.OUT_OF_RANGE}
+        expect.equal(set(codes) - allowed, set(), f"codes for large {what}")
+        grown = server.peak_memory() - peak
+        expect.that(grown < 3 << 29, f"eight times many {what}: the server grew by {grown >> 20} MiB")
+
+
 def control_characters_in_names_are_harmless(server: Server) -> None:
     """They end in logs and headers."""
     for name in ("a\r\nb: c", "\x00", "\x1b[31m", "é" * 100, "x" * 10_000):

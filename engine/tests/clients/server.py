@@ -5,7 +5,9 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import grpc
@@ -137,6 +139,27 @@ class Server:
             if time.monotonic() > deadline:
                 raise AssertionError(f"{within} s after the last client left: {left}")
             time.sleep(0.02)
+
+    def stays_responsive(self, work: list[Callable[[], None]], beside: str) -> None:
+        """Does the work, all of it at once, while /health is asked again and again."""
+        threads = [threading.Thread(target=one, daemon=True) for one in work]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            begin = time.monotonic()
+            expect.equal(self.http.get("/health").status_code, 200)
+            took = time.monotonic() - begin
+            expect.that(took < 2, f"/health took {took:.1f} s beside {beside}")
+            time.sleep(0.02)
+
+    def peak_memory(self) -> int:
+        """Most bytes the process has ever had; 0 where the system does not tell."""
+        try:
+            with open(f"/proc/{self.process.pid}/status") as status:
+                lines = dict(line.split(":", 1) for line in status)
+        except OSError:
+            return 0
+        return int(lines["VmHWM"].split()[0]) << 10
 
 
 class Metrics:
