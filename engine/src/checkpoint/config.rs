@@ -97,7 +97,7 @@ pub(super) fn parse(json: &Value) -> Result<ModelConfig, CheckpointError> {
         heads: limited(json, "num_attention_heads", 10_000)?,
         kv_heads,
         head_dim,
-        norm_eps: positive(json, "rms_norm_eps", 1e-6)? as f32,
+        norm_eps: positive(json, "", "rms_norm_eps", Some(1e-6))? as f32,
         max_position: size(json, "max_position_embeddings", Some(2048))?,
         rope: rope(json)?,
         activation: Activation::Silu,
@@ -123,10 +123,14 @@ fn refuse_unsupported(json: &Value) -> Result<(), CheckpointError> {
             "false: sliding windows are not supported yet",
         ));
     }
-    if let Some(layers) = json["layer_types"].as_array()
-        && let Some(other) = layers.iter().find(|layer| *layer != "full_attention")
-    {
-        return Err(wrong("layer_types", other, "full_attention in every layer"));
+    let layers = &json["layer_types"];
+    let full = |layers: &Vec<Value>| layers.iter().all(|layer| layer == "full_attention");
+    if !layers.is_null() && !layers.as_array().is_some_and(full) {
+        return Err(wrong(
+            "layer_types",
+            layers,
+            "full_attention in every layer",
+        ));
     }
     if !json["quantization_config"].is_null() {
         let method = &json["quantization_config"]["quant_method"];
@@ -146,19 +150,23 @@ fn refuse_unsupported(json: &Value) -> Result<(), CheckpointError> {
 /// RoPE in transformers 5's spelling (`rope_parameters`) or the older one (`rope_theta`, `rope_scaling`).
 fn rope(json: &Value) -> Result<RopeConfig, CheckpointError> {
     let (field, rules) = match (&json["rope_parameters"], &json["rope_scaling"]) {
-        (rules @ Value::Object(_), _) => ("rope_parameters", rules),
-        (_, rules) => ("rope_scaling", rules),
+        (Value::Null, rules) => ("rope_scaling", rules),
+        (rules, _) => ("rope_parameters", rules),
     };
+    if !rules.is_null() && !rules.is_object() {
+        return Err(wrong(field, rules, "an object"));
+    }
+    let prefix = format!("{field}.");
+    let of_rules = |name: &str| positive(rules, &prefix, name, None);
     let theta = match &rules["rope_theta"] {
-        Value::Null => positive(json, "rope_theta", 10_000.0)?,
-        _ => positive(rules, "rope_theta", 10_000.0)?,
+        Value::Null => positive(json, "", "rope_theta", Some(10_000.0))?,
+        _ => of_rules("rope_theta")?,
     };
-    if let Some(partial) = rules["partial_rotary_factor"].as_f64()
-        && partial != 1.0
-    {
+    let partial = &rules["partial_rotary_factor"];
+    if !partial.is_null() && partial.as_f64() != Some(1.0) {
         return Err(wrong(
-            "partial_rotary_factor",
-            &rules["partial_rotary_factor"],
+            &format!("{field}.partial_rotary_factor"),
+            partial,
             "1",
         ));
     }
@@ -166,7 +174,7 @@ fn rope(json: &Value) -> Result<RopeConfig, CheckpointError> {
         (Value::Null, kind) | (kind, _) => kind,
     };
     let factor = || -> Result<f64, CheckpointError> {
-        let factor = positive(rules, "factor", 1.0)?;
+        let factor = of_rules("factor")?;
         if factor < 1.0 {
             return Err(wrong(
                 &format!("{field}.factor"),
@@ -181,8 +189,8 @@ fn rope(json: &Value) -> Result<RopeConfig, CheckpointError> {
         Some("default") => RopeScaling::None,
         Some("linear") => RopeScaling::Linear { factor: factor()? },
         Some("llama3") => {
-            let low_freq_factor = positive(rules, "low_freq_factor", 1.0)?;
-            let high_freq_factor = positive(rules, "high_freq_factor", 4.0)?;
+            let low_freq_factor = of_rules("low_freq_factor")?;
+            let high_freq_factor = of_rules("high_freq_factor")?;
             if high_freq_factor <= low_freq_factor {
                 return Err(wrong(
                     &format!("{field}.high_freq_factor"),
@@ -194,8 +202,7 @@ fn rope(json: &Value) -> Result<RopeConfig, CheckpointError> {
                 factor: factor()?,
                 low_freq_factor,
                 high_freq_factor,
-                original_max_position: size(rules, "original_max_position_embeddings", None)?
-                    as f64,
+                original_max_position: of_rules("original_max_position_embeddings")?,
             }
         }
         _ => {
@@ -231,12 +238,22 @@ fn limited(json: &Value, field: &str, most: usize) -> Result<usize, CheckpointEr
     Ok(value)
 }
 
-fn positive(json: &Value, field: &str, default: f64) -> Result<f64, CheckpointError> {
-    match &json[field] {
-        Value::Null => Ok(default),
-        value => match value.as_f64() {
+/// `prefix` is where `json` itself is found, for the error.
+fn positive(
+    json: &Value,
+    prefix: &str,
+    field: &str,
+    default: Option<f64>,
+) -> Result<f64, CheckpointError> {
+    match (&json[field], default) {
+        (Value::Null, Some(default)) => Ok(default),
+        (value, _) => match value.as_f64() {
             Some(number) if number > 0.0 && number < 1e30 => Ok(number),
-            _ => Err(wrong(field, value, "a positive number")),
+            _ => Err(wrong(
+                &format!("{prefix}{field}"),
+                value,
+                "a positive number",
+            )),
         },
     }
 }

@@ -52,8 +52,10 @@ pub enum CheckpointError {
         hint: String,
     },
     /// A tensor has another shape than the configuration says.
-    #[error("tensor `{name}` has shape {found:?}, expected {expected:?} from config.json")]
+    #[error("{file}: tensor `{name}` has shape {found:?}, expected {expected:?} from config.json")]
     Shape {
+        /// The file's name.
+        file: String,
         /// Its name.
         name: String,
         /// Its shape in the file.
@@ -62,8 +64,10 @@ pub enum CheckpointError {
         expected: Vec<usize>,
     },
     /// A tensor's elements are of a type that is not supported.
-    #[error("tensor `{name}` has elements of type {dtype}, expected F32, F16 or BF16")]
+    #[error("{file}: tensor `{name}` has elements of type {dtype}, expected F32, F16 or BF16")]
     Dtype {
+        /// The file's name.
+        file: String,
         /// Its name.
         name: String,
         /// The type.

@@ -26,6 +26,8 @@ pub use error::CheckpointError;
 pub use generation::GenerationDefaults;
 pub use tensors::{TensorView, Tensors};
 
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+
 /// Where a model comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelSource {
@@ -77,8 +79,8 @@ impl Checkpoint {
             .ok_or_else(|| files.missing("tokenizer.json"))?;
         let tokenizer = Tokenizer::from_json(&tokenizer_json)
             .map_err(|error| CheckpointError::file("tokenizer.json", error))?;
-        let tokenizer_config = files.json("tokenizer_config.json")?.unwrap_or(Value::Null);
-        let special = special_tokens(&tokenizer_config);
+        let tokenizer_config = files.json(TOKENIZER_CONFIG)?.unwrap_or(Value::Null);
+        let special = special_tokens(&tokenizer_config)?;
         let chat_template = match template_source(&files, &tokenizer_config)? {
             None => None,
             Some((file, source)) => Some(Arc::new(
@@ -105,15 +107,32 @@ impl Checkpoint {
 }
 
 /// The named special tokens of `tokenizer_config.json`; each is a string, or an object with its `content`.
-fn special_tokens(tokenizer_config: &Value) -> Map<String, Value> {
+fn special_tokens(tokenizer_config: &Value) -> Result<Map<String, Value>, CheckpointError> {
+    let names = [
+        "bos_token",
+        "eos_token",
+        "pad_token",
+        "unk_token",
+        "sep_token",
+        "cls_token",
+        "mask_token",
+    ];
     let mut special = Map::new();
-    for name in ["bos_token", "eos_token", "pad_token", "unk_token"] {
+    for name in names {
         let value = &tokenizer_config[name];
-        if let Some(token) = value.as_str().or_else(|| value["content"].as_str()) {
-            special.insert(name.to_owned(), token.into());
+        if value.is_null() {
+            continue;
         }
+        let Some(token) = value.as_str().or_else(|| value["content"].as_str()) else {
+            return Err(wrong_tokenizer_config(
+                name,
+                value,
+                "a string, or an object with its `content`",
+            ));
+        };
+        special.insert(name.to_owned(), token.into());
     }
-    special
+    Ok(special)
 }
 
 /// The chat template and the file it was found in: a file of its own, or a field that is a string or a list of named templates.
@@ -128,13 +147,29 @@ fn template_source(
     }
     let field = &tokenizer_config["chat_template"];
     let source = match field {
-        Value::String(source) => Some(source.as_str()),
+        Value::Null => return Ok(None),
         Value::Array(templates) => templates
             .iter()
             .find(|template| template["name"] == "default")
             .or(templates.first())
             .and_then(|template| template["template"].as_str()),
-        _ => None,
+        field => field.as_str(),
     };
-    Ok(source.map(|source| ("tokenizer_config.json", source.to_owned())))
+    match source {
+        Some(source) => Ok(Some((TOKENIZER_CONFIG, source.to_owned()))),
+        None => Err(wrong_tokenizer_config(
+            "chat_template",
+            field,
+            "a string, or a list of objects with `name` and `template`",
+        )),
+    }
+}
+
+fn wrong_tokenizer_config(field: &str, value: &Value, expected: &str) -> CheckpointError {
+    CheckpointError::Field {
+        file: TOKENIZER_CONFIG,
+        field: field.to_owned(),
+        value: value.to_string(),
+        expected: expected.to_owned(),
+    }
 }

@@ -3,19 +3,28 @@
 use std::collections::BTreeMap;
 
 use quire_kernels::Format;
-use safetensors::tensor::{Dtype, Metadata, SafeTensors};
+use safetensors::tensor::{Dtype, TensorInfo};
+use serde_json::{Map, Value};
 
 use super::CheckpointError;
 use super::files::{Bytes, Files};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Longer headers are refused, as by the format's reference implementation.
+const LONGEST_HEADER: u64 = 100_000_000;
 
 /// The tensors of a checkpoint by name, memory-mapped (or static, for the demo model).
 #[derive(Debug)]
 pub struct Tensors {
-    shards: Vec<Bytes>,
+    shards: Vec<Shard>,
     entries: BTreeMap<String, Entry>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    name: String,
+    bytes: Bytes,
 }
 
 #[derive(Debug)]
@@ -92,54 +101,67 @@ impl Tensors {
     /// Reads a shard's header.
     fn add(&mut self, name: &str, bytes: Bytes) -> Result<(), CheckpointError> {
         let data = bytes.as_slice();
-        let (header, metadata): (usize, Metadata) =
-            SafeTensors::read_metadata(data).map_err(|error| {
-                CheckpointError::file(name, format!("not a safetensors file: {error:?}"))
-            })?;
-        // The header's length is followed by the header, and that by the data.
-        let begin = header + 8;
-        let length = data.len().saturating_sub(begin);
+        let wrong = |problem: String| CheckpointError::file(name, problem);
+        let (begin, header) = header(data).map_err(wrong)?;
+        let length = data.len() - begin;
         let shard = self.shards.len();
-        for (tensor, info) in metadata.tensors() {
+        // The tensors cover the data, one after the other.
+        let mut tensors = Vec::with_capacity(header.len());
+        for (tensor, info) in header {
+            if tensor == "__metadata__" {
+                continue;
+            }
+            let info: TensorInfo = serde_json::from_value(info)
+                .map_err(|error| wrong(format!("tensor `{tensor}`: {error}")))?;
+            tensors.push((tensor, info));
+        }
+        tensors.sort_by_key(|(_, info)| info.data_offsets);
+        let mut covered = 0;
+        for (tensor, info) in tensors {
             let (from, to) = info.data_offsets;
-            if from > to || to > length {
-                return Err(CheckpointError::file(
-                    name,
-                    format!(
-                        "tensor `{tensor}` lies at {from}..{to}, but there are {length} bytes of data (is the file truncated?)"
-                    ),
-                ));
+            if from != covered || to < from {
+                return Err(wrong(format!(
+                    "tensor `{tensor}` lies at {from}..{to}, expected it to begin at {covered}"
+                )));
+            }
+            if to > length {
+                return Err(wrong(format!(
+                    "tensor `{tensor}` lies at {from}..{to}, but there are {length} bytes of data (is the file truncated?)"
+                )));
             }
             let bits = info
                 .shape
                 .iter()
                 .try_fold(info.dtype.bitsize(), |bits, &size| bits.checked_mul(size));
-            if bits != (to - from).checked_mul(8) {
-                return Err(CheckpointError::file(
-                    name,
-                    format!(
-                        "tensor `{tensor}` of shape {:?} and type {:?} has {} bytes",
-                        info.shape,
-                        info.dtype,
-                        to - from
-                    ),
-                ));
+            if bits.is_none() || bits != (to - from).checked_mul(8) {
+                return Err(wrong(format!(
+                    "tensor `{tensor}` of shape {:?} and type {:?} has {} bytes",
+                    info.shape,
+                    info.dtype,
+                    to - from
+                )));
             }
+            covered = to;
             let entry = Entry {
                 shard,
                 dtype: info.dtype,
-                shape: info.shape.clone(),
+                shape: info.shape,
                 begin: begin + from,
                 end: begin + to,
             };
             if self.entries.insert(tensor.clone(), entry).is_some() {
-                return Err(CheckpointError::file(
-                    name,
-                    format!("tensor `{tensor}` is in another shard too"),
-                ));
+                return Err(wrong(format!("tensor `{tensor}` is in another shard too")));
             }
         }
-        self.shards.push(bytes);
+        if covered != length {
+            return Err(wrong(format!(
+                "{length} bytes of data, but its tensors have {covered}"
+            )));
+        }
+        self.shards.push(Shard {
+            name: name.to_owned(),
+            bytes,
+        });
         Ok(())
     }
 
@@ -157,6 +179,7 @@ impl Tensors {
         };
         if entry.shape != shape {
             return Err(CheckpointError::Shape {
+                file: self.shards[entry.shard].name.clone(),
                 name: name.to_owned(),
                 found: entry.shape.clone(),
                 expected: shape.to_vec(),
@@ -168,6 +191,7 @@ impl Tensors {
             Dtype::BF16 => Format::Bf16,
             other => {
                 return Err(CheckpointError::Dtype {
+                    file: self.shards[entry.shard].name.clone(),
                     name: name.to_owned(),
                     dtype: format!("{other:?}"),
                 });
@@ -176,7 +200,7 @@ impl Tensors {
         Ok(TensorView {
             format,
             shape: &entry.shape,
-            data: &self.shards[entry.shard].as_slice()[entry.begin..entry.end],
+            data: &self.shards[entry.shard].bytes.as_slice()[entry.begin..entry.end],
         })
     }
 
@@ -206,8 +230,38 @@ impl Tensors {
     /// A tensor whose name ends alike, for a reader who wonders where it went.
     fn hint(&self, name: &str) -> String {
         let bare = name.strip_prefix("model.").unwrap_or(name);
+        let alike = |other: &&str| {
+            other
+                .strip_suffix(bare)
+                .is_some_and(|before| before.is_empty() || before.ends_with('.'))
+        };
         self.names()
-            .find(|other| other.ends_with(bare))
+            .find(alike)
             .map_or_else(String::new, |other| format!(" (there is `{other}`)"))
     }
+}
+
+/// Where a safetensors file's data begins, and its header: 8 bytes of length, then as much JSON.
+fn header(data: &[u8]) -> Result<(usize, Map<String, Value>), String> {
+    let Some((length, rest)) = data.split_first_chunk::<8>() else {
+        return Err(format!(
+            "not a safetensors file: it has {} bytes",
+            data.len()
+        ));
+    };
+    let length = u64::from_le_bytes(*length);
+    if length > LONGEST_HEADER {
+        return Err(format!(
+            "not a safetensors file: its header would have {length} bytes"
+        ));
+    }
+    let Some(json) = rest.get(..length as usize) else {
+        return Err(format!(
+            "its header has {length} bytes, but {} follow (is the file truncated?)",
+            rest.len()
+        ));
+    };
+    let header = serde_json::from_slice(json)
+        .map_err(|error| format!("its header is not valid JSON: {error}"))?;
+    Ok((8 + json.len(), header))
 }

@@ -115,6 +115,26 @@ impl Generator {
         }
     }
 
+    /// The text of a whole sequence, made on a thread that may block.
+    ///
+    /// # Errors
+    /// Ids the model does not have; the error names `param`.
+    pub async fn detokenize(
+        &self,
+        param: &str,
+        tokens: Vec<TokenId>,
+        skip_special: bool,
+    ) -> Result<String, GenerateError> {
+        self.check_tokens(param, &tokens)?;
+        let permit = self.inner.tokenising.acquire().await;
+        let inner = Arc::clone(&self.inner);
+        let done =
+            tokio::task::spawn_blocking(move || inner.tokenizer.decode(&tokens, skip_special));
+        let text = done.await;
+        drop(permit);
+        text.map_err(|error| GenerateError::Internal(format!("detokenising failed: {error}")))
+    }
+
     /// Checks a request and hands it to the engine.
     ///
     /// # Errors

@@ -32,7 +32,7 @@ const FLUSH: Duration = Duration::from_secs(10);
 const FAREWELL: Duration = Duration::from_millis(500);
 
 /// Largest request body of either protocol, in bytes. Far above any context; what is longer is refused without being read.
-pub(crate) const LARGEST_REQUEST: usize = 32 << 20;
+pub(crate) const LARGEST_REQUEST: usize = 8 << 20;
 
 /// Listeners that are bound and not yet served.
 #[derive(Debug)]

@@ -5,7 +5,6 @@
 
 mod bytes;
 mod detokenizer;
-mod json;
 mod template;
 
 use std::sync::Arc;

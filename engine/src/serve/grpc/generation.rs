@@ -131,13 +131,11 @@ impl Generation for GenerationService {
     ) -> Result<Response<v1::DetokenizeResponse>, Status> {
         let request = request.into_inner();
         let tokens: Vec<TokenId> = request.ids.into_iter().map(TokenId).collect();
-        self.generator
-            .check_tokens("ids", &tokens)
-            .map_err(|error| status(&error))?;
         let text = self
             .generator
-            .tokenizer()
-            .decode(&tokens, !request.include_special_tokens);
+            .detokenize("ids", tokens, !request.include_special_tokens)
+            .await
+            .map_err(|error| status(&error))?;
         Ok(Response::new(v1::DetokenizeResponse { text }))
     }
 

@@ -19,6 +19,7 @@ pub(super) struct ApiError {
     param: Option<String>,
     code: Option<&'static str>,
     retry_after_s: Option<u32>,
+    closing: bool,
 }
 
 impl ApiError {
@@ -29,6 +30,16 @@ impl ApiError {
             param: None,
             code: None,
             retry_after_s: None,
+            closing: false,
+        }
+    }
+
+    /// The request was not read to its end: its connection cannot be used again, and the client is told so.
+    #[must_use]
+    pub fn closing(self) -> Self {
+        Self {
+            closing: true,
+            ..self
         }
     }
 
@@ -93,6 +104,11 @@ impl IntoResponse for ApiError {
             response
                 .headers_mut()
                 .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.closing {
+            response
+                .headers_mut()
+                .insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         response
     }

@@ -5,7 +5,9 @@ mod error;
 mod openai;
 mod tokenize;
 
+use axum::body::Bytes;
 use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -85,19 +87,29 @@ async fn version() -> Response {
     Json(json!({"version": env!("CARGO_PKG_VERSION")})).into_response()
 }
 
-async fn no_route(method: Method, uri: Uri) -> ApiError {
-    ApiError::new(
+async fn no_route(method: Method, uri: Uri, body: Result<Bytes, BytesRejection>) -> ApiError {
+    let error = ApiError::new(
         StatusCode::NOT_FOUND,
         format!(
             "no route {method} {}; there are /v1/completions, /v1/chat/completions, /v1/models, /tokenize, /detokenize, /health and /metrics",
             uri.path()
         ),
-    )
+    );
+    if body.is_err() {
+        error.closing()
+    } else {
+        error
+    }
 }
 
-async fn no_method(method: Method, uri: Uri) -> ApiError {
-    ApiError::new(
+async fn no_method(method: Method, uri: Uri, body: Result<Bytes, BytesRejection>) -> ApiError {
+    let error = ApiError::new(
         StatusCode::METHOD_NOT_ALLOWED,
         format!("{} does not take {method}", uri.path()),
-    )
+    );
+    if body.is_err() {
+        error.closing()
+    } else {
+        error
+    }
 }

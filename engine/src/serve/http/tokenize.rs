@@ -82,8 +82,10 @@ pub(super) async fn detokenize(
     app.generator
         .check_model(body.model.as_deref().unwrap_or_default())?;
     let tokens: Vec<TokenId> = body.tokens.into_iter().map(TokenId).collect();
-    app.generator.check_tokens("tokens", &tokens)?;
     let skip_special = body.skip_special_tokens.unwrap_or(false);
-    let text = app.generator.tokenizer().decode(&tokens, skip_special);
+    let text = app
+        .generator
+        .detokenize("tokens", tokens, skip_special)
+        .await?;
     Ok(Json(json!({"prompt": text})))
 }

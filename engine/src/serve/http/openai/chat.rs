@@ -37,9 +37,8 @@ pub(in super::super) async fn chat_completions(
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let parameters: Parameters = body.read()?;
+    let (parameters, body): (Parameters, Body) = body.read_both()?;
     app.generator.check_model(parameters.model())?;
-    let body: Body = body.read()?;
     let delivery = parameters.delivery()?;
     let logprobs = logprobs(&body)?;
     let tools = tools(&body)?;

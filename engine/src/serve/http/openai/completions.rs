@@ -63,9 +63,8 @@ pub(in super::super) async fn completions(
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let parameters: Parameters = body.read()?;
+    let (parameters, body): (Parameters, Body) = body.read_both()?;
     app.generator.check_model(parameters.model())?;
-    let body: Body = body.read()?;
     refuse_unsupported(&body, &parameters)?;
     let delivery = parameters.delivery()?;
     let prompts = body.prompt.prompts();

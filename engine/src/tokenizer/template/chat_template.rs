@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::value::{Serde, Value};
 use minijinja::{Environment, Error, ErrorKind};
 
-use super::json;
+use super::{dialect, python};
 
 /// Instructions a template may execute: a hostile one must end.
 const FUEL: u64 = 10_000_000;
@@ -85,8 +85,7 @@ impl ChatTemplate {
             .map_err(|error| TemplateError::Compile(describe(&error)))?;
         environment.set_syntax(syntax);
         environment.set_fuel(Some(FUEL));
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        python::add_to(&mut environment);
         environment.add_function(
             "raise_exception",
             |message: String| -> Result<Value, Error> {
@@ -94,9 +93,9 @@ impl ChatTemplate {
             },
         );
         environment.add_function("strftime_now", move |format: &str| clock(format));
-        environment.add_filter("tojson", tojson);
+        let adapted = dialect::adapt(source).map_err(TemplateError::Compile)?;
         environment
-            .add_template_owned(NAME, without_generation_tags(source))
+            .add_template_owned(NAME, adapted)
             .map_err(|error| TemplateError::Compile(describe(&error)))?;
         Ok(Self {
             environment,
@@ -112,7 +111,16 @@ impl ChatTemplate {
     pub fn render(&self, conversation: &Conversation) -> Result<String, TemplateError> {
         let mut variables = self.special.clone();
         variables.extend(conversation.variables.clone());
-        variables.insert("messages".to_owned(), conversation.messages.clone().into());
+        let messages: Vec<_> = conversation
+            .messages
+            .iter()
+            .map(with_reasoning_aliases)
+            .collect();
+        variables.insert("messages".to_owned(), messages.into());
+        // Defined, as in transformers, whether there are any or not.
+        variables
+            .entry("documents")
+            .or_insert(serde_json::Value::Null);
         // Templates ask `if tools`, and for its absence with `is none`.
         let tools = match &conversation.tools[..] {
             [] => serde_json::Value::Null,
@@ -147,39 +155,20 @@ fn describe(error: &Error) -> String {
     }
 }
 
-/// `{% generation %}` marks what training counts as the assistant's own; transformers renders its contents. So does `{% if true %}`.
-fn without_generation_tags(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(at) = rest.find("{%") {
-        let (before, tag) = rest.split_at(at);
-        out.push_str(before);
-        let Some(end) = tag.find("%}") else {
-            rest = tag;
-            break;
-        };
-        let (tag, after) = tag.split_at(end + 2);
-        let inner = tag[2..tag.len() - 2].trim_matches(['-', '+']).trim();
-        match inner {
-            "generation" => out.push_str(&tag.replace("generation", "if true")),
-            "endgeneration" => out.push_str(&tag.replace("endgeneration", "endif")),
-            _ => out.push_str(tag),
-        }
-        rest = after;
-    }
-    out.push_str(rest);
-    out
-}
-
-/// transformers' `tojson`: Python's `json.dumps` without escaping non-ASCII text.
-fn tojson(value: &Value, arguments: Kwargs) -> Result<Value, Error> {
-    let indent: Option<usize> = arguments.get("indent")?;
-    // Accepted and already so.
-    let _: Option<bool> = arguments.get("ensure_ascii")?;
-    arguments.assert_all_used()?;
-    let value = serde_json::to_value(value)
-        .map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
-    Ok(Value::from_safe_string(json::dumps(&value, indent)))
+/// transformers hands a message's reasoning over under every name that templates read.
+fn with_reasoning_aliases(message: &serde_json::Value) -> serde_json::Value {
+    let known = ["reasoning_content", "thinking", "reasoning"]
+        .iter()
+        .map(|name| &message[name])
+        .find(|value| !value.is_null());
+    let (Some(fields), Some(reasoning)) = (message.as_object(), known) else {
+        return message.clone();
+    };
+    let mut aliased = serde_json::Map::new();
+    aliased.insert("thinking".to_owned(), reasoning.clone());
+    aliased.extend(fields.clone());
+    aliased.insert("reasoning_content".to_owned(), reasoning.clone());
+    aliased.into()
 }
 
 #[cfg(test)]
@@ -245,6 +234,46 @@ mod tests {
             template(source).render(&conversation()),
             Err(TemplateError::Render(_))
         ));
+    }
+
+    #[test]
+    fn a_template_cannot_overflow_the_stack() {
+        let grow = |value: &str| {
+            format!(
+                "{{% set ns = namespace(x=[]) %}}{{% set c = cycler(1) %}}\
+                 {{% for i in range(50000) %}}{{% set ns.x = {value} %}}{{% endfor %}}{{{{ ns.x }}}}"
+            )
+        };
+        for source in [
+            grow("[ns.x]"),
+            grow("{'a': ns.x}"),
+            grow("[ns.x][0:]"),
+            grow("[ns.x] | map('list')"),
+            grow("namespace(x=ns.x)"),
+            grow("ns"),
+            grow("[ns]"),
+            grow("cycler(ns.x)"),
+            grow("loop"),
+            "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}".to_owned(),
+            "{% set x = [x] %}".repeat(50_000) + "{{ x }}",
+        ] {
+            let error = template(&source).render(&conversation()).unwrap_err();
+            assert!(matches!(error, TemplateError::Render(_)), "{error}");
+        }
+        for source in [
+            format!("{{{{ {}1{} }}}}", "[".repeat(50_000), "]".repeat(50_000)),
+            format!("{{{{ {}1 }}}}", "-".repeat(50_000)),
+            format!("{{{{ {}", "-".repeat(50_000)),
+            "{% if true %}".repeat(50_000),
+            format!(
+                "{{% if true %}}{}{{% endif %}}",
+                "{% elif true %}".repeat(50_000)
+            ),
+            format!("{{{{ 1{} }}}}", "+1".repeat(50_000)),
+        ] {
+            let error = ChatTemplate::new(&source, &serde_json::Map::new()).unwrap_err();
+            assert!(matches!(error, TemplateError::Compile(_)), "{error}");
+        }
     }
 
     #[test]

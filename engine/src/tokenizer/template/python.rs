@@ -1,0 +1,347 @@
+//! Filters, tests and functions of jinja2 and transformers that minijinja has otherwise or not at all.
+//!
+//! Everything here follows the Python of the same name; `tests/templates/idioms.json` compares.
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "minijinja hands a filter its arguments by value"
+)]
+
+use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, Output, State, filters, formatting};
+
+use super::{json, methods};
+
+/// Deepest nesting of a value that is kept; JSON from outside has at most 128 levels.
+const DEEPEST: usize = 256;
+
+/// Teaches `environment` Python's ways.
+pub(super) fn add_to(environment: &mut Environment<'_>) {
+    environment.set_unknown_method_callback(methods::call);
+    environment.set_formatter(print);
+    environment.add_filter("tojson", tojson);
+    environment.add_filter("list", list);
+    environment.add_filter("trim", trim);
+    environment.add_filter("join", join);
+    environment.add_filter("int", int);
+    environment.add_filter("float", float_filter);
+    environment.add_filter("dictsort", dictsort);
+    for name in ["e", "escape", "forceescape"] {
+        environment.add_filter(name, escape);
+    }
+    environment.add_filter(ITERATED, iterated);
+    environment.add_filter(PRINTF, printf);
+    environment.add_filter(KEPT, kept);
+    environment.add_filter(KEPT_IN_NAMESPACE, kept_in_namespace);
+    environment.add_test("iterable", |value: &Value| {
+        !value.is_none() && value.try_iter().is_ok()
+    });
+    // Whatever has a length and can be indexed; an undefined value says yes to everything.
+    environment.add_test("sequence", |value: &Value| {
+        match value.kind() {
+            ValueKind::Seq | ValueKind::String | ValueKind::Map | ValueKind::Undefined => true,
+            // A slice or a range, but no generator.
+            ValueKind::Iterable => value.len().is_some(),
+            _ => false,
+        }
+    });
+    environment.add_function("cycler", |items: Rest<Value>| {
+        minijinja_contrib::globals::cycler(items.to_vec())
+    });
+    environment.add_function("joiner", |separator: Option<Value>| {
+        minijinja_contrib::globals::joiner(Some(separator.unwrap_or_else(|| ", ".into())))
+    });
+    environment.remove_global("debug");
+}
+
+/// A filter: what a `for` loop runs over, refused where Python would.
+pub(super) const ITERATED: &str = "__iterated";
+/// A filter: `text % values`.
+pub(super) const PRINTF: &str = "__printf";
+/// A filter: what a variable may hold.
+pub(super) const KEPT: &str = "__kept";
+/// A filter: what an attribute of a namespace may hold.
+pub(super) const KEPT_IN_NAMESPACE: &str = "__kept_in_namespace";
+
+pub(super) fn iterated(value: Value) -> Result<Value, Error> {
+    if value.is_none() {
+        return Err(invalid("'NoneType' object is not iterable"));
+    }
+    Ok(value)
+}
+
+/// Refuses values so deep that whoever walks them would run out of stack.
+fn kept(state: &State<'_, '_>, value: Value) -> Result<Value, Error> {
+    check_depth(state, &value, false)?;
+    Ok(value)
+}
+
+/// As [`kept`]; and what is in a namespace holds no namespace, lest it hold itself, and no macro or loop, whose depth cannot be seen.
+fn kept_in_namespace(state: &State<'_, '_>, value: Value) -> Result<Value, Error> {
+    check_depth(state, &value, true)?;
+    Ok(value)
+}
+
+fn check_depth(state: &State<'_, '_>, value: &Value, data_only: bool) -> Result<(), Error> {
+    let mut open = vec![(value.clone(), 0)];
+    while let Some((value, depth)) = open.pop() {
+        let Some(object) = value.as_object() else {
+            continue;
+        };
+        let name = object.type_name();
+        let opaque = value.kind() == ValueKind::Plain
+            || ["Namespace", "Macro", "Loop"]
+                .iter()
+                .any(|kind| name.ends_with(kind));
+        if opaque && data_only {
+            return Err(invalid("only data can be kept in a namespace"));
+        }
+        if opaque {
+            continue;
+        }
+        if depth > DEEPEST {
+            return Err(invalid(format!(
+                "a value nested deeper than {DEEPEST} levels"
+            )));
+        }
+        if value.kind() == ValueKind::Map {
+            for key in value.try_iter()? {
+                state.consume_fuel(1)?;
+                open.push((value.get_item(&key)?, depth + 1));
+            }
+        } else {
+            for item in value.try_iter()? {
+                state.consume_fuel(1)?;
+                open.push((item, depth + 1));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn printf(text: &str, values: &Value) -> Result<String, Error> {
+    let values: Vec<Value> = match values.downcast_object_ref::<Tuple>() {
+        Some(_) => values.try_iter()?.collect(),
+        None => vec![values.clone()],
+    };
+    formatting::format(formatting::FormatStyle::Printf, text, &values)
+}
+
+/// The value as a float, if it is one and not an integer.
+pub(super) fn as_float(value: &Value) -> Option<f64> {
+    if value.is_number() && !value.is_integer() {
+        f64::try_from(value.clone()).ok()
+    } else {
+        None
+    }
+}
+
+/// `repr(value)`: the shortest digits that mean the same, with an exponent below 1e-4 and from 1e16 on.
+pub(super) fn float(value: f64) -> String {
+    if value.is_nan() {
+        return "nan".to_owned();
+    }
+    if value.is_infinite() {
+        return if value > 0.0 { "inf" } else { "-inf" }.to_owned();
+    }
+    let scientific = format!("{value:e}");
+    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    if (-4..16).contains(&exponent) {
+        let plain = value.to_string();
+        return if plain.contains('.') {
+            plain
+        } else {
+            plain + ".0"
+        };
+    }
+    let sign = if exponent < 0 { '-' } else { '+' };
+    format!("{digits}e{sign}{:02}", exponent.abs())
+}
+
+/// What `{{ … }}` writes.
+fn print(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
+    match as_float(value) {
+        Some(number) => out.write_str(&float(number)).map_err(Error::from),
+        None => minijinja::escape_formatter(out, state, value),
+    }
+}
+
+/// transformers' `tojson`: `json.dumps` with these arguments, in this order.
+fn tojson(
+    value: &Value,
+    ensure_ascii: Option<bool>,
+    indent: Option<Value>,
+    separators: Option<Value>,
+    named: Kwargs,
+) -> Result<String, Error> {
+    let indent = or_named(indent, &named, "indent")?;
+    let separators = or_named(separators, &named, "separators")?;
+    let style = json::Style {
+        ensure_ascii: or_named(ensure_ascii, &named, "ensure_ascii")?.unwrap_or(false),
+        indent: match indent.filter(|indent| !indent.is_none()) {
+            None => None,
+            Some(indent) => Some(match indent.as_str() {
+                Some(text) => text.to_owned(),
+                None => " ".repeat(usize::try_from(indent)?.min(100)),
+            }),
+        },
+        separators: match separators.filter(|separators| !separators.is_none()) {
+            None => None,
+            Some(pair) => {
+                let part = |at: usize| -> Result<String, Error> {
+                    pair.get_item_by_index(at)?
+                        .as_str()
+                        .map(str::to_owned)
+                        .ok_or_else(|| invalid("separators must be two strings"))
+                };
+                Some((part(0)?, part(1)?))
+            }
+        },
+        sort_keys: named.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
+    };
+    named.assert_all_used()?;
+    json::dumps(value, &style)
+}
+
+pub(super) fn or_named<'a, T>(
+    positional: Option<T>,
+    named: &'a Kwargs,
+    name: &'a str,
+) -> Result<Option<T>, Error>
+where
+    Option<T>: minijinja::value::ArgType<'a, Output = Option<T>>,
+{
+    match positional {
+        Some(value) => Ok(Some(value)),
+        None => named.get(name),
+    }
+}
+
+fn trim(
+    state: &mut State<'_, '_>,
+    value: &Value,
+    characters: Option<&str>,
+) -> Result<Value, Error> {
+    let text = minijinja::value::StringInput::new(state, value)?;
+    let strip = |c: char| characters.map_or_else(|| is_space(c), |all| all.contains(c));
+    Ok(text.preserve_safety(text.as_str().trim_matches(strip).to_owned()))
+}
+
+fn list(state: &State<'_, '_>, value: Value) -> Result<Value, Error> {
+    filters::list(state, iterated(value)?)
+}
+
+fn join(
+    state: &mut State<'_, '_>,
+    value: Value,
+    separator: Option<Value>,
+    attribute: Option<String>,
+    named: Kwargs,
+) -> Result<Value, Error> {
+    let value = iterated(value)?;
+    let separator = match or_named(separator, &named, "d")? {
+        Some(separator) => separator,
+        None => Value::from(""),
+    };
+    let separator = minijinja::value::StringInput::new(state, &separator)?;
+    filters::join(state, &value, Some(separator), attribute.as_deref(), named)
+}
+
+fn int(
+    state: &State<'_, '_>,
+    value: &Value,
+    default: Option<Value>,
+    base: Option<u32>,
+    named: Kwargs,
+) -> Result<Value, Error> {
+    let default = or_named(default, &named, "default")?.unwrap_or_else(|| 0.into());
+    let base = or_named(base, &named, "base")?;
+    named.assert_all_used()?;
+    let none = Kwargs::from_iter(Vec::<(String, Value)>::new());
+    Ok(filters::int(state, value, Some(default.clone()), base, none).unwrap_or(default))
+}
+
+fn float_filter(
+    state: &State<'_, '_>,
+    value: &Value,
+    default: Option<Value>,
+    named: Kwargs,
+) -> Result<Value, Error> {
+    let default = or_named(default, &named, "default")?.unwrap_or_else(|| 0.0.into());
+    named.assert_all_used()?;
+    let none = Kwargs::from_iter(Vec::<(String, Value)>::new());
+    Ok(filters::float(state, value, Some(default.clone()), none).unwrap_or(default))
+}
+
+fn dictsort(
+    value: &Value,
+    case_sensitive: Option<Value>,
+    by: Option<Value>,
+    reverse: Option<Value>,
+    named: Kwargs,
+) -> Result<Value, Error> {
+    let positional = [
+        ("case_sensitive", case_sensitive),
+        ("by", by),
+        ("reverse", reverse),
+    ];
+    let mut all = Vec::new();
+    for (name, value) in positional {
+        if let Some(value) = or_named(value, &named, name)? {
+            all.push((name, value));
+        }
+    }
+    named.assert_all_used()?;
+    filters::dictsort(value, Kwargs::from_iter(all))
+}
+
+/// markupsafe's `escape`.
+fn escape(value: &Value) -> Value {
+    if value.is_safe() {
+        return value.clone();
+    }
+    let mut out = String::new();
+    for c in value.to_string().chars() {
+        match c {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '\'' => out.push_str("&#39;"),
+            '"' => out.push_str("&#34;"),
+            c => out.push(c),
+        }
+    }
+    Value::from_safe_string(out)
+}
+
+/// Python's `str.isspace`: Unicode's white space and four separators of ASCII.
+pub(super) fn is_space(c: char) -> bool {
+    c.is_whitespace() || matches!(c, '\x1c'..='\x1f')
+}
+
+pub(super) fn invalid(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidOperation, message.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn floats_are_spelt_as_python_spells_them() {
+        let cases = [
+            (0.1, "0.1"),
+            (3.0, "3.0"),
+            (-0.0, "-0.0"),
+            (1e15, "1000000000000000.0"),
+            (1e16, "1e+16"),
+            (1.5e300, "1.5e+300"),
+            (0.0001, "0.0001"),
+            (0.000_012_5, "1.25e-05"),
+            (f64::INFINITY, "inf"),
+        ];
+        for (value, expected) in cases {
+            assert_eq!(float(value), expected);
+        }
+    }
+}

@@ -1,0 +1,87 @@
+"""The command line teaches: what is wrong, with the value, and what to do."""
+
+import socket
+import subprocess
+
+import expect
+from server import clean_environment
+
+
+def _run(binary: str, *arguments: str, stdin: str = "", env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    environment = clean_environment() | (env or {})
+    return subprocess.run([binary, *arguments], input=stdin, capture_output=True, text=True, timeout=30, env=environment)
+
+
+def _refused(binary: str, *arguments: str, says: list[str], env: dict[str, str] | None = None) -> None:
+    done = _run(binary, *arguments, env=env)
+    expect.that(done.returncode not in (0, 101), f"`quire {' '.join(arguments)}` ended with {done.returncode}")
+    for part in says:
+        expect.contains(done.stderr.lower(), part.lower(), f"what `quire {' '.join(arguments)}` says")
+    expect.that("panicked" not in done.stderr, done.stderr)
+    expect.equal(done.stdout, "", "errors go to standard error")
+
+
+def a_number_that_is_none_is_named(binary: str) -> None:
+    _refused(binary, "serve", "--max-seqs", "banana", says=["banana", "--max-seqs"])
+    _refused(binary, "serve", "--max-seqs", "-4", says=["-4"])
+    _refused(binary, "serve", "--max-seqs", "0", says=["max", "seqs", "0"])
+    _refused(binary, "serve", "--max-waiting", "0", says=["max", "waiting", "0"])
+    _refused(binary, "serve", "--threads", "0", says=["0", "--threads"])
+
+
+def an_environment_variable_that_is_wrong_is_named(binary: str) -> None:
+    _refused(binary, "serve", says=["banana", "max-seqs"], env={"QUIRE_MAX_SEQS": "banana"})
+
+
+def a_model_that_is_not_there_is_named(binary: str) -> None:
+    _refused(binary, "serve", "--model", "/nonexistent", says=["/nonexistent"])
+    _refused(binary, "run", "--model", "/nonexistent", "hello", says=["/nonexistent"])
+
+
+def a_cache_that_is_too_small_says_what_would_do(binary: str) -> None:
+    _refused(binary, "serve", "--kv-cache-memory", "10", says=["kv", "cache", "10"])
+    _refused(binary, "serve", "--kv-cache-memory", "much", says=["much", "--kv-cache-memory", "512MiB"])
+
+
+def an_address_is_checked(binary: str) -> None:
+    _refused(binary, "serve", "--http", "nonsense", says=["nonsense", "--http"])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for flags in (
+            ["--http", f"127.0.0.1:{port}", "--grpc", "127.0.0.1:0"],
+            ["--http", "127.0.0.1:0", "--grpc", f"127.0.0.1:{port}"],
+        ):
+            _refused(binary, "serve", *flags, says=[port, "in use"])
+
+
+def a_misspelt_command_or_flag_is_corrected(binary: str) -> None:
+    _refused(binary, "serv", says=["serv", "serve"])
+    _refused(binary, "serve", "--max-seq", "4", says=["--max-seqs"])
+
+
+def help_names_commands_flags_and_environment_variables(binary: str) -> None:
+    top = _run(binary, "--help")
+    expect.equal(top.returncode, 0)
+    for command in ("serve", "run", "demo"):
+        expect.contains(top.stdout, command)
+    serve = _run(binary, "serve", "--help")
+    expect.equal(serve.returncode, 0)
+    for part in ("--http", "--grpc", "--max-seqs", "QUIRE_MAX_SEQS", "QUIRE_HTTP", "QUIRE_GRPC", "QUIRE_KV_CACHE_MEMORY"):
+        expect.contains(serve.stdout, part, "quire serve --help")
+
+
+def version_is_told(binary: str) -> None:
+    done = _run(binary, "--version")
+    expect.that(done.stdout.startswith("quire ") and done.stdout.count(".") == 2, done.stdout)
+
+
+def a_prompt_on_the_command_line_is_answered(binary: str) -> None:
+    done = _run(binary, "run", "What does `Vec::push` do?")
+    expect.equal(done.returncode, 0, done.stderr[-500:])
+    expect.that(done.stdout.strip(), "no answer")
+    expect.that("<|" not in done.stdout, f"control tokens in {done.stdout!r}")
+    piped = _run(binary, "run", "What does `Vec::push` do?", stdin="Some text to think about.\n")
+    expect.equal(piped.returncode, 0, piped.stderr[-500:])
+    expect.that(piped.stdout.strip(), "no answer with standard input")

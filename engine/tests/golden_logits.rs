@@ -1,0 +1,296 @@
+//! The decoder computes what transformers computes.
+//!
+//! `golden/` holds a small random checkpoint for each family and the logits transformers (f32, eager attention) makes of it;
+//! `golden/make.py` made them. Errors are relative to a row: `max |ours − theirs| / max |theirs|`, at most [`TOLERANCE`] in every row.
+//! The demo model's 420 answers (`demo-model/answers.jsonl`, transformers again) go through the whole engine.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::path::PathBuf;
+
+use common::Random;
+use quire::checkpoint::{Checkpoint, ModelSource};
+use quire::core::{Engine, EngineConfig};
+use quire::generation::{GenerationRequest, Generator, Output, Prompt};
+use quire::model::{Decoder, LoadOptions, RopeScaling};
+use quire::tokenizer::Conversation;
+use quire_kernels::cpu::{CpuBackend, KvCache};
+use quire_kernels::{KvDtype, Span, Step};
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+
+const TOLERANCE: f32 = 1e-4;
+const BLOCK: usize = 16;
+const BLOCKS: usize = 16;
+
+#[test]
+fn qwen3_with_qk_norm_wide_heads_a_tied_head_and_two_shards_in_f32() {
+    equals_transformers("qwen3");
+}
+
+#[test]
+fn qwen2_with_biases_on_qkv_and_one_kv_head_in_bf16() {
+    equals_transformers("qwen2");
+}
+
+#[test]
+fn llama_with_biases_everywhere_and_llama3_rope_in_f16() {
+    equals_transformers("llama3-rope");
+}
+
+#[test]
+fn llama_without_gqa_with_linear_rope_spelt_as_transformers_4_did() {
+    equals_transformers("llama-linear-rope");
+}
+
+/// A golden that another model meets as well would prove nothing.
+#[test]
+fn the_golden_logits_tell_rope_rules_apart() {
+    for name in ["llama3-rope", "llama-linear-rope"] {
+        let golden = Golden::read(name);
+        let mut checkpoint = open(name);
+        assert_ne!(checkpoint.config.rope.scaling, RopeScaling::None);
+        checkpoint.config.rope.scaling = RopeScaling::None;
+        let rows = Sequence::new(&checkpoint).read(&golden.prompt, golden.prompt.len());
+        let error = relative_error(&rows, golden.row(0));
+        assert!(error > 100.0 * TOLERANCE, "{name}: {error}");
+    }
+}
+
+fn equals_transformers(name: &str) {
+    let golden = Golden::read(name);
+    let checkpoint = open(name);
+    let mut worst: f32 = 0.0;
+    let mut check = |row: usize, ours: &[f32], how: &str| {
+        let error = relative_error(ours, golden.row(row));
+        worst = worst.max(error);
+        assert!(
+            error <= TOLERANCE,
+            "{name}, {how}, row {row}: relative error {error}"
+        );
+        assert_eq!(
+            argmax(ours),
+            golden.tokens[row],
+            "{name}, {how}: token {row}"
+        );
+    };
+
+    let mut first_bits: Option<Vec<u32>> = None;
+    for chunk in [usize::MAX, 1, 7, 13, 16, 31] {
+        let how = format!("prompt in chunks of {chunk}");
+        let mut sequence = Sequence::new(&checkpoint);
+        let mut bits = Vec::new();
+        let mut logits = sequence.read(&golden.prompt, chunk);
+        for (row, &token) in golden.tokens.iter().enumerate() {
+            check(row, &logits, &how);
+            bits.extend(logits.iter().map(|logit| logit.to_bits()));
+            logits = sequence.read(&[token], 1);
+        }
+        assert!(
+            *first_bits.get_or_insert_with(|| bits.clone()) == bits,
+            "{name}, {how}: other bits than in one chunk"
+        );
+    }
+
+    // Prompt and answer as one chunk: what a preempted sequence goes through.
+    let (_, answer) = golden.tokens.split_last().unwrap();
+    let known = [&golden.prompt[..], answer].concat();
+    let rows = Sequence::new(&checkpoint).rows(&known, golden.tokens.len());
+    for (row, logits) in rows.chunks(golden.vocab).enumerate() {
+        check(row, logits, "everything in one chunk");
+    }
+    println!("{name}: largest relative error {worst:.1e}");
+}
+
+/// What transformers made of a checkpoint.
+struct Golden {
+    prompt: Vec<u32>,
+    /// Greedy choices: one after the prompt, then one for each token before.
+    tokens: Vec<u32>,
+    /// `[tokens, vocab]`
+    logits: Vec<f32>,
+    vocab: usize,
+}
+
+impl Golden {
+    fn read(name: &str) -> Self {
+        let bytes = std::fs::read(directory(name).join("golden.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let words = |tensor: &str| -> Vec<[u8; 4]> {
+            let data = file.tensor(tensor).unwrap().data();
+            data.chunks_exact(4)
+                .map(|b| b.try_into().unwrap())
+                .collect()
+        };
+        let ids = |tensor| words(tensor).into_iter().map(u32::from_le_bytes).collect();
+        let golden = Self {
+            prompt: ids("prompt"),
+            tokens: ids("tokens"),
+            logits: words("logits")
+                .into_iter()
+                .map(f32::from_le_bytes)
+                .collect(),
+            vocab: file.tensor("logits").unwrap().shape()[1],
+        };
+        assert_eq!(golden.tokens.len(), 33, "one after the prompt, 32 steps");
+        assert_eq!(golden.logits.len(), golden.tokens.len() * golden.vocab);
+        golden
+    }
+
+    fn row(&self, row: usize) -> &[f32] {
+        &self.logits[row * self.vocab..][..self.vocab]
+    }
+}
+
+/// One sequence on a decoder of its own, its blocks scattered over the cache.
+struct Sequence {
+    decoder: Decoder<CpuBackend>,
+    kv: KvCache,
+    blocks: Vec<u32>,
+    known: u32,
+}
+
+impl Sequence {
+    fn new(checkpoint: &Checkpoint) -> Self {
+        let options = LoadOptions {
+            quantize: None,
+            max_rows: 256,
+        };
+        let decoder = Decoder::load(checkpoint, common::backend(1), options, &mut |_| {}).unwrap();
+        let kv = decoder.kv_cache(BLOCKS, BLOCK, KvDtype::F32).unwrap();
+        let mut blocks: Vec<u32> = (0..BLOCKS as u32).collect();
+        Random::new(7).shuffle(&mut blocks);
+        Self {
+            decoder,
+            kv,
+            blocks,
+            known: 0,
+        }
+    }
+
+    /// The logits after `tokens`, computed in chunks of at most `chunk` of them.
+    fn read(&mut self, tokens: &[u32], chunk: usize) -> Vec<f32> {
+        let mut last = Vec::new();
+        for tokens in tokens.chunks(chunk) {
+            last = self.rows(tokens, 1);
+        }
+        last
+    }
+
+    /// The logits after each of the last `rows` of `tokens`, computed in one step.
+    fn rows(&mut self, tokens: &[u32], rows: usize) -> Vec<f32> {
+        let count = tokens.len() as u32;
+        let step = Step {
+            tokens: tokens.to_vec(),
+            positions: (self.known..self.known + count).collect(),
+            spans: vec![Span {
+                row: 0,
+                rows: count,
+                start: self.known,
+                table: 0,
+            }],
+            block_tables: self.blocks.clone(),
+            logit_rows: (count - rows as u32..count).collect(),
+        };
+        let mut logits = Vec::new();
+        self.decoder
+            .forward(&step, &[], &mut self.kv, &mut logits)
+            .unwrap();
+        self.known += count;
+        logits
+    }
+}
+
+fn directory(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name)
+}
+
+fn open(name: &str) -> Checkpoint {
+    Checkpoint::open(&ModelSource::Path(directory(name))).unwrap()
+}
+
+fn relative_error(ours: &[f32], theirs: &[f32]) -> f32 {
+    assert_eq!(ours.len(), theirs.len());
+    // `f32::max` would hide a NaN.
+    assert!(ours.iter().all(|logit| logit.is_finite()));
+    let difference = ours.iter().zip(theirs).map(|(a, b)| (a - b).abs());
+    difference.fold(0.0, f32::max) / theirs.iter().fold(0.0, |most, b| b.abs().max(most))
+}
+
+fn argmax(logits: &[f32]) -> u32 {
+    let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
+    best.unwrap() as u32
+}
+
+#[test]
+fn the_demo_model_gives_transformers_answers_to_420_questions() {
+    let path = format!("{}/answers.jsonl", common::DEMO_DIRECTORY);
+    let answers: Vec<Value> = std::fs::read_to_string(path)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(answers.len(), 420);
+
+    let checkpoint = common::demo_checkpoint();
+    let config = EngineConfig {
+        kv_dtype: KvDtype::F32,
+        kv_cache_memory: Some(64 << 20),
+        ..EngineConfig::default()
+    };
+    let engine =
+        Engine::start(&checkpoint, common::backend(2), &config, None, &mut |_| {}).unwrap();
+    let generator = Generator::new(engine, &checkpoint);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .build()
+        .unwrap();
+    let asked: Vec<_> = answers
+        .iter()
+        .map(|answer| {
+            let generator = generator.clone();
+            let question = answer["question"].as_str().unwrap().to_owned();
+            runtime.spawn(async move { ask(&generator, &question).await })
+        })
+        .collect();
+    let mut different = Vec::new();
+    for (answer, asked) in answers.iter().zip(asked) {
+        let ours = runtime.block_on(asked).unwrap();
+        if answer["greedy_answer"] != ours.trim() {
+            different.push(format!(
+                "{}\n  transformers: {}\n  quire:        {ours:?}",
+                answer["question"], answer["greedy_answer"]
+            ));
+        }
+    }
+    assert!(
+        different.is_empty(),
+        "{} answers differ:\n{}",
+        different.len(),
+        different.join("\n")
+    );
+}
+
+/// The greedy answer.
+async fn ask(generator: &Generator, question: &str) -> String {
+    let conversation = Conversation {
+        messages: vec![json!({"role": "user", "content": question})],
+        add_generation_prompt: true,
+        ..Conversation::default()
+    };
+    let mut request = GenerationRequest::new("question", Prompt::Chat(Box::new(conversation)));
+    request.sampling.temperature = Some(0.0);
+    request.sampling.max_tokens = Some(100);
+    let mut generation = generator.generate(request).await.unwrap();
+    let mut answer = String::new();
+    while let Some(output) = generation.next().await {
+        match output {
+            Output::Chunk { text, .. } | Output::Finished { text, .. } => answer.push_str(&text),
+            Output::Started { .. } => {}
+        }
+    }
+    answer
+}
