@@ -1,22 +1,26 @@
 //! What a step costs beside the model: `schedule` and `complete`, by how much runs, how much waits, and what the prefix cache finds.
 //!
-//! The bar: a step of 4096 running sequences well under 200 µs, and no more because others wait. Sequences end and make place, or
-//! reach their length and the workload is set up anew; setting up is not measured.
+//! The bar: a step of 4096 running sequences well under 200 µs, and no more because others wait. The schedulers have been at it for a
+//! while when they are measured: every block was used before and most are findable, so taking one means forgetting what it held.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput};
-use quire_scheduler::{Config, NewSequence, Policy, Sampled, Scheduler, Time, TokenId};
+use quire_scheduler::{Config, NewSequence, Policy, Sampled, Scheduler, SeqId, Time, TokenId};
 
 const BLOCK: u32 = 16;
-/// Tokens a sequence generates before the workload is set up anew.
-const GENERATED: u32 = 256;
+/// Steps that are measured before the running sequences are replaced by new ones.
+const STEPS: u32 = 256;
+/// Tokens of the longest running sequence: its prompt, the steps until everybody runs, the measured steps.
+const LONGEST: u32 = 36 + 64 + STEPS;
+/// Ahead of everybody who waits.
+const URGENT: i32 = -1_000_000;
 
-fn config(max_seqs: u32, max_batch_tokens: u32) -> Config {
+fn config(max_seqs: u32, max_batch_tokens: u32, num_blocks: u32) -> Config {
     Config {
         block_size: BLOCK,
-        num_blocks: 1 << 18,
+        num_blocks,
         max_batch_tokens,
         max_chunk_tokens: 256,
         max_seqs,
@@ -32,6 +36,7 @@ fn config(max_seqs: u32, max_batch_tokens: u32) -> Config {
 /// A scheduler, and a client that answers it with a token for every row of logits.
 struct Workload {
     scheduler: Scheduler,
+    running: Vec<SeqId>,
     sampled: Vec<Sampled>,
     now: u64,
     /// Makes prompts differ from each other.
@@ -42,30 +47,32 @@ impl Workload {
     fn new(config: Config) -> Self {
         Self {
             scheduler: Scheduler::new(config).expect("a valid configuration"),
+            running: Vec::new(),
             sampled: Vec::new(),
             now: 0,
             next_token: 0,
         }
     }
 
-    fn add(&mut self, prompt: u32, max_tokens: u32) {
+    fn add(&mut self, prompt: u32, max_tokens: u32, priority: i32) -> SeqId {
         let first = self.next_token;
-        self.next_token += prompt;
-        self.add_prompt((first..first + prompt).map(TokenId).collect(), max_tokens);
+        self.next_token = first.wrapping_add(prompt);
+        let prompt = (0..prompt).map(|i| TokenId(first.wrapping_add(i)));
+        self.add_prompt(prompt.collect(), max_tokens, priority)
     }
 
-    fn add_prompt(&mut self, prompt: Vec<TokenId>, max_tokens: u32) {
+    fn add_prompt(&mut self, prompt: Vec<TokenId>, max_tokens: u32, priority: i32) -> SeqId {
         self.now += 1;
         let new = NewSequence {
             prompt,
             max_tokens,
             samples: 1,
-            priority: 0,
+            priority,
             tenant: 0,
             salt: 0,
         };
         let added = self.scheduler.add(new, Time(self.now));
-        added.expect("the queue and the cache are large enough");
+        added.expect("the queue and the cache are large enough")
     }
 
     /// One step; `ends` says which of its sequences end. Returns the tokens that were computed.
@@ -87,32 +94,43 @@ impl Workload {
         tokens
     }
 
-    /// Steps until every running sequence generates.
-    fn settle(&mut self, running: u32) {
-        while self.step(|_| false) != running || self.scheduler.stats().running != running {}
+    /// Replaces the running sequences by `count` new ones, their block boundaries spread over the steps, and steps until all generate.
+    fn renew(&mut self, count: u32) {
+        for seq in std::mem::take(&mut self.running) {
+            self.scheduler.abort(seq);
+        }
+        for n in 0..count {
+            let seq = self.add(20 + n % BLOCK, LONGEST - 36, URGENT);
+            self.running.push(seq);
+        }
+        while self.step(|_| false) != count || self.scheduler.stats().running != count {}
     }
 }
 
-/// `running` sequences that generate, their block boundaries spread over the steps, and `waiting` that cannot run yet.
+/// `running` sequences that generate, and `waiting` that cannot run yet.
 fn decoding(running: u32, waiting: u32) -> Workload {
-    let mut workload = Workload::new(config(running, 8192));
-    for n in 0..running {
-        workload.add(20 + n % BLOCK, 2 * GENERATED);
-    }
-    workload.settle(running);
+    let blocks = running * LONGEST.div_ceil(BLOCK) * 5 / 4 + 512;
+    let mut workload = Workload::new(config(running, 8192, blocks));
     for _ in 0..waiting {
-        workload.add(64, GENERATED);
+        workload.add(64, STEPS, 0);
+    }
+    // Until every block has been used.
+    for _ in 0..3 {
+        workload.renew(running);
+        for _ in 0..STEPS {
+            workload.step(|_| false);
+        }
     }
     workload
 }
 
-/// Time of `steps` steps of a workload that lasts for `GENERATED`.
-fn time(steps: u64, mut set_up: impl FnMut() -> Workload) -> Duration {
+/// Time of `steps` steps, in rounds of `STEPS` that `renew` prepares.
+fn time(steps: u64, workload: &mut Workload, mut renew: impl FnMut(&mut Workload)) -> Duration {
     let mut spent = Duration::ZERO;
     let mut left = steps;
     while left > 0 {
-        let mut workload = set_up();
-        let now = left.min(u64::from(GENERATED));
+        renew(workload);
+        let now = left.min(u64::from(STEPS));
         let began = Instant::now();
         for _ in 0..now {
             workload.step(|_| false);
@@ -126,9 +144,10 @@ fn time(steps: u64, mut set_up: impl FnMut() -> Workload) -> Duration {
 fn by_running(c: &mut Criterion) {
     let mut group = c.benchmark_group("step, all decoding");
     for running in [64, 512, 4096] {
+        let mut workload = decoding(running, 0);
         group.throughput(Throughput::Elements(u64::from(running)));
         group.bench_function(BenchmarkId::from_parameter(running), |b| {
-            b.iter_custom(|steps| time(steps, || decoding(running, 0)));
+            b.iter_custom(|steps| time(steps, &mut workload, |w| w.renew(running)));
         });
     }
     group.finish();
@@ -137,9 +156,11 @@ fn by_running(c: &mut Criterion) {
 fn by_waiting(c: &mut Criterion) {
     let mut group = c.benchmark_group("step, 256 decoding, waiting");
     for waiting in [0, 10_000, 100_000] {
+        let mut workload = decoding(256, waiting);
         group.bench_function(BenchmarkId::from_parameter(waiting), |b| {
-            b.iter_custom(|steps| time(steps, || decoding(256, waiting)));
+            b.iter_custom(|steps| time(steps, &mut workload, |w| w.renew(256)));
         });
+        assert_eq!(workload.scheduler.stats().waiting, waiting);
     }
     group.finish();
 }
@@ -153,7 +174,7 @@ fn turnover(c: &mut Criterion) {
         group.bench_function(BenchmarkId::from_parameter(waiting), |b| {
             b.iter(|| {
                 turn += 1;
-                workload.add(64, GENERATED);
+                workload.add(64, STEPS, 0);
                 workload.step(|at| at == turn % 256)
             });
         });
@@ -163,19 +184,19 @@ fn turnover(c: &mut Criterion) {
 
 /// 64 sequences generate while prompts of 2048 tokens are read in chunks, 512 tokens a step.
 fn mixed(c: &mut Criterion) {
+    const PROMPT: u32 = 2048;
+    // More than STEPS steps of 448 tokens can read.
+    const PROMPTS: u32 = STEPS * 448 / PROMPT + 8;
+    let blocks = (64 * LONGEST + PROMPTS * (PROMPT + 16)) / BLOCK * 5 / 4;
+    let mut workload = Workload::new(config(512, 512, blocks));
     c.bench_function("step, 64 decoding and prompts in chunks", |b| {
         b.iter_custom(|steps| {
-            time(steps, || {
-                let mut workload = Workload::new(config(512, 512));
-                for n in 0..64 {
-                    workload.add(20 + n % BLOCK, 2 * GENERATED);
+            time(steps, &mut workload, |workload| {
+                workload.renew(64);
+                for _ in 0..PROMPTS {
+                    let seq = workload.add(PROMPT, STEPS, 0);
+                    workload.running.push(seq);
                 }
-                workload.settle(64);
-                // More than GENERATED steps of 448 tokens can read.
-                for _ in 0..64 {
-                    workload.add(2048, 8);
-                }
-                workload
             })
         });
     });
@@ -186,19 +207,19 @@ fn prefix_cache(c: &mut Criterion) {
     const PROMPT: u32 = 4096;
     let mut group = c.benchmark_group("admission of 4096 tokens");
     group.throughput(Throughput::Elements(u64::from(PROMPT)));
-    let mut workload = Workload::new(config(4, 8192));
+    let mut workload = Workload::new(config(4, 8192, 4 * PROMPT / BLOCK));
     group.bench_function("new", |b| {
         b.iter(|| {
-            workload.add(PROMPT, 1);
+            workload.add(PROMPT, 1, 0);
             workload.step(|_| true)
         });
     });
     let prompt: Vec<TokenId> = (0..PROMPT).map(TokenId).collect();
-    workload.add_prompt(prompt.clone(), 1);
+    workload.add_prompt(prompt.clone(), 1, 0);
     workload.step(|_| true);
     group.bench_function("cached", |b| {
         b.iter(|| {
-            workload.add_prompt(prompt.clone(), 1);
+            workload.add_prompt(prompt.clone(), 1, 0);
             let computed = workload.step(|_| true);
             assert_eq!(computed, BLOCK, "all but the last block is found");
         });

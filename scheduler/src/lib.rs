@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod batch;
+mod block_index;
 mod block_pool;
 mod config;
 mod events;

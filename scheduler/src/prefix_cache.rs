@@ -3,9 +3,9 @@
 //! A block is found by the chain hash of its tokens, its predecessor's hash and the salt. A hash may collide, an answer must not: a hit
 //! is only one if the tokens are equal and its predecessor is the very block that was found before it.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::num::NonZeroU64;
 
+use crate::block_index::BlockIndex;
 use crate::{BlockId, KvEvent, TokenId};
 
 /// What a sequence knows of its own chain up to some full block.
@@ -19,11 +19,13 @@ pub(crate) struct Link {
     pub blocks: u32,
 }
 
+/// What is known of a findable block, beside its tokens.
 #[derive(Debug, Clone, Copy)]
 struct Findable {
-    hash: u64,
+    /// Serial number of its predecessor.
     parent: u64,
-    serial: u64,
+    /// Its own; never given twice.
+    serial: NonZeroU64,
     salt: u64,
 }
 
@@ -31,12 +33,10 @@ struct Findable {
 #[derive(Debug)]
 pub(crate) struct PrefixCache {
     block_size: usize,
-    by_hash: HashMap<u64, BlockId>,
-    /// By block.
-    entries: Vec<Option<Findable>>,
+    findable: BlockIndex<Findable>,
     /// Tokens of findable blocks, by block. `[blocks, block_size]`
     tokens: Vec<TokenId>,
-    next_serial: u64,
+    next_serial: NonZeroU64,
     events: Option<Vec<KvEvent>>,
 }
 
@@ -50,9 +50,11 @@ fn mix(mut z: u64) -> u64 {
 /// The chain hash of a block after `parent`.
 pub(crate) fn chain_hash(parent: u64, tokens: &[TokenId]) -> u64 {
     tokens
-        .iter()
-        .fold(mix(parent ^ 0x9e37_79b9_7f4a_7c15), |hash, token| {
-            mix(hash.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ u64::from(token.0))
+        .chunks(2)
+        .fold(mix(parent ^ 0x9e37_79b9_7f4a_7c15), |hash, pair| {
+            let second = pair.get(1).map_or(0, |token| token.0);
+            let pair = u64::from(pair[0].0) | u64::from(second) << 32;
+            mix(hash.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ pair)
         })
 }
 
@@ -60,11 +62,9 @@ impl PrefixCache {
     pub fn new(blocks: u32, block_size: u32, events: bool) -> Self {
         Self {
             block_size: block_size as usize,
-            // Twice as many as there can be: it then never grows, however entries come and go.
-            by_hash: HashMap::with_capacity(2 * blocks as usize),
-            entries: vec![None; blocks as usize],
+            findable: BlockIndex::new(blocks),
             tokens: vec![TokenId(0); blocks as usize * block_size as usize],
-            next_serial: 1,
+            next_serial: NonZeroU64::MIN,
             events: events.then(Vec::new),
         }
     }
@@ -86,15 +86,14 @@ impl PrefixCache {
         tokens: &[TokenId],
         salt: u64,
     ) -> Option<(BlockId, Link)> {
-        let block = *self.by_hash.get(&hash)?;
-        let entry = self.entries[block.index()]?;
+        let (block, entry) = self.findable.find(hash)?;
         let same =
             entry.parent == parent.serial && entry.salt == salt && self.tokens_of(block) == tokens;
         same.then_some((
             block,
             Link {
                 hash,
-                serial: entry.serial,
+                serial: entry.serial.get(),
                 blocks: parent.blocks + 1,
             },
         ))
@@ -112,29 +111,21 @@ impl PrefixCache {
         salt: u64,
     ) -> (Link, Option<BlockId>) {
         let hash = chain_hash(parent.hash, tokens);
-        let displaced = match self.by_hash.entry(hash) {
-            Entry::Vacant(place) => {
-                place.insert(block);
-                None
+        let displaced = self.findable.find(hash).map(|(block, _)| block);
+        if let Some(other) = displaced {
+            if let Some((_, link)) = self.find(parent, hash, tokens, salt) {
+                return (link, None);
             }
-            Entry::Occupied(place) => {
-                let other = *place.get();
-                if let Some((_, link)) = self.find(parent, hash, tokens, salt) {
-                    return (link, None);
-                }
-                self.evict(other);
-                self.by_hash.insert(hash, block);
-                Some(other)
-            }
-        };
+            self.evict(other);
+        }
         let serial = self.next_serial;
-        self.next_serial += 1;
-        self.entries[block.index()] = Some(Findable {
-            hash,
+        self.next_serial = serial.saturating_add(1);
+        let entry = Findable {
             parent: parent.serial,
             serial,
             salt,
-        });
+        };
+        self.findable.insert(block, hash, entry);
         let at = block.index() * self.block_size;
         self.tokens[at..at + self.block_size].copy_from_slice(tokens);
         if let Some(events) = &mut self.events {
@@ -148,7 +139,7 @@ impl PrefixCache {
         }
         let link = Link {
             hash,
-            serial,
+            serial: serial.get(),
             blocks: parent.blocks + 1,
         };
         (link, displaced)
@@ -156,18 +147,15 @@ impl PrefixCache {
 
     /// Whether the block can be found.
     pub fn holds(&self, block: BlockId) -> bool {
-        self.entries[block.index()].is_some()
+        self.findable.holds(block)
     }
 
     /// The block is about to be reused.
     pub fn evict(&mut self, block: BlockId) {
-        if let Some(entry) = self.entries[block.index()].take() {
-            self.by_hash.remove(&entry.hash);
-            if let Some(events) = &mut self.events {
-                events.push(KvEvent::Removed {
-                    hashes: vec![entry.hash],
-                });
-            }
+        if let Some(hash) = self.findable.remove(block)
+            && let Some(events) = &mut self.events
+        {
+            events.push(KvEvent::Removed { hashes: vec![hash] });
         }
     }
 
@@ -180,9 +168,7 @@ impl PrefixCache {
 
     /// As [`PrefixCache::evict`], without an event of its own.
     pub fn forget(&mut self, block: BlockId) {
-        if let Some(entry) = self.entries[block.index()].take() {
-            self.by_hash.remove(&entry.hash);
-        }
+        self.findable.remove(block);
     }
 
     pub fn take_events(&mut self) -> Vec<KvEvent> {
@@ -191,7 +177,7 @@ impl PrefixCache {
 
     /// Findable blocks with their hashes.
     pub fn findable(&self) -> impl Iterator<Item = (u64, BlockId)> {
-        self.by_hash.iter().map(|(hash, block)| (*hash, *block))
+        self.findable.iter()
     }
 
     fn tokens_of(&self, block: BlockId) -> &[TokenId] {

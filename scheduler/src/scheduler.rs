@@ -229,13 +229,14 @@ impl Scheduler {
     /// Ends the step. The sequences whose logits were wanted, and their forks, that are still alive have a `Sampled` each, in any order; one that
     /// has none will compute its last token again.
     pub fn complete(&mut self, sampled: &[Sampled]) {
+        let size = self.config.block_size;
         let mut unanswered = self.forked.len();
         for at in 0..self.batch.sequences.len() {
             let Scheduled { seq, logits, .. } = self.batch.sequences[at];
             unanswered += logits as usize;
             if let Some(sequence) = self.slots.get_mut(seq) {
                 sequence.computed += std::mem::take(&mut sequence.scheduled);
-                if !sequence.awaiting {
+                if !sequence.awaiting && sequence.has_filled_a_block(size) {
                     self.store_blocks(seq);
                 }
             }
@@ -256,7 +257,9 @@ impl Scheduler {
             if !finished {
                 sequence.tokens.push(token);
             }
-            self.store_blocks(seq);
+            if sequence.has_filled_a_block(size) {
+                self.store_blocks(seq);
+            }
             if finished {
                 self.remove(seq);
             }
@@ -348,7 +351,7 @@ impl Scheduler {
         let Some(sequence) = self.slots.get_mut(seq) else {
             return;
         };
-        while (sequence.chain.blocks + 1) * size <= sequence.computed {
+        while sequence.has_filled_a_block(size) {
             let at = sequence.chain.blocks as usize;
             let tokens = &sequence.tokens[at * size as usize..(at + 1) * size as usize];
             let block = sequence.blocks[at];

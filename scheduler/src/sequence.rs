@@ -49,6 +49,11 @@ impl Sequence {
         self.tokens.len() as u32
     }
 
+    /// Whether there is a full, computed block that is not in its chain yet.
+    pub fn has_filled_a_block(&self, block_size: u32) -> bool {
+        (self.chain.blocks + 1) * block_size <= self.computed
+    }
+
     /// Known tokens not computed yet.
     pub fn remaining(&self) -> u32 {
         self.known() - self.computed

@@ -32,7 +32,7 @@ pub struct Limits {
 
 /// Memory that is read: more than any cache holds.
 const BUFFER_BYTES: usize = 1 << 30;
-/// Runs of each loop, of which the median counts.
+/// Runs of each loop, of which the fastest counts: a limit is what can be reached, not what is reached beside other programs.
 const RUNS: usize = 5;
 
 impl Limits {
@@ -41,7 +41,7 @@ impl Limits {
     /// # Errors
     /// There is no memory to read.
     pub fn measure(threads: usize) -> anyhow::Result<Self> {
-        let fastest = |loops: &[Loop]| {
+        let best = |loops: &[Loop]| {
             loops
                 .iter()
                 .filter(|l| (l.available)())
@@ -51,8 +51,8 @@ impl Limits {
         Ok(Self {
             threads,
             memory_bytes_per_second: memory(threads)?,
-            f32: fastest(F32).unwrap_or_else(|| PLAIN.peak(threads)),
-            int8: fastest(INT8),
+            f32: best(F32).unwrap_or_else(|| PLAIN.peak(threads)),
+            int8: best(INT8),
         })
     }
 }
@@ -79,9 +79,8 @@ fn together(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
     })
 }
 
-fn median(mut values: [f64; RUNS]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[RUNS / 2]
+fn fastest(speeds: [f64; RUNS]) -> f64 {
+    speeds.into_iter().fold(0.0, f64::max)
 }
 
 fn memory(threads: usize) -> anyhow::Result<f64> {
@@ -106,7 +105,7 @@ fn memory(threads: usize) -> anyhow::Result<f64> {
         });
         (part * threads * size_of::<u64>()) as f64 / took.as_secs_f64()
     });
-    Ok(median(speeds))
+    Ok(fastest(speeds))
 }
 
 /// A loop that does arithmetic and nothing else.
@@ -132,7 +131,7 @@ impl Loop {
             self.operations * turns as f64 * threads as f64 / took.as_secs_f64()
         });
         Peak {
-            per_second: median(speeds),
+            per_second: fastest(speeds),
             with: self.with,
         }
     }
@@ -281,10 +280,5 @@ mod tests {
                 (l.run)(1000);
             }
         }
-    }
-
-    #[test]
-    fn the_median_is_the_middle() {
-        assert_eq!(median([5.0, 1.0, 9.0, 3.0, 4.0]), 4.0);
     }
 }

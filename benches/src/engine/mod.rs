@@ -34,7 +34,9 @@ use workload::{Kind, Line, Workload};
 /// "memory" is the share of the measured memory bandwidth with which weights and
 /// KV cache are read, "arithmetic" the share of the measured peak with which
 /// multiplications and additions are done: f32 for float weights and attention,
-/// 8 bit for quantised weights. Each line is the median of --repeat runs.
+/// 8 bit for quantised weights. The limits are the fastest of five runs, each line
+/// is the median of --repeat runs. A small model stays in the caches, and reads
+/// more than the memory could give.
 #[derive(Debug, Clone, Args, Serialize)]
 #[command(verbatim_doc_comment, after_help = EXAMPLES)]
 pub struct Arguments {
