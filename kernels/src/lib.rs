@@ -3,6 +3,11 @@
 //! [`Backend`] says what a device must be able to do; [`cpu::CpuBackend`] does it on CPUs. The crate knows no model and no request: in go
 //! weights, activations and block tables, out come numbers.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "an index of a tile names places in several arrays and in memory"
+)]
+
 pub mod backend;
 pub mod cpu;
 pub mod quantize;

@@ -1,21 +1,26 @@
 //! Paged causal attention with online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
 //!
-//! A query row walks its sequence's keys in tiles of 16 positions, counted from position 0 and cut at its own position. Scores, maximum, sum
-//! and weighted values are updated tile by tile in that order, so the result is a function of the row's query, its position and
+//! A query row walks its sequence's keys in spans of 64 positions, counted from position 0 and cut at its own position. Scores, maximum, sum
+//! and weighted values are updated span by span in that order, so the result is a function of the row's query, its position and
 //! the keys and values before it — not of the chunk, the batch or the thread that computes it.
 //!
-//! The query heads of a group share each tile of their KV head. Work is split into (KV head, run of query rows) tasks.
+//! A query is one head of one row. Several queries of a KV head pass over a span at once, so that its keys and values are loaded (and widened) once
+//! for all of them. Work is split into (KV head, run of query rows) tasks.
 
 use super::kv::{KvCache, TILE};
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
-use super::simd::{Isa, LANES, Simd, dispatch, exp, largest, sum};
+use super::simd::{Isa, LANES, Simd, dispatch, exp, largest, sum, vexp};
 use crate::{AttentionShape, Error, KvDtype, Span};
 
 /// Query rows of one task.
 const TASK_ROWS: usize = 16;
-/// Query heads that share a tile's keys in registers.
-const HEADS: usize = 4;
+/// Tiles of a span.
+const TILES: usize = 4;
+/// Positions of a span.
+const SPAN: usize = TILES * TILE;
+/// Most queries at once.
+const QUERIES: usize = 8;
 
 /// A run of query rows of one sequence.
 #[derive(Debug, Clone, Copy)]
@@ -29,7 +34,7 @@ struct Run {
 /// Working memory, kept from step to step.
 pub(crate) struct Scratch {
     runs: Vec<Run>,
-    /// Per thread: a tile's keys and values as f32, scores, maxima, sums. See [`per_thread`].
+    /// Per thread: maxima and sums of a task's queries.
     floats: Buffer<f32>,
 }
 
@@ -62,8 +67,7 @@ impl Scratch {
 
 /// Floats a thread needs.
 fn per_thread(shape: &AttentionShape) -> usize {
-    let group = shape.heads / shape.kv_heads;
-    2 * TILE * shape.head_dim + TASK_ROWS * group * 2
+    2 * TASK_ROWS * (shape.heads / shape.kv_heads)
 }
 
 /// The inputs of one layer's attention; all checked by the backend.
@@ -129,212 +133,354 @@ struct Work<'a> {
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Attention`
 unsafe fn attend<S: Simd>(work: &Work<'_>, floats: &mut [f32]) {
-    let a = work.attention;
-    let (d, heads) = (a.shape.head_dim, a.shape.heads);
-    let group = heads / a.shape.kv_heads;
-    let columns = (heads + 2 * a.shape.kv_heads) * d;
-    let rows = work.run.rows as usize;
-    let first_row = work.run.row as usize;
-    let first_position = (work.run.span.start + work.run.row - work.run.span.row) as usize;
-    let last_position = first_position + rows - 1;
-
-    let (tile, state) = floats.split_at_mut(2 * TILE * d);
-    let (maxima, sums) = state.split_at_mut(TASK_ROWS * group);
-    maxima.fill(f32::NEG_INFINITY);
-    sums.fill(0.0);
-    let out_of = |row: usize, head: usize| unsafe {
-        // Rows of a run and heads of a group belong to this task alone.
-        work.out.range(
-            (first_row + row) * heads * d + (work.kv_head * group + head) * d,
-            d,
-        )
-    };
-    for row in 0..rows {
-        for head in 0..group {
-            out_of(row, head).fill(0.0);
+    unsafe {
+        match work.attention.kv.shape.dtype {
+            KvDtype::F32 => attend_over::<S, f32>(work, floats, |p| S::vload(p)),
+            KvDtype::F16 => attend_over::<S, u16>(work, floats, |p| S::vload_f16(p)),
         }
     }
+}
 
-    for t in 0..=last_position / TILE {
-        let begin = t * TILE;
-        let (keys, values) = unsafe { tile_of::<S>(work, begin, tile) };
-        for row in 0..rows {
-            let position = first_position + row;
-            if position < begin {
-                continue;
-            }
-            let valid = (position - begin + 1).min(TILE);
-            let query = &a.qkv[(first_row + row) * columns + work.kv_head * group * d..];
-            let mut head = 0;
-            while head < group {
-                let n = (group - head).min(HEADS);
-                let mut scores = [[0.0_f32; TILE]; HEADS];
+/// `E`: an element of the cache; `load` widens [`Simd::WIDE`] of them.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // as above
+unsafe fn attend_over<S: Simd, E: Element>(
+    work: &Work<'_>,
+    floats: &mut [f32],
+    load: impl Fn(*const E) -> S::V + Copy,
+) {
+    let a = work.attention;
+    let group = a.shape.heads / a.shape.kv_heads;
+    let rows = work.run.rows as usize;
+    let first_position = (work.run.span.start + work.run.row - work.run.span.row) as usize;
+    let queries = rows * group;
+    let (maxima, sums) = floats.split_at_mut(TASK_ROWS * group);
+    maxima[..queries].fill(f32::NEG_INFINITY);
+    sums[..queries].fill(0.0);
+    for query in 0..queries {
+        work.out_of(query).fill(0.0);
+    }
+
+    for begin in (0..first_position + rows).step_by(SPAN) {
+        let span = work.keys_and_values::<E>(begin);
+        // Rows before the span's begin have nothing in it.
+        let mut query = begin.saturating_sub(first_position) * group;
+        while query < queries {
+            let valid = |query: usize| (first_position + query / group - begin + 1).min(SPAN);
+            let mut pass = |n: usize| {
+                let batch = Batch {
+                    first: query,
+                    // Queries are in order of their rows: the first sees the fewest positions, the last the most.
+                    least: valid(query),
+                    most: valid(query + n - 1),
+                };
+                let maxima = &mut maxima[query..query + n];
+                let sums = &mut sums[query..query + n];
                 unsafe {
                     match n {
-                        1 => score::<S, 1>(&query[head * d..], keys, d, &mut scores),
-                        2 => score::<S, 2>(&query[head * d..], keys, d, &mut scores),
-                        3 => score::<S, 3>(&query[head * d..], keys, d, &mut scores),
-                        _ => score::<S, HEADS>(&query[head * d..], keys, d, &mut scores),
+                        1 => pass::<S, E, 1>(work, &span, &batch, valid, load, maxima, sums),
+                        2 => pass::<S, E, 2>(work, &span, &batch, valid, load, maxima, sums),
+                        4 => pass::<S, E, 4>(work, &span, &batch, valid, load, maxima, sums),
+                        _ => pass::<S, E, 8>(work, &span, &batch, valid, load, maxima, sums),
                     }
                 }
-                for (i, scores) in scores[..n].iter_mut().enumerate() {
-                    let state = row * group + head + i;
-                    unsafe {
-                        accumulate::<S>(
-                            scores,
-                            valid,
-                            a.shape.scale,
-                            values,
-                            &mut maxima[state],
-                            &mut sums[state],
-                            out_of(row, head + i),
-                        );
-                    }
-                }
-                head += n;
-            }
+            };
+            let left = queries - query;
+            let n = match left {
+                1 => 1,
+                2 | 3 => 2,
+                4..8 => 4,
+                _ => 8,
+            };
+            let n = n.min(S::QUERIES);
+            pass(n);
+            query += n;
         }
     }
 
-    for row in 0..rows {
-        for head in 0..group {
-            let inverse = 1.0 / sums[row * group + head];
-            for x in out_of(row, head) {
-                *x *= inverse;
-            }
+    for query in 0..queries {
+        let inverse = 1.0 / sums[query];
+        for x in work.out_of(query) {
+            *x *= inverse;
         }
     }
 }
 
-/// Keys `[head_dim][16]` and values `[16][head_dim]` of the tile that begins at position `begin`, as f32.
-#[inline(always)]
-#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-unsafe fn tile_of<S: Simd>(
-    work: &Work<'_>,
-    begin: usize,
-    tile: &mut [f32],
-) -> (*const f32, *const f32) {
-    let a = work.attention;
-    let kv = a.kv;
-    let (d, block_size) = (a.shape.head_dim, kv.shape.block_size);
-    let block = a.block_tables[work.run.span.table as usize + begin / block_size] as usize;
-    let key = kv.offset(a.layer, block, work.kv_head) + begin % block_size * d;
-    let value = key + kv.tile_elements();
-    let elements = TILE * d;
-    let data = kv.data.as_slice();
-    assert!((value + elements) * kv.shape.dtype.size() <= data.len());
-    match kv.shape.dtype {
-        KvDtype::F32 => {
-            let data = data.as_ptr().cast::<f32>();
-            unsafe { (data.add(key), data.add(value)) }
-        }
-        KvDtype::F16 => {
-            let data = data.as_ptr().cast::<u16>();
-            let out = tile.as_mut_ptr();
+/// Queries that pass over a span together, and how many of its positions they see.
+struct Batch {
+    first: usize,
+    least: usize,
+    most: usize,
+}
+
+/// Where the tiles of a span are: keys `[head_dim][16]`, values `[16][head_dim]`.
+struct KeysAndValues<E> {
+    keys: [*const E; TILES],
+    values: [*const E; TILES],
+}
+
+impl Work<'_> {
+    /// A query's part of the output.
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "a task's queries are its own; see below"
+    )]
+    fn out_of(&self, query: usize) -> &mut [f32] {
+        let (d, heads) = (self.attention.shape.head_dim, self.attention.shape.heads);
+        let (row, head) = self.place(query);
+        // SAFETY: rows of a run and heads of a group belong to this task alone, and it uses one query's part at a time.
+        unsafe { self.out.range(row * heads * d + head * d, d) }
+    }
+
+    /// A query's vector.
+    fn query(&self, query: usize) -> &[f32] {
+        let shape = &self.attention.shape;
+        let d = shape.head_dim;
+        let columns = (shape.heads + 2 * shape.kv_heads) * d;
+        let (row, head) = self.place(query);
+        &self.attention.qkv[row * columns + head * d..][..d]
+    }
+
+    /// The row and head of a query.
+    fn place(&self, query: usize) -> (usize, usize) {
+        let group = self.attention.shape.heads / self.attention.shape.kv_heads;
+        let row = self.run.row as usize + query / group;
+        (row, self.kv_head * group + query % group)
+    }
+
+    /// The tiles of the span that begins at position `begin`; those after the run's last position are not there and stand for the first.
+    fn keys_and_values<E>(&self, begin: usize) -> KeysAndValues<E> {
+        let kv = self.attention.kv;
+        let (d, block_size) = (kv.shape.head_dim, kv.shape.block_size);
+        let end = (self.run.span.start + self.run.row - self.run.span.row + self.run.rows) as usize;
+        let data = kv.data.as_slice();
+        let tile = |tile: usize| {
+            let position = begin + tile * TILE;
+            let position = if position < end { position } else { begin };
+            let entry = self.run.span.table as usize + position / block_size;
+            let block = self.attention.block_tables[entry] as usize;
+            let key =
+                kv.offset(self.attention.layer, block, self.kv_head) + position % block_size * d;
+            let value = key + kv.tile_elements();
+            assert!((value + TILE * d) * size_of::<E>() <= data.len());
+            // SAFETY: in bounds by the assertion; the cache's memory is aligned for its elements.
             unsafe {
-                for (from, to) in [(key, 0), (value, elements)] {
-                    let mut i = 0;
-                    // `16 · head_dim` is a multiple of eight.
-                    while i < elements {
-                        S::store(out.add(to + i), S::load_f16(data.add(from + i)));
-                        i += LANES;
-                    }
+                let data = data.as_ptr().cast::<E>();
+                (data.add(key), data.add(value))
+            }
+        };
+        let tiles: [_; TILES] = std::array::from_fn(tile);
+        KeysAndValues {
+            keys: tiles.map(|tile| tile.0),
+            values: tiles.map(|tile| tile.1),
+        }
+    }
+}
+
+/// `N` queries over one span: scores, then their share of the running softmax, then the values they weigh.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+unsafe fn pass<S: Simd, E: Element, const N: usize>(
+    work: &Work<'_>,
+    span: &KeysAndValues<E>,
+    batch: &Batch,
+    valid: impl Fn(usize) -> usize,
+    load: impl Fn(*const E) -> S::V + Copy,
+    maxima: &mut [f32],
+    sums: &mut [f32],
+) {
+    let d = work.attention.shape.head_dim;
+    let mut scores = [[0.0_f32; SPAN]; QUERIES];
+    let mut shrink = [0.0_f32; N];
+    unsafe {
+        let queries: [*const f32; N] =
+            std::array::from_fn(|n| work.query(batch.first + n).as_ptr());
+        for tile in 0..batch.most.div_ceil(TILE) {
+            score::<S, E, N>(&queries, span.keys[tile], d, load, tile, &mut scores);
+        }
+        for n in 0..N {
+            shrink[n] = soften::<S>(
+                &mut scores[n],
+                valid(batch.first + n),
+                work.attention.shape.scale,
+                &mut maxima[n],
+                &mut sums[n],
+            );
+        }
+        let out: [*mut f32; N] = std::array::from_fn(|n| work.out_of(batch.first + n).as_mut_ptr());
+        // Positions that all see, then for each query alone those that only it and its followers see.
+        weigh::<S, E, N>(&scores, 0..batch.least, &shrink, span, d, load, &out);
+        if batch.least < batch.most {
+            for n in 0..N {
+                let rest = batch.least..valid(batch.first + n);
+                if !rest.is_empty() {
+                    let own = std::array::from_ref(&scores[n]);
+                    weigh::<S, E, 1>(own, rest, &[1.0], span, d, load, &[out[n]]);
                 }
-                (out.cast_const(), out.cast_const().add(elements))
             }
         }
     }
 }
 
-/// Dot products of `N` heads' queries with 16 keys: lane = position, summed along `head_dim` in order.
+/// Dot products of `N` queries with the 16 keys of a tile: lane = position, summed along `head_dim` in order.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-unsafe fn score<S: Simd, const N: usize>(
-    query: &[f32],
-    keys: *const f32,
+unsafe fn score<S: Simd, E, const N: usize>(
+    queries: &[*const f32; N],
+    keys: *const E,
     d: usize,
-    scores: &mut [[f32; TILE]; HEADS],
+    load: impl Fn(*const E) -> S::V,
+    tile: usize,
+    scores: &mut [[f32; SPAN]; QUERIES],
 ) {
-    assert!(query.len() >= N * d);
     unsafe {
-        let mut sums = [[S::splat(0.0); 2]; N];
+        let mut sums = [[S::vsplat(0.0); 2]; N];
         for i in 0..d {
-            let low = S::load(keys.add(i * TILE));
-            let high = S::load(keys.add(i * TILE + LANES));
-            for (head, sums) in sums.iter_mut().enumerate() {
-                let q = S::splat(*query.as_ptr().add(head * d + i));
-                sums[0] = S::fma(low, q, sums[0]);
-                sums[1] = S::fma(high, q, sums[1]);
+            let low = load(keys.add(i * TILE));
+            // With one vector a tile there is no second.
+            let high = if S::HALVES == 2 {
+                load(keys.add(i * TILE + S::WIDE))
+            } else {
+                low
+            };
+            for n in 0..N {
+                let q = S::vsplat(*queries[n].add(i));
+                sums[n][0] = S::vfma(low, q, sums[n][0]);
+                if S::HALVES == 2 {
+                    sums[n][1] = S::vfma(high, q, sums[n][1]);
+                }
             }
         }
         for (sums, scores) in sums.iter().zip(scores) {
-            S::store(scores.as_mut_ptr(), sums[0]);
-            S::store(scores.as_mut_ptr().add(LANES), sums[1]);
+            for half in 0..S::HALVES {
+                S::vstore(
+                    scores.as_mut_ptr().add(tile * TILE + half * S::WIDE),
+                    sums[half],
+                );
+            }
         }
     }
 }
 
-/// Adds one tile to a row's running softmax: `out` and `sum` are relative to `e^maximum`.
+/// Turns a span's scores into weights relative to the new maximum and adds them to the sum; what was accumulated before is to be multiplied by
+/// what is returned.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-unsafe fn accumulate<S: Simd>(
-    scores: &mut [f32; TILE],
+unsafe fn soften<S: Simd>(
+    scores: &mut [f32; SPAN],
     valid: usize,
     scale: f32,
-    values: *const f32,
     maximum: &mut f32,
     total: &mut f32,
-    out: &mut [f32],
-) {
+) -> f32 {
     // Positions after the row's own do not exist for it, whatever the cache holds there.
-    for (i, score) in scores.iter_mut().enumerate() {
-        *score = if i < valid {
-            *score * scale
-        } else {
-            f32::NEG_INFINITY
-        };
-    }
+    scores[valid..].fill(f32::NEG_INFINITY);
+    let lanes = valid.next_multiple_of(TILE);
     unsafe {
-        let low = S::load(scores.as_ptr());
-        let high = S::load(scores.as_ptr().add(LANES));
-        let new = largest::<S>(S::max(low, high)).max(*maximum);
+        let at = scores.as_mut_ptr();
+        let mut most = S::vsplat(f32::NEG_INFINITY);
+        for i in (0..lanes).step_by(S::WIDE) {
+            let scaled = S::vmul(S::vload(at.add(i)), S::vsplat(scale));
+            S::vstore(at.add(i), scaled);
+            most = S::vmax(scaled, most);
+        }
+        let mut found = [f32::NEG_INFINITY; TILE];
+        S::vstore(found.as_mut_ptr(), most);
+        let found = S::max(S::load(found.as_ptr()), S::load(found.as_ptr().add(LANES)));
+        let found = largest::<S>(found);
+        let new = if found > *maximum { found } else { *maximum };
         // Scores of minus infinity alone (an overflow upstream) would make NaN of their difference.
         let base = if new == f32::NEG_INFINITY { 0.0 } else { new };
         let shrink = if *maximum == f32::NEG_INFINITY {
             0.0
+        } else if *maximum == new {
+            1.0
         } else {
             let mut lanes = [0.0; LANES];
             S::store(lanes.as_mut_ptr(), exp::<S>(S::splat(*maximum - base)));
             lanes[0]
         };
-        let low = exp::<S>(S::sub(low, S::splat(base)));
-        let high = exp::<S>(S::sub(high, S::splat(base)));
-        S::store(scores.as_mut_ptr(), low);
-        S::store(scores.as_mut_ptr().add(LANES), high);
-        // `exp` gives a denormal, not zero, for minus infinity.
+        for i in (0..lanes).step_by(S::WIDE) {
+            let weight = vexp::<S>(S::vsub(S::vload(at.add(i)), S::vsplat(base)));
+            S::vstore(at.add(i), weight);
+        }
+        // `exp` gives a tiny number, not zero, for minus infinity.
         scores[valid..].fill(0.0);
-        let low = S::load(scores.as_ptr());
-        let high = S::load(scores.as_ptr().add(LANES));
-        *total = total.mul_add(shrink, sum::<S>(S::add(low, high)));
+        let mut partial = S::splat(0.0);
+        for i in (0..lanes).step_by(LANES) {
+            partial = S::add(partial, S::load(scores.as_ptr().add(i)));
+        }
+        *total = total.mul_add(shrink, sum::<S>(partial));
         *maximum = new;
+        shrink
+    }
+}
 
-        let d = out.len();
-        let vectors = d / LANES * LANES;
+/// `out[n] = out[n] · shrink[n] + Σ weights[n][p] · values[p]` over the positions, in order.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+unsafe fn weigh<S: Simd, E: Element, const N: usize>(
+    weights: &[[f32; SPAN]],
+    positions: std::ops::Range<usize>,
+    shrink: &[f32; N],
+    span: &KeysAndValues<E>,
+    d: usize,
+    load: impl Fn(*const E) -> S::V,
+    out: &[*mut f32; N],
+) {
+    unsafe {
+        let vectors = d / S::WIDE * S::WIDE;
         let mut i = 0;
         while i < vectors {
-            let mut acc = S::mul(S::load(out.as_ptr().add(i)), S::splat(shrink));
-            for (p, &weight) in scores[..valid].iter().enumerate() {
-                acc = S::fma(S::splat(weight), S::load(values.add(p * d + i)), acc);
+            let mut sums: [S::V; N] =
+                std::array::from_fn(|n| S::vmul(S::vload(out[n].add(i)), S::vsplat(shrink[n])));
+            let mut p = positions.start;
+            while p < positions.end {
+                let tile = p / TILE;
+                let end = positions.end.min((tile + 1) * TILE);
+                let mut value = span.values[tile].add(p % TILE * d + i);
+                while p < end {
+                    let v = load(value);
+                    for n in 0..N {
+                        sums[n] = S::vfma(S::vsplat(weights[n][p]), v, sums[n]);
+                    }
+                    value = value.add(d);
+                    p += 1;
+                }
             }
-            S::store(out.as_mut_ptr().add(i), acc);
-            i += LANES;
-        }
-        for (i, out) in out.iter_mut().enumerate().skip(vectors) {
-            let mut acc = *out * shrink;
-            for (p, &weight) in scores[..valid].iter().enumerate() {
-                acc = weight.mul_add(*values.add(p * d + i), acc);
+            for n in 0..N {
+                S::vstore(out[n].add(i), sums[n]);
             }
-            *out = acc;
+            i += S::WIDE;
         }
+        // Heads whose size is no multiple of the vector's: the same sums, an element at a time.
+        for i in vectors..d {
+            for n in 0..N {
+                let mut sum = *out[n].add(i) * shrink[n];
+                for p in positions.clone() {
+                    let v = (*span.values[p / TILE].add(p % TILE * d + i)).widen();
+                    sum = weights[n][p].mul_add(v, sum);
+                }
+                *out[n].add(i) = sum;
+            }
+        }
+    }
+}
+
+/// An element of the cache.
+trait Element: Copy {
+    fn widen(self) -> f32;
+}
+
+impl Element for f32 {
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+/// The bits of an f16.
+impl Element for u16 {
+    fn widen(self) -> f32 {
+        half::f16::from_bits(self).to_f32()
     }
 }

@@ -3,7 +3,7 @@
 use super::attention::{self, Attention};
 use super::elementwise::{norm_head, rms_norm, rotary_row, rotate, silu_gate};
 use super::kv::{KvCache, Slot};
-use super::linear::{Linear, Output, QuantRows};
+use super::linear::{Linear, Output, Rows};
 use super::matrix::{Matrix, PANEL, panel_bytes};
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
@@ -90,7 +90,7 @@ pub struct CpuBackend {
     pool: Pool,
     isa: Isa,
     step: Step,
-    quant: QuantRows,
+    product_rows: Rows,
     attention: attention::Scratch,
     /// Rows whose logits are wanted, normalised. `[logit rows, hidden]`
     head_rows: Buffer<f32>,
@@ -129,7 +129,7 @@ impl CpuBackend {
             pool: Pool::new(threads, pinned),
             isa,
             step: Step::default(),
-            quant: QuantRows::new()?,
+            product_rows: Rows::new()?,
             attention: attention::Scratch::new()?,
             head_rows: Buffer::zeroed(0, "output rows")?,
         })
@@ -165,7 +165,7 @@ impl CpuBackend {
             output,
         };
         let y = out.first_mut(rows, matrix.rows, "output of a product")?;
-        linear.run(y, &mut self.quant, &self.pool, self.isa)
+        linear.run(y, &mut self.product_rows, &self.pool, self.isa)
     }
 }
 
@@ -547,7 +547,7 @@ impl Backend for CpuBackend {
             bias: None,
             output: Output::Set,
         };
-        linear.run(logits, &mut self.quant, &self.pool, isa)
+        linear.run(logits, &mut self.product_rows, &self.pool, isa)
     }
 }
 

@@ -1,24 +1,25 @@
 //! `y = W · x (+ bias)`: the matrix products, for all formats.
 //!
 //! Work is cut into panels of output rows. A thread takes a few panels and multiplies all activation rows with them, a tile of rows at a
-//! time, while the panel is in cache. Every output element is one chain of multiply-adds along k — for quantised formats, one exact
-//! integer dot product and one multiply-add per block of 32 — in every tile shape.
+//! time, while panel and rows are in cache. Every output element is one chain of multiply-adds along k — for quantised formats, one exact
+//! integer dot product and one multiply-add per block of 32 — in every tile shape and instruction set.
+//!
+//! Activations are laid out for the tiles first (see [`Rows`]): quantised or not, the rows of a tile stand side by side, so that a tile reads one
+//! stream and not as many as it has rows.
 
-use super::matrix::{Matrix, PANEL, Q4_0_GROUP, Q8_0_GROUP};
+use super::matrix::{Matrix, PANEL, Q4_0_QUANTS, Q8_0_QUANTS, SCALES};
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
 use super::simd::{Isa, LANES, Simd, dispatch};
 use crate::quantize::BLOCK;
 use crate::{Error, Format};
 
-/// Activation rows multiplied at once by float kernels: 6 rows × 2 vectors of accumulators, weights and a broadcast fill 15 registers.
-const FLOAT_ROWS: usize = 6;
-/// Activation rows multiplied at once by the integer kernels.
-const QUANT_ROWS: usize = 4;
 /// Panels multiplied at once when there is a single activation row: enough independent chains to hide an addition's latency.
 const SINGLE_PANELS: usize = 4;
 /// Panels a thread takes at a time.
 const TASK_PANELS: usize = 4;
+/// Bytes of activations that stay in a core's cache while the panels of a task pass over them.
+const CACHED_ROWS: usize = 256 << 10;
 
 /// What is done with the product.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -29,30 +30,27 @@ pub(crate) enum Output {
     Add,
 }
 
-/// Activation rows quantised to signed bytes in blocks of 32, as integer products need them.
-pub(crate) struct QuantRows {
-    /// `[rows, k]`, in `-127..=127`
-    q: Buffer<i8>,
-    /// `[rows, k / 32]`
+/// Activation rows laid out for the tiles of a product. `T` rows are interleaved — as many as a tile takes, or one if there is only one.
+pub(crate) struct Rows {
+    /// Float products: `[rows / T][k][T]`
+    floats: Buffer<f32>,
+    /// Integer products: `[rows / T][k / 32][T][32]`, in `-127..=127`
+    quants: Buffer<i8>,
+    /// `[rows / T][k / 32][T]`
     scales: Buffer<f32>,
-    /// `8 · Σ q` of each block: what Q4_0's offset of 8 contributes. `[rows, k / 32]`
-    offsets: Buffer<i32>,
+    /// The sum of each block's quants. `[rows / T][k / 32][T]`
+    sums: Buffer<i32>,
 }
 
-impl QuantRows {
+impl Rows {
     pub fn new() -> Result<Self, Error> {
+        let what = "activation rows";
         Ok(Self {
-            q: Buffer::zeroed(0, "quantised activations")?,
-            scales: Buffer::zeroed(0, "quantised activations")?,
-            offsets: Buffer::zeroed(0, "quantised activations")?,
+            floats: Buffer::zeroed(0, what)?,
+            quants: Buffer::zeroed(0, what)?,
+            scales: Buffer::zeroed(0, what)?,
+            sums: Buffer::zeroed(0, what)?,
         })
-    }
-
-    fn reserve(&mut self, rows: usize, cols: usize) -> Result<(), Error> {
-        let what = "quantised activations";
-        self.q.reserve(rows * cols, what)?;
-        self.scales.reserve(rows * cols / BLOCK, what)?;
-        self.offsets.reserve(rows * cols / BLOCK, what)
     }
 }
 
@@ -67,307 +65,421 @@ pub(crate) struct Linear<'a> {
 
 impl Linear<'_> {
     /// Computes the product into `y`. The caller has checked the shapes against the buffers.
-    pub fn run(
-        &self,
-        y: &mut [f32],
-        quant: &mut QuantRows,
-        pool: &Pool,
-        isa: Isa,
-    ) -> Result<(), Error> {
+    pub fn run(&self, y: &mut [f32], rows: &mut Rows, pool: &Pool, isa: Isa) -> Result<(), Error> {
         let (n, k) = (self.matrix.rows, self.matrix.cols);
         assert!(self.x.len() >= self.rows * k && y.len() >= self.rows * n);
         assert!(self.bias.is_none_or(|bias| bias.len() >= n));
-        if matches!(self.matrix.format, Format::Q8_0 | Format::Q4_0) {
-            quant.reserve(self.rows, k)?;
-            quantize_rows(self.x, self.rows, k, quant, pool, isa);
-        }
-        let quant = &*quant;
+        let interleave = self.lay_out(rows, pool, isa)?;
         let panels = n.div_ceil(PANEL);
         let y = Shared::new(y);
+        let rows = &*rows;
         pool.each(panels.div_ceil(TASK_PANELS), &|task| {
             let first = task * TASK_PANELS;
-            let last = (first + TASK_PANELS).min(panels);
-            let tile = Tile {
+            let share = Share {
                 linear: self,
-                quant,
+                rows,
+                interleave,
                 y,
                 first,
-                last,
+                last: (first + TASK_PANELS).min(panels),
             };
-            let tile = &tile;
+            let share = &share;
             match self.matrix.format {
-                Format::F32 => dispatch!(isa, panels_f32(tile: &Tile<'_>)),
-                Format::F16 => dispatch!(isa, panels_f16(tile: &Tile<'_>)),
-                Format::Bf16 => dispatch!(isa, panels_bf16(tile: &Tile<'_>)),
-                Format::Q8_0 => dispatch!(isa, panels_q8_0(tile: &Tile<'_>)),
-                Format::Q4_0 => dispatch!(isa, panels_q4_0(tile: &Tile<'_>)),
+                Format::F32 => dispatch!(isa, panels_f32(share: &Share<'_>)),
+                Format::F16 => dispatch!(isa, panels_f16(share: &Share<'_>)),
+                Format::Bf16 => dispatch!(isa, panels_bf16(share: &Share<'_>)),
+                Format::Q8_0 => dispatch!(isa, panels_q8_0(share: &Share<'_>)),
+                Format::Q4_0 => dispatch!(isa, panels_q4_0(share: &Share<'_>)),
             }
         });
         Ok(())
     }
+
+    /// Brings the activations into the layout the tiles want; how many rows are interleaved in it.
+    fn lay_out(&self, rows: &mut Rows, pool: &Pool, isa: Isa) -> Result<usize, Error> {
+        let k = self.matrix.cols;
+        let what = "activation rows";
+        let quantised = matches!(self.matrix.format, Format::Q8_0 | Format::Q4_0);
+        let interleave = match (self.rows, quantised) {
+            (1, _) => 1,
+            (_, true) => isa.quant_rows(),
+            (_, false) => isa.float_rows(),
+        };
+        let padded = self.rows.next_multiple_of(interleave);
+        if quantised {
+            let blocks = k / BLOCK;
+            rows.quants.reserve(padded * k, what)?;
+            rows.scales.reserve(padded * blocks, what)?;
+            rows.sums.reserve(padded * blocks, what)?;
+            let quants = Shared::new(rows.quants.as_mut_slice());
+            let scales = Shared::new(rows.scales.as_mut_slice());
+            let sums = Shared::new(rows.sums.as_mut_slice());
+            pool.each(padded / interleave, &|tile| {
+                let at = tile * interleave;
+                // SAFETY: each tile is written by one task.
+                let out = unsafe {
+                    Quantised {
+                        quants: quants.range(at * k, interleave * k),
+                        scales: scales.range(at * blocks, interleave * blocks),
+                        sums: sums.range(at * blocks, interleave * blocks),
+                        interleave,
+                    }
+                };
+                let x = &self.x[at * k..(at + interleave).min(self.rows) * k];
+                dispatch!(isa, quantize_tile(x: &[f32], k: usize, out: Quantised<'_>));
+            });
+        } else if interleave > 1 {
+            rows.floats.reserve(padded * k, what)?;
+            let floats = Shared::new(rows.floats.as_mut_slice());
+            pool.each(padded / interleave, &|tile| {
+                let at = tile * interleave;
+                // SAFETY: each tile is written by one task.
+                let out = unsafe { floats.range(at * k, interleave * k) };
+                let x = &self.x[at * k..(at + interleave).min(self.rows) * k];
+                for (t, x) in x.chunks_exact(k).enumerate() {
+                    for (out, &x) in out[t..].iter_mut().step_by(interleave).zip(x) {
+                        *out = x;
+                    }
+                }
+            });
+        }
+        Ok(interleave)
+    }
+}
+
+impl Isa {
+    fn float_rows(self) -> usize {
+        self.rows(|[float, _]| float)
+    }
+
+    fn quant_rows(self) -> usize {
+        self.rows(|[_, quant]| quant)
+    }
+
+    fn rows(self, of: impl Fn([usize; 2]) -> usize) -> usize {
+        use super::simd;
+        const fn tiles<S: Simd>() -> [usize; 2] {
+            [S::FLOAT_ROWS, S::QUANT_ROWS]
+        }
+        of(match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => tiles::<simd::Avx512>(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => tiles::<simd::Avx2>(),
+            _ => tiles::<simd::Scalar>(),
+        })
+    }
 }
 
 /// A thread's share: panels `first..last`, all activation rows.
-struct Tile<'a> {
+struct Share<'a> {
     linear: &'a Linear<'a>,
-    quant: &'a QuantRows,
+    rows: &'a Rows,
+    interleave: usize,
     y: Shared<f32>,
     first: usize,
     last: usize,
 }
 
-impl Tile<'_> {
-    /// Writes the finished sums of `PANEL` output rows for one activation row.
+impl Share<'_> {
+    /// Writes the finished sums of a panel for one activation row.
     #[inline(always)]
     fn finish(&self, row: usize, panel: usize, sums: &[f32; PANEL]) {
         let n = self.linear.matrix.rows;
         let at = panel * PANEL;
         let len = PANEL.min(n - at);
-        // SAFETY: the panels of a tile belong to one thread, so these elements do.
+        // SAFETY: the panels of a share belong to one thread, so these elements do.
         let y = unsafe { self.y.range(row * n + at, len) };
         let bias = self.linear.bias.map(|bias| &bias[at..at + len]);
-        for (i, y) in y.iter_mut().enumerate() {
-            let sum = sums[i] + bias.map_or(0.0, |bias| bias[i]);
-            *y = match self.linear.output {
-                Output::Set => sum,
-                Output::Add => *y + sum,
-            };
+        let add = self.linear.output == Output::Add;
+        // The common case at a fixed length, which becomes a vector or two.
+        if let (Some(y), None) = (y.first_chunk_mut::<PANEL>(), bias) {
+            for (y, sum) in y.iter_mut().zip(sums) {
+                *y = if add { *y + sum } else { *sum };
+            }
+            return;
         }
+        for (i, y) in y.iter_mut().enumerate() {
+            let sum = bias.map_or(sums[i], |bias| sums[i] + bias[i]);
+            *y = if add { *y + sum } else { sum };
+        }
+    }
+
+    /// Activation rows that stay in cache while the panels pass over them; a multiple of the interleave.
+    fn cached_rows(&self, bytes_per_row: usize) -> usize {
+        let rows = (CACHED_ROWS / bytes_per_row.max(1)).max(1);
+        rows.next_multiple_of(self.interleave)
     }
 }
 
-/// Walks a share: one activation row takes several panels at once, many rows are taken in tiles of at most `$rows`.
+/// Walks a share. `$body::<S, P, T>(share, panel, row)` computes `P` panels times `T` rows; tiles of `$rows` rows come first, what is left over is
+/// computed in the smallest tile that holds it, and rows that are not there are not stored.
 macro_rules! walk {
-    ($tile:ident, $body:ident, $rows:ident, [$($left:literal),*]) => {{
-        let rows = $tile.linear.rows;
+    ($share:ident, $body:ident, $bytes:expr, $panels:expr, $rows:expr) => {{
+        let rows = $share.linear.rows;
         if rows == 1 {
-            let mut panel = $tile.first;
-            while panel + SINGLE_PANELS <= $tile.last {
-                $body::<S, SINGLE_PANELS, 1>($tile, panel, 0);
+            let mut panel = $share.first;
+            while panel + SINGLE_PANELS <= $share.last {
+                $body::<S, SINGLE_PANELS, 1>($share, panel, 0);
                 panel += SINGLE_PANELS;
             }
-            while panel < $tile.last {
-                $body::<S, 1, 1>($tile, panel, 0);
+            while panel < $share.last {
+                $body::<S, 1, 1>($share, panel, 0);
                 panel += 1;
             }
-        } else {
-            for panel in $tile.first..$tile.last {
-                let mut row = 0;
-                while row + $rows <= rows {
-                    $body::<S, 1, $rows>($tile, panel, row);
+            return;
+        }
+        let cached = $share.cached_rows($bytes);
+        let mut begin = 0;
+        while begin < rows {
+            let end = (begin + cached).min(rows);
+            let mut panel = $share.first;
+            while panel < $share.last {
+                let several = $panels > 1 && panel + 2 <= $share.last;
+                let mut row = begin;
+                while row < end {
+                    match ((end - row).min($rows), several) {
+                        (1, true) => $body::<S, 2, 1>($share, panel, row),
+                        (1, false) => $body::<S, 1, 1>($share, panel, row),
+                        (2, true) => $body::<S, 2, 2>($share, panel, row),
+                        (2, false) => $body::<S, 1, 2>($share, panel, row),
+                        (3 | 4, true) => $body::<S, 2, 4>($share, panel, row),
+                        (3 | 4, false) => $body::<S, 1, 4>($share, panel, row),
+                        (5 | 6, true) if $rows >= 6 => $body::<S, 2, 6>($share, panel, row),
+                        (5 | 6, false) if $rows >= 6 => $body::<S, 1, 6>($share, panel, row),
+                        (7 | 8, true) if $rows >= 8 => $body::<S, 2, 8>($share, panel, row),
+                        (7 | 8, false) if $rows >= 8 => $body::<S, 1, 8>($share, panel, row),
+                        (_, true) if $rows >= 12 => $body::<S, 2, 12>($share, panel, row),
+                        (_, false) if $rows >= 12 => $body::<S, 1, 12>($share, panel, row),
+                        _ => unreachable!("tiles have 4, 6, 8 or 12 rows"),
+                    }
                     row += $rows;
                 }
-                match rows - row {
-                    $($left => $body::<S, 1, $left>($tile, panel, row),)*
-                    _ => {}
-                }
+                panel += 1 + usize::from(several);
             }
+            begin = end;
         }
     }};
 }
 
-/// `T` activation rows from `row` times `P` panels from `panel`, each weight vector read by `load(k, panel, half)`.
+/// `T` activation rows from `row` times `P` panels from `panel`, each weight vector read by `load(panel, element)`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
 unsafe fn float_tile<S: Simd, const P: usize, const T: usize>(
-    tile: &Tile<'_>,
+    share: &Share<'_>,
     panel: usize,
     row: usize,
-    load: impl Fn(*const u8, usize) -> S::F,
+    load: impl Fn(*const u8, usize) -> S::V,
 ) {
     unsafe {
-        let linear = tile.linear;
+        let linear = share.linear;
         let k = linear.matrix.cols;
         let weights: [*const u8; P] =
             std::array::from_fn(|p| linear.matrix.panel(panel + p).as_ptr());
-        let x: [*const f32; T] = std::array::from_fn(|t| linear.x[(row + t) * k..].as_ptr());
-        let mut sums = [[[S::splat(0.0); 2]; T]; P];
+        let stride = share.interleave;
+        let mut x = if stride == 1 {
+            linear.x.as_ptr()
+        } else {
+            share.rows.floats.as_slice()[row * k..].as_ptr()
+        };
+        let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
         for i in 0..k {
-            let x: [S::F; T] = std::array::from_fn(|t| S::splat(*x[t].add(i)));
-            for p in 0..P {
-                let low = load(weights[p], i * PANEL);
-                let high = load(weights[p], i * PANEL + LANES);
-                for t in 0..T {
-                    sums[p][t][0] = S::fma(low, x[t], sums[p][t][0]);
-                    sums[p][t][1] = S::fma(high, x[t], sums[p][t][1]);
-                }
-            }
-        }
-        store::<S, P, T>(tile, panel, row, &sums);
-    }
-}
-
-/// Integer products: per block of 32, `dots` gives the exact sums of eight rows (group pointer, activations, block offsets).
-#[inline(always)]
-#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
-unsafe fn quant_tile<S: Simd, const P: usize, const T: usize>(
-    tile: &Tile<'_>,
-    panel: usize,
-    row: usize,
-    group_bytes: usize,
-    dots: impl Fn(*const u8, [*const i8; T], [i32; T]) -> [S::I; T],
-) {
-    unsafe {
-        let linear = tile.linear;
-        let k = linear.matrix.cols;
-        let blocks = k / BLOCK;
-        let weights: [*const u8; P] =
-            std::array::from_fn(|p| linear.matrix.panel(panel + p).as_ptr());
-        let q: [*const i8; T] =
-            std::array::from_fn(|t| tile.quant.q.as_slice()[(row + t) * k..].as_ptr());
-        let scales: [*const f32; T] =
-            std::array::from_fn(|t| tile.quant.scales.as_slice()[(row + t) * blocks..].as_ptr());
-        let offsets: [*const i32; T] =
-            std::array::from_fn(|t| tile.quant.offsets.as_slice()[(row + t) * blocks..].as_ptr());
-        let mut sums = [[[S::splat(0.0); 2]; T]; P];
-        for block in 0..blocks {
-            let q: [*const i8; T] = std::array::from_fn(|t| q[t].add(block * BLOCK));
-            let offsets: [i32; T] = std::array::from_fn(|t| *offsets[t].add(block));
-            for p in 0..P {
-                #[allow(clippy::needless_range_loop)] // `half` names a place in memory too
-                for half in 0..2 {
-                    let group = weights[p].add((block * 2 + half) * group_bytes);
-                    let weight_scales = S::load_f16(group.cast());
-                    let dots = dots(group.add(LANES * 2), q, offsets);
-                    for t in 0..T {
-                        let scale = S::mul(weight_scales, S::splat(*scales[t].add(block)));
-                        sums[p][t][half] = S::fma(scale, S::to_float(dots[t]), sums[p][t][half]);
+            let w: [[S::V; 2]; P] = std::array::from_fn(|p| {
+                let at = i * PANEL;
+                let low = load(weights[p], at);
+                // With one vector a panel there is no second.
+                let high = if S::HALVES == 2 {
+                    load(weights[p], at + S::WIDE)
+                } else {
+                    low
+                };
+                [low, high]
+            });
+            for t in 0..T {
+                let x = S::vsplat(*x.add(t));
+                for p in 0..P {
+                    for half in 0..S::HALVES {
+                        sums[p][t][half] = S::vfma(w[p][half], x, sums[p][t][half]);
                     }
                 }
             }
+            x = x.add(stride);
         }
-        store::<S, P, T>(tile, panel, row, &sums);
+        store::<S, P, T>(share, panel, row, &sums);
+    }
+}
+
+/// Integer products: per block of 32, `dots(quants, activations, sums)` gives the exact sums of a vector's rows. A panel has `quants` bytes of quants
+/// for each block, then the scales.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
+unsafe fn quant_tile<S: Simd, const P: usize, const T: usize>(
+    share: &Share<'_>,
+    panel: usize,
+    row: usize,
+    quants: usize,
+    dots: impl Fn(*const u8, *const i8, *const i32) -> [S::W; T],
+) {
+    unsafe {
+        let linear = share.linear;
+        let blocks = linear.matrix.cols / BLOCK;
+        let stride = share.interleave;
+        let weights: [*const u8; P] =
+            std::array::from_fn(|p| linear.matrix.panel(panel + p).as_ptr());
+        let mut q = share.rows.quants.as_slice()[row * blocks * BLOCK..].as_ptr();
+        let mut scales = share.rows.scales.as_slice()[row * blocks..].as_ptr();
+        let mut row_sums = share.rows.sums.as_slice()[row * blocks..].as_ptr();
+        let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
+        for block in 0..blocks {
+            for p in 0..P {
+                let weight_scales = weights[p].add(blocks * quants + block * SCALES);
+                for half in 0..S::HALVES {
+                    let at = weights[p].add(block * quants + half * 4 * S::WIDE);
+                    let weight_scales =
+                        S::vload_f16(weight_scales.cast::<u16>().add(half * S::WIDE));
+                    let dots = dots(at, q, row_sums);
+                    for t in 0..T {
+                        let scale = S::vmul(weight_scales, S::vsplat(*scales.add(t)));
+                        sums[p][t][half] = S::vfma(scale, S::vto_float(dots[t]), sums[p][t][half]);
+                    }
+                }
+            }
+            q = q.add(stride * BLOCK);
+            scales = scales.add(stride);
+            row_sums = row_sums.add(stride);
+        }
+        store::<S, P, T>(share, panel, row, &sums);
     }
 }
 
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
 unsafe fn store<S: Simd, const P: usize, const T: usize>(
-    tile: &Tile<'_>,
+    share: &Share<'_>,
     panel: usize,
     row: usize,
-    sums: &[[[S::F; 2]; T]; P],
+    sums: &[[[S::V; 2]; T]; P],
 ) {
+    // A tile may be larger than what is left.
+    let rows = T.min(share.linear.rows - row);
     for (p, sums) in sums.iter().enumerate() {
         for (t, sums) in sums.iter().enumerate() {
-            let mut out = [0.0; PANEL];
-            unsafe {
-                S::store(out.as_mut_ptr(), sums[0]);
-                S::store(out.as_mut_ptr().add(LANES), sums[1]);
+            if t < rows {
+                let mut out = [0.0; PANEL];
+                for half in 0..S::HALVES {
+                    unsafe { S::vstore(out.as_mut_ptr().add(half * S::WIDE), sums[half]) };
+                }
+                share.finish(row + t, panel + p, &out);
             }
-            tile.finish(row + t, panel + p, &out);
         }
     }
 }
 
-/// Makes a format's kernel: its tile body and the walk over a share.
+/// Makes a float format's kernel: its tile body and the walk over a share.
 macro_rules! float_kernel {
     ($panels:ident, $tile:ident, $element:ty, $load:ident) => {
         #[inline(always)]
         unsafe fn $tile<S: Simd, const P: usize, const T: usize>(
-            tile: &Tile<'_>,
+            share: &Share<'_>,
             panel: usize,
             row: usize,
         ) {
             // SAFETY: panels hold `cols · PANEL` elements; the loads stay inside; the rest is the caller's promise.
             unsafe {
-                float_tile::<S, P, T>(tile, panel, row, |p, at| {
+                float_tile::<S, P, T>(share, panel, row, |p, at| {
                     S::$load(p.cast::<$element>().add(at))
                 });
             }
         }
 
         #[inline(always)]
-        unsafe fn $panels<S: Simd>(tile: &Tile<'_>) {
+        unsafe fn $panels<S: Simd>(share: &Share<'_>) {
             // SAFETY: the caller's promise.
-            unsafe { walk!(tile, $tile, FLOAT_ROWS, [1, 2, 3, 4, 5]) }
+            unsafe {
+                walk!(
+                    share,
+                    $tile,
+                    4 * share.linear.matrix.cols,
+                    3 - S::HALVES,
+                    S::FLOAT_ROWS
+                )
+            }
         }
     };
 }
 
-float_kernel!(panels_f32, tile_f32, f32, load);
-float_kernel!(panels_f16, tile_f16, u16, load_f16);
-float_kernel!(panels_bf16, tile_bf16, u16, load_bf16);
+float_kernel!(panels_f32, tile_f32, f32, vload);
+float_kernel!(panels_f16, tile_f16, u16, vload_f16);
+float_kernel!(panels_bf16, tile_bf16, u16, vload_bf16);
 
-#[inline(always)]
-unsafe fn tile_q8_0<S: Simd, const P: usize, const T: usize>(
-    tile: &Tile<'_>,
-    panel: usize,
-    row: usize,
-) {
-    // SAFETY: a group holds eight blocks after its scales; the rest is the caller's promise.
-    unsafe {
-        quant_tile::<S, P, T>(tile, panel, row, Q8_0_GROUP, |w, q, _| S::dot_i8(w, q));
-    }
-}
-
-#[inline(always)]
-unsafe fn panels_q8_0<S: Simd>(tile: &Tile<'_>) {
-    // SAFETY: the caller's promise.
-    unsafe { walk!(tile, tile_q8_0, QUANT_ROWS, [1, 2, 3]) }
-}
-
-#[inline(always)]
-unsafe fn tile_q4_0<S: Simd, const P: usize, const T: usize>(
-    tile: &Tile<'_>,
-    panel: usize,
-    row: usize,
-) {
-    // SAFETY: a group holds eight blocks after its scales; the rest is the caller's promise.
-    unsafe {
-        quant_tile::<S, P, T>(tile, panel, row, Q4_0_GROUP, |w, q, offsets| {
-            let dots = S::dot_q4(w, q);
-            std::array::from_fn(|t| S::int_sub(dots[t], S::int_splat(offsets[t])))
-        });
-    }
-}
-
-#[inline(always)]
-unsafe fn panels_q4_0<S: Simd>(tile: &Tile<'_>) {
-    // SAFETY: the caller's promise.
-    unsafe { walk!(tile, tile_q4_0, QUANT_ROWS, [1, 2, 3]) }
-}
-
-/// Quantises each row of `x` by itself.
-fn quantize_rows(x: &[f32], rows: usize, k: usize, out: &mut QuantRows, pool: &Pool, isa: Isa) {
-    let blocks = k / BLOCK;
-    let q = Shared::new(out.q.as_mut_slice());
-    let scales = Shared::new(out.scales.as_mut_slice());
-    let offsets = Shared::new(out.offsets.as_mut_slice());
-    pool.each(rows, &|row| {
-        // SAFETY: each row is written by one task.
-        let (q, scales, offsets) = unsafe {
-            (
-                q.range(row * k, k),
-                scales.range(row * blocks, blocks),
-                offsets.range(row * blocks, blocks),
-            )
-        };
-        let x = &x[row * k..(row + 1) * k];
-        dispatch!(isa, quantize_row(x: &[f32], q: &mut [i8], scales: &mut [f32], offsets: &mut [i32]));
-    });
-}
-
-/// `x ≈ scale · q` per block of 32, `scale = max|x| / 127`.
-#[inline(always)]
-unsafe fn quantize_row<S: Simd>(x: &[f32], q: &mut [i8], scales: &mut [f32], offsets: &mut [i32]) {
-    for (block, x) in x.chunks_exact(BLOCK).enumerate() {
-        let q = &mut q[block * BLOCK..(block + 1) * BLOCK];
-        let mut largest = 0.0_f32;
-        for &v in x {
-            let v = v.abs();
-            largest = if v > largest { v } else { largest };
+/// Makes an integer format's kernel: its tile body and the walk over a share.
+macro_rules! quant_kernel {
+    ($panels:ident, $tile:ident, $quants:ident, $dot:ident) => {
+        #[inline(always)]
+        unsafe fn $tile<S: Simd, const P: usize, const T: usize>(
+            share: &Share<'_>,
+            panel: usize,
+            row: usize,
+        ) {
+            // SAFETY: a panel holds all its blocks' quants and then their scales; the rest is the caller's promise.
+            unsafe {
+                quant_tile::<S, P, T>(share, panel, row, $quants, |w, x, sums| S::$dot(w, x, sums));
+            }
         }
-        let scale = largest / 127.0;
-        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-        let mut sum = 0;
-        for (q, &v) in q.iter_mut().zip(x) {
-            // Clamped: an infinite activation must not become -128, which the integer products exclude.
-            let rounded = (v * inverse).round_ties_even().clamp(-127.0, 127.0) as i8;
-            *q = rounded;
-            sum += i32::from(rounded);
+
+        #[inline(always)]
+        unsafe fn $panels<S: Simd>(share: &Share<'_>) {
+            // SAFETY: the caller's promise.
+            unsafe { walk!(share, $tile, share.linear.matrix.cols, 1, S::QUANT_ROWS) }
         }
-        scales[block] = scale;
-        offsets[block] = 8 * sum;
+    };
+}
+
+quant_kernel!(panels_q8_0, tile_q8_0, Q8_0_QUANTS, dot_i8);
+quant_kernel!(panels_q4_0, tile_q4_0, Q4_0_QUANTS, dot_q4);
+
+/// A tile's rows, quantised; see [`Rows`].
+struct Quantised<'a> {
+    quants: &'a mut [i8],
+    scales: &'a mut [f32],
+    sums: &'a mut [i32],
+    interleave: usize,
+}
+
+/// Quantises each row of a tile by itself: `x ≈ scale · q` per block of 32, `scale = max|x| / 127`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+unsafe fn quantize_tile<S: Simd>(x: &[f32], k: usize, out: Quantised<'_>) {
+    for (t, x) in x.chunks_exact(k).enumerate() {
+        for (block, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
+            let at = block * out.interleave + t;
+            let quants = &mut out.quants[at * BLOCK..(at + 1) * BLOCK];
+            unsafe {
+                let v: [S::F; BLOCK / LANES] =
+                    std::array::from_fn(|i| S::load(x.as_ptr().add(i * LANES)));
+                let zero = S::splat(0.0);
+                let mut largest = zero;
+                for &v in &v {
+                    // Not a number counts as nothing: `max` keeps its second operand then.
+                    largest = S::max(S::max(v, S::sub(zero, v)), largest);
+                }
+                let largest = super::simd::largest::<S>(largest);
+                let scale = largest / 127.0;
+                let inverse = S::splat(if scale == 0.0 { 0.0 } else { 1.0 / scale });
+                let mut sum = S::int_zero();
+                for (i, &v) in v.iter().enumerate() {
+                    // Clamped: an infinite activation must not become -128, which the integer products exclude.
+                    let scaled = S::min(
+                        S::max(S::mul(v, inverse), S::splat(-127.0)),
+                        S::splat(127.0),
+                    );
+                    let q = S::to_int(scaled);
+                    S::store_i8(quants.as_mut_ptr().add(i * LANES), q);
+                    sum = S::int_add(sum, q);
+                }
+                out.scales[at] = scale;
+                out.sums[at] = S::int_sum(sum);
+            }
+        }
     }
 }

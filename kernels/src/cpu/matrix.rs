@@ -6,23 +6,24 @@
 //! | format | a panel is | for |
 //! |---|---|---|
 //! | f32, f16, bf16 | `[k][PANEL]` elements | each k: one element of every row |
-//! | Q8_0 | `[k/32][PANEL/8]` × (8 f16 scales, 8 groups of 32 bytes) | see [`super::simd::Simd::dot_i8`] |
-//! | Q4_0 | `[k/32][PANEL/8]` × (8 f16 scales, 4 groups of 32 bytes) | see [`super::simd::Simd::dot_q4`] |
+//! | Q8_0 | `[k/32]` × 8 groups of 64 bytes, then `[k/32][PANEL]` f16 scales | see [`super::simd::Simd::dot_i8`] |
+//! | Q4_0 | `[k/32]` × 4 groups of 64 bytes, then `[k/32][PANEL]` f16 scales | see [`super::simd::Simd::dot_q4`] |
 
 use half::{bf16, f16};
 
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
-use super::simd::LANES;
+pub(crate) use super::simd::PANEL;
+use super::simd::QUAD;
 use crate::quantize::{self, BLOCK, Q4_0_BYTES, Q8_0_BYTES};
 use crate::{Error, Format, MatrixPart};
 
-/// Rows of a panel.
-pub(crate) const PANEL: usize = 16;
-/// Bytes of eight packed Q8_0 blocks.
-pub(crate) const Q8_0_GROUP: usize = LANES * 2 + LANES * BLOCK;
-/// Bytes of eight packed Q4_0 blocks.
-pub(crate) const Q4_0_GROUP: usize = LANES * 2 + LANES * BLOCK / 2;
+/// Bytes of a panel's f16 scales for one block.
+pub(crate) const SCALES: usize = 2 * PANEL;
+/// Bytes of a panel's Q8_0 quants for one block.
+pub(crate) const Q8_0_QUANTS: usize = 8 * QUAD;
+/// Bytes of a panel's Q4_0 quants for one block.
+pub(crate) const Q4_0_QUANTS: usize = 4 * QUAD;
 
 /// A packed weight matrix, `[rows, cols]`.
 pub struct Matrix {
@@ -57,8 +58,8 @@ pub(crate) fn panel_bytes(format: Format, cols: usize) -> usize {
     match format {
         Format::F32 => PANEL * cols * 4,
         Format::F16 | Format::Bf16 => PANEL * cols * 2,
-        Format::Q8_0 => PANEL / LANES * cols / BLOCK * Q8_0_GROUP,
-        Format::Q4_0 => PANEL / LANES * cols / BLOCK * Q4_0_GROUP,
+        Format::Q8_0 => cols / BLOCK * (Q8_0_QUANTS + SCALES),
+        Format::Q4_0 => cols / BLOCK * (Q4_0_QUANTS + SCALES),
     }
 }
 
@@ -134,16 +135,16 @@ impl Matrix {
                 Format::F16 => f16::from_le_bytes(at16(k)).to_f32(),
                 Format::Bf16 => bf16::from_le_bytes(at16(k)).to_f32(),
                 Format::Q8_0 => {
-                    let (group, r) = group(panel, lane, k / BLOCK, Q8_0_GROUP);
-                    let q = i8::from_le_bytes([group[q8_0_offset(r, k % BLOCK)]]);
-                    scale_of(group, r) * f32::from(q)
+                    let q = panel[k / BLOCK * Q8_0_QUANTS + q8_0_offset(lane, k % BLOCK)];
+                    let scale = scale_at(panel, self.cols, k / BLOCK, lane, Q8_0_QUANTS);
+                    scale * (f32::from(q) - 128.0)
                 }
                 Format::Q4_0 => {
-                    let (group, r) = group(panel, lane, k / BLOCK, Q4_0_GROUP);
-                    let (offset, high) = q4_0_offset(r, k % BLOCK);
-                    let byte = group[offset];
+                    let (offset, high) = q4_0_offset(lane, k % BLOCK);
+                    let byte = panel[k / BLOCK * Q4_0_QUANTS + offset];
                     let q = if high { byte >> 4 } else { byte & 15 };
-                    scale_of(group, r) * (f32::from(q) - 8.0)
+                    let scale = scale_at(panel, self.cols, k / BLOCK, lane, Q4_0_QUANTS);
+                    scale * (f32::from(q) - 8.0)
                 }
             };
             *out = value * scale;
@@ -151,24 +152,24 @@ impl Matrix {
     }
 }
 
-/// The eight-row group that holds `lane`'s block, and the row's place in it.
-fn group(panel: &[u8], lane: usize, block: usize, bytes: usize) -> (&[u8], usize) {
-    let at = (block * (PANEL / LANES) + lane / LANES) * bytes;
-    (&panel[at..at + bytes], lane % LANES)
+/// Where a lane's scale of a block is in a panel of `cols` columns.
+fn scale_offset(cols: usize, block: usize, lane: usize, quants: usize) -> usize {
+    cols / BLOCK * quants + block * SCALES + 2 * lane
 }
 
-fn scale_of(group: &[u8], r: usize) -> f32 {
-    f16::from_le_bytes([group[2 * r], group[2 * r + 1]]).to_f32()
+fn scale_at(panel: &[u8], cols: usize, block: usize, lane: usize, quants: usize) -> f32 {
+    let at = scale_offset(cols, block, lane, quants);
+    f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32()
 }
 
-/// Where element `k` of row `r` is in a Q8_0 group.
-fn q8_0_offset(r: usize, k: usize) -> usize {
-    LANES * 2 + k / 4 * (LANES * 4) + r * 4 + k % 4
+/// Where element `k` of a lane is in a block of Q8_0 quants.
+fn q8_0_offset(lane: usize, k: usize) -> usize {
+    k / 4 * QUAD + lane * 4 + k % 4
 }
 
-/// Where element `k` of row `r` is in a Q4_0 group, and whether it is the high half of that byte.
-fn q4_0_offset(r: usize, k: usize) -> (usize, bool) {
-    (LANES * 2 + k / 8 * (LANES * 4) + r * 4 + k % 4, k % 8 >= 4)
+/// Where element `k` of a lane is in a block of Q4_0 quants, and whether it is the high half of that byte.
+fn q4_0_offset(lane: usize, k: usize) -> (usize, bool) {
+    (k / 8 * QUAD + lane * 4 + k % 4, k % 8 >= 4)
 }
 
 fn check(part: &MatrixPart<'_>, cols: usize) -> Result<(), Error> {
@@ -265,12 +266,11 @@ fn pack_row(part: &MatrixPart<'_>, row: usize, format: Format, lane: usize, out:
                     Format::Q8_0 => quantize::read_q8_0(block_at(stored, block)),
                     other => quantize::q8_0(&floats_at(other, stored, block)),
                 };
-                let at = (block * (PANEL / LANES) + lane / LANES) * Q8_0_GROUP;
-                let group = &mut out[at..at + Q8_0_GROUP];
-                let r = lane % LANES;
-                group[2 * r..2 * r + 2].copy_from_slice(&scale.to_le_bytes());
+                let at = scale_offset(part.cols, block, lane, Q8_0_QUANTS);
+                out[at..at + 2].copy_from_slice(&scale.to_le_bytes());
                 for (k, q) in q.into_iter().enumerate() {
-                    group[q8_0_offset(r, k)] = q.cast_unsigned();
+                    // Plus 128: unsigned bytes are what the products want.
+                    out[block * Q8_0_QUANTS + q8_0_offset(lane, k)] = q.cast_unsigned() ^ 0x80;
                 }
             }
         }
@@ -280,13 +280,11 @@ fn pack_row(part: &MatrixPart<'_>, row: usize, format: Format, lane: usize, out:
                     Format::Q4_0 => quantize::read_q4_0(block_at(stored, block)),
                     other => quantize::q4_0(&floats_at(other, stored, block)),
                 };
-                let at = (block * (PANEL / LANES) + lane / LANES) * Q4_0_GROUP;
-                let group = &mut out[at..at + Q4_0_GROUP];
-                let r = lane % LANES;
-                group[2 * r..2 * r + 2].copy_from_slice(&scale.to_le_bytes());
+                let at = scale_offset(part.cols, block, lane, Q4_0_QUANTS);
+                out[at..at + 2].copy_from_slice(&scale.to_le_bytes());
                 for (k, q) in q.into_iter().enumerate() {
-                    let (offset, high) = q4_0_offset(r, k);
-                    group[offset] |= if high { q << 4 } else { q };
+                    let (offset, high) = q4_0_offset(lane, k);
+                    out[block * Q4_0_QUANTS + offset] |= if high { q << 4 } else { q };
                 }
             }
         }

@@ -51,7 +51,8 @@ pub fn backend(threads: usize, isa: Option<Isa>) -> CpuBackend {
 /// Backends that must all give the same bits.
 pub fn backends() -> Vec<CpuBackend> {
     let mut all = vec![backend(1, None), backend(3, None)];
-    all.push(backend(1, Some(Isa::Scalar)));
+    let available = Isa::ALL.into_iter().filter(|isa| isa.is_available());
+    all.extend(available.map(|isa| backend(1, Some(isa))));
     all
 }
 

@@ -1,0 +1,217 @@
+//! [`Avx2`]: AVX2 with FMA and F16C.
+
+#[allow(clippy::wildcard_imports)] // thirty intrinsics
+use std::arch::x86_64::*;
+
+use super::{QUAD, Simd};
+
+/// AVX2 with FMA and F16C.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2;
+
+// The trait's promise covers every block: the processor has the instructions, the pointers have the elements.
+#[allow(clippy::undocumented_unsafe_blocks, clippy::cast_ptr_alignment)]
+impl Simd for Avx2 {
+    type F = __m256;
+    type I = __m256i;
+    type V = __m256;
+    type W = __m256i;
+
+    const WIDE: usize = 8;
+    // 6 rows × 2 vectors of accumulators, weights and a broadcast fill 15 of 16 registers.
+    const FLOAT_ROWS: usize = 6;
+    const QUANT_ROWS: usize = 4;
+    const QUERIES: usize = 4;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::F {
+        unsafe { _mm256_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::F {
+        unsafe { _mm256_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self::F {
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, x: Self::F) {
+        unsafe { _mm256_storeu_ps(p, x) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
+        unsafe { _mm256_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F {
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F {
+        unsafe { _mm256_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
+        unsafe { _mm256_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn min(a: Self::F, b: Self::F) -> Self::F {
+        unsafe { _mm256_min_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn to_int(x: Self::F) -> Self::I {
+        unsafe { _mm256_cvtps_epi32(x) }
+    }
+    #[inline(always)]
+    unsafe fn to_float(x: Self::I) -> Self::F {
+        unsafe { _mm256_cvtepi32_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn exp2_int(n: Self::I) -> Self::F {
+        unsafe {
+            let biased = _mm256_add_epi32(n, _mm256_set1_epi32(127));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, x: Self::I) {
+        unsafe {
+            let words =
+                _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+            _mm_storel_epi64(p.cast(), _mm_packs_epi16(words, words));
+        }
+    }
+    #[inline(always)]
+    unsafe fn int_sum(x: Self::I) -> i32 {
+        unsafe {
+            let four = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+            let two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+            let one = _mm_add_epi32(two, _mm_shuffle_epi32::<1>(two));
+            _mm_cvtsi128_si32(one)
+        }
+    }
+    #[inline(always)]
+    unsafe fn int_add(a: Self::I, b: Self::I) -> Self::I {
+        unsafe { _mm256_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn int_zero() -> Self::I {
+        unsafe { _mm256_setzero_si256() }
+    }
+
+    #[inline(always)]
+    unsafe fn vsplat(x: f32) -> Self::V {
+        unsafe { Self::splat(x) }
+    }
+    #[inline(always)]
+    unsafe fn vload(p: *const f32) -> Self::V {
+        unsafe { Self::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn vload_f16(p: *const u16) -> Self::V {
+        unsafe { Self::load_f16(p) }
+    }
+    #[inline(always)]
+    unsafe fn vload_bf16(p: *const u16) -> Self::V {
+        unsafe {
+            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn vstore(p: *mut f32, x: Self::V) {
+        unsafe { Self::store(p, x) }
+    }
+    #[inline(always)]
+    unsafe fn vadd(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { Self::add(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn vsub(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { Self::sub(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn vmax(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { Self::max(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn vmin(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { Self::min(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn vto_int(x: Self::V) -> Self::W {
+        unsafe { Self::to_int(x) }
+    }
+    #[inline(always)]
+    unsafe fn vexp2_int(n: Self::W) -> Self::V {
+        unsafe { Self::exp2_int(n) }
+    }
+    #[inline(always)]
+    unsafe fn vmul(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { Self::mul(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn vfma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        unsafe { Self::fma(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn vto_float(x: Self::W) -> Self::V {
+        unsafe { Self::to_float(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_i8<const T: usize>(w: *const u8, x: *const i8, _: *const i32) -> [Self::W; T] {
+        unsafe {
+            let ones = _mm256_set1_epi16(1);
+            let offset = _mm256_set1_epi8(-128);
+            let mut dots = [_mm256_setzero_si256(); T];
+            for g in 0..8 {
+                // |w| · sign(x, w): unsigned times signed, as `maddubs` wants. |w| <= 128 and |x| <= 127 cannot overflow 16 bits.
+                let w = _mm256_xor_si256(_mm256_loadu_si256(w.add(QUAD * g).cast()), offset);
+                let magnitude = _mm256_abs_epi8(w);
+                for t in 0..T {
+                    let x = _mm256_set1_epi32(x.add(32 * t + 4 * g).cast::<i32>().read_unaligned());
+                    let pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, w));
+                    dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(pairs, ones));
+                }
+            }
+            dots
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_q4<const T: usize>(w: *const u8, x: *const i8, sums: *const i32) -> [Self::W; T] {
+        unsafe {
+            let low = _mm256_set1_epi8(15);
+            // Eight sums of two products, each at most 15 · 127, fit 16 bits; they are widened once.
+            let mut pairs = [_mm256_setzero_si256(); T];
+            for g in 0..4 {
+                let bytes = _mm256_loadu_si256(w.add(QUAD * g).cast());
+                let q0 = _mm256_and_si256(bytes, low);
+                let q1 = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low);
+                for t in 0..T {
+                    let x = x.add(32 * t + 8 * g).cast::<i32>();
+                    let x0 = _mm256_set1_epi32(x.read_unaligned());
+                    let x1 = _mm256_set1_epi32(x.add(1).read_unaligned());
+                    pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(q0, x0));
+                    pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(q1, x1));
+                }
+            }
+            let ones = _mm256_set1_epi16(1);
+            std::array::from_fn(|t| {
+                _mm256_sub_epi32(
+                    _mm256_madd_epi16(pairs[t], ones),
+                    _mm256_set1_epi32(8 * *sums.add(t)),
+                )
+            })
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! [`Avx512`]: AVX-512 with VNNI. Eight-lane operations are AVX2's.
+
+#[allow(clippy::wildcard_imports)] // thirty intrinsics
+use std::arch::x86_64::*;
+
+use super::{Avx2, PANEL, QUAD, Simd};
+
+/// AVX-512 F, BW, DQ, VL and VNNI.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512;
+
+// The trait's promise covers every block: the processor has the instructions, the pointers have the elements.
+#[allow(clippy::undocumented_unsafe_blocks, clippy::cast_ptr_alignment)]
+impl Simd for Avx512 {
+    type F = __m256;
+    type I = __m256i;
+    type V = __m512;
+    type W = __m512i;
+
+    const WIDE: usize = PANEL;
+    const FLOAT_ROWS: usize = 12;
+    const QUANT_ROWS: usize = 8;
+    const QUERIES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::F {
+        unsafe { Avx2::splat(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::F {
+        unsafe { Avx2::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self::F {
+        unsafe { Avx2::load_f16(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, x: Self::F) {
+        unsafe { Avx2::store(p, x) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
+        unsafe { Avx2::add(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F {
+        unsafe { Avx2::sub(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
+        unsafe { Avx2::mul(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F {
+        unsafe { Avx2::div(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        unsafe { Avx2::fma(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
+        unsafe { Avx2::max(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn min(a: Self::F, b: Self::F) -> Self::F {
+        unsafe { Avx2::min(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn to_int(x: Self::F) -> Self::I {
+        unsafe { Avx2::to_int(x) }
+    }
+    #[inline(always)]
+    unsafe fn to_float(x: Self::I) -> Self::F {
+        unsafe { Avx2::to_float(x) }
+    }
+    #[inline(always)]
+    unsafe fn exp2_int(n: Self::I) -> Self::F {
+        unsafe { Avx2::exp2_int(n) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, x: Self::I) {
+        unsafe { Avx2::store_i8(p, x) }
+    }
+    #[inline(always)]
+    unsafe fn int_sum(x: Self::I) -> i32 {
+        unsafe { Avx2::int_sum(x) }
+    }
+    #[inline(always)]
+    unsafe fn int_add(a: Self::I, b: Self::I) -> Self::I {
+        unsafe { Avx2::int_add(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn int_zero() -> Self::I {
+        unsafe { Avx2::int_zero() }
+    }
+
+    #[inline(always)]
+    unsafe fn vsplat(x: f32) -> Self::V {
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn vload(p: *const f32) -> Self::V {
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn vload_f16(p: *const u16) -> Self::V {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn vload_bf16(p: *const u16) -> Self::V {
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn vstore(p: *mut f32, x: Self::V) {
+        unsafe { _mm512_storeu_ps(p, x) }
+    }
+    #[inline(always)]
+    unsafe fn vadd(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn vsub(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn vmax(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn vmin(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn vto_int(x: Self::V) -> Self::W {
+        unsafe { _mm512_cvtps_epi32(x) }
+    }
+    #[inline(always)]
+    unsafe fn vexp2_int(n: Self::W) -> Self::V {
+        unsafe {
+            let biased = _mm512_add_epi32(n, _mm512_set1_epi32(127));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
+        }
+    }
+    #[inline(always)]
+    unsafe fn vmul(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn vfma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn vto_float(x: Self::W) -> Self::V {
+        unsafe { _mm512_cvtepi32_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_i8<const T: usize>(w: *const u8, x: *const i8, sums: *const i32) -> [Self::W; T] {
+        unsafe {
+            // The weights are stored plus 128, so that they are unsigned, as `dpbusd` wants: take 128 times the sum of x off again.
+            let mut dots: [_; T] = std::array::from_fn(|t| _mm512_set1_epi32(-128 * *sums.add(t)));
+            for g in 0..8 {
+                let w = _mm512_loadu_si512(w.add(QUAD * g).cast());
+                for t in 0..T {
+                    let x = _mm512_set1_epi32(x.add(32 * t + 4 * g).cast::<i32>().read_unaligned());
+                    dots[t] = _mm512_dpbusd_epi32(dots[t], w, x);
+                }
+            }
+            dots
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_q4<const T: usize>(w: *const u8, x: *const i8, sums: *const i32) -> [Self::W; T] {
+        unsafe {
+            let low = _mm512_set1_epi8(15);
+            let mut dots: [_; T] = std::array::from_fn(|t| _mm512_set1_epi32(-8 * *sums.add(t)));
+            for g in 0..4 {
+                let bytes = _mm512_loadu_si512(w.add(QUAD * g).cast());
+                let q0 = _mm512_and_si512(bytes, low);
+                let q1 = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), low);
+                for t in 0..T {
+                    let x = x.add(32 * t + 8 * g).cast::<i32>();
+                    let x0 = _mm512_set1_epi32(x.read_unaligned());
+                    let x1 = _mm512_set1_epi32(x.add(1).read_unaligned());
+                    dots[t] = _mm512_dpbusd_epi32(dots[t], q0, x0);
+                    dots[t] = _mm512_dpbusd_epi32(dots[t], q1, x1);
+                }
+            }
+            dots
+        }
+    }
+}

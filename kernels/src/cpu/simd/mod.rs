@@ -1,0 +1,276 @@
+//! [`Simd`]: the arithmetic of the kernels, in AVX-512, in AVX2 and in plain Rust.
+//!
+//! Kernels are written once, generic over it, so the scalar fallback computes the same operations in the same order and
+//! gives the same bits as the vector code — not by luck but because there is one source. A kernel's entry point is made with
+//! [`dispatch!`], which compiles the generic body inside a function that has the instructions enabled.
+//!
+//! There are two vectors. `F` has eight lanes everywhere; what sums across lanes uses it, so that the order of the additions is the same on every
+//! processor. `V` is as wide as the processor likes; what keeps every sum inside one lane uses it.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod scalar;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
+pub(crate) use scalar::Scalar;
+
+/// Lanes of `F`.
+pub(crate) const LANES: usize = 8;
+/// Lanes that a panel of a matrix and a tile of keys have: one or two `V`.
+pub(crate) const PANEL: usize = 16;
+/// Bytes of a row of quants in a panel: four consecutive k of every lane.
+pub(crate) const QUAD: usize = 4 * PANEL;
+
+/// The instruction sets kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Isa {
+    /// Plain Rust, everywhere.
+    Scalar,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, VL and VNNI.
+    Avx512,
+}
+
+impl Isa {
+    /// All of them, best first.
+    pub const ALL: [Self; 3] = [Self::Avx512, Self::Avx2, Self::Scalar];
+
+    /// The best this processor has.
+    pub fn best() -> Self {
+        Self::ALL
+            .into_iter()
+            .find(|isa| isa.is_available())
+            .unwrap_or(Self::Scalar)
+    }
+
+    /// Whether this processor has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx2 | Self::Avx512 => false,
+        }
+    }
+
+    /// As shown in logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "AVX2+FMA+F16C",
+            Self::Avx512 => "AVX-512+VNNI",
+        }
+    }
+}
+
+/// The arithmetic of one instruction set.
+///
+/// # Safety
+/// Every method may be called only where the processor has the implementation's instructions; the ones that take pointers read or
+/// write as many elements as the vector has lanes (or as many bytes as they say) there.
+pub(crate) trait Simd: Copy {
+    /// Eight f32.
+    type F: Copy;
+    /// Eight i32.
+    type I: Copy;
+    /// [`Simd::WIDE`] f32.
+    type V: Copy;
+    /// [`Simd::WIDE`] i32.
+    type W: Copy;
+
+    /// Lanes of `V`; divides [`PANEL`].
+    const WIDE: usize;
+    /// Vectors of a panel.
+    const HALVES: usize = PANEL / Self::WIDE;
+    /// Activation rows multiplied at once by float kernels, as the registers allow.
+    const FLOAT_ROWS: usize;
+    /// Activation rows multiplied at once by integer kernels.
+    const QUANT_ROWS: usize;
+    /// Queries that pass over a tile of keys and values at once.
+    const QUERIES: usize;
+
+    unsafe fn splat(x: f32) -> Self::F;
+    unsafe fn load(p: *const f32) -> Self::F;
+    /// Widens eight IEEE half floats.
+    unsafe fn load_f16(p: *const u16) -> Self::F;
+    unsafe fn store(p: *mut f32, x: Self::F);
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    /// `a · b + c`, rounded once.
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `b` where it is larger or `a` is not a number, else `a`. (x86's `maxps` with the operands swapped.)
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
+    /// As [`Simd::max`], smaller.
+    unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
+    /// Rounds to integers, ties to even. The values must fit.
+    unsafe fn to_int(x: Self::F) -> Self::I;
+    unsafe fn to_float(x: Self::I) -> Self::F;
+    /// `2^n` for `-126 <= n <= 127`.
+    unsafe fn exp2_int(n: Self::I) -> Self::F;
+    /// The low bytes of eight i32 that fit them.
+    unsafe fn store_i8(p: *mut i8, x: Self::I);
+    /// The sum of eight lanes; exact, so in any order.
+    unsafe fn int_sum(x: Self::I) -> i32;
+    unsafe fn int_add(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn int_zero() -> Self::I;
+
+    unsafe fn vsplat(x: f32) -> Self::V;
+    unsafe fn vload(p: *const f32) -> Self::V;
+    unsafe fn vload_f16(p: *const u16) -> Self::V;
+    unsafe fn vload_bf16(p: *const u16) -> Self::V;
+    unsafe fn vstore(p: *mut f32, x: Self::V);
+    unsafe fn vadd(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn vsub(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn vmul(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn vfma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    unsafe fn vmax(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn vmin(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn vto_int(x: Self::V) -> Self::W;
+    unsafe fn vto_float(x: Self::W) -> Self::V;
+    unsafe fn vexp2_int(n: Self::W) -> Self::V;
+
+    /// Dot products of `WIDE` rows of 32 signed bytes with `T` vectors of 32 signed bytes, exactly: lane `r` of result `t` is
+    /// `Σ_k w[r][k] · x[t][k]`.
+    ///
+    /// `w` points to eight groups of `4 · WIDE` bytes, [`QUAD`] bytes apart: group `g` holds for row `r` at `4r` the bytes of `k = 4g..4g+4`, each
+    /// plus 128. `x` points to `T` times 32 bytes, never -128; `sums` to the sum of each.
+    unsafe fn dot_i8<const T: usize>(w: *const u8, x: *const i8, sums: *const i32) -> [Self::W; T];
+    /// As [`Simd::dot_i8`] for rows of nibbles `0..16`, each plus 8.
+    ///
+    /// `w` points to four groups of `4 · WIDE` bytes, [`QUAD`] bytes apart: group `g` holds for row `r` at `4r` the nibbles of `k = 8g..8g+4` (low
+    /// halves) and `k = 8g+4..8g+8` (high halves).
+    unsafe fn dot_q4<const T: usize>(w: *const u8, x: *const i8, sums: *const i32) -> [Self::W; T];
+}
+
+/// Calls a kernel body `f::<S>(args…)`, generic over [`Simd`], compiled for the instruction set `isa`.
+macro_rules! dispatch {
+    ($isa:expr, $f:ident ( $($arg:ident : $ty:ty),* $(,)? )) => {{
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        #[allow(clippy::too_many_arguments)]
+        unsafe fn with_avx2($($arg: $ty),*) {
+            // SAFETY: the instructions are enabled here; the arguments are the caller's promise.
+            unsafe { $f::<$crate::cpu::simd::Avx2>($($arg),*) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        #[allow(clippy::too_many_arguments)]
+        unsafe fn with_avx512($($arg: $ty),*) {
+            // SAFETY: the instructions are enabled here; the arguments are the caller's promise.
+            unsafe { $f::<$crate::cpu::simd::Avx512>($($arg),*) }
+        }
+        match $isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a backend with this instruction set is only made where the processor has it.
+            $crate::cpu::simd::Isa::Avx512 => unsafe { with_avx512($($arg),*) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a backend with this instruction set is only made where the processor has it.
+            $crate::cpu::simd::Isa::Avx2 => unsafe { with_avx2($($arg),*) },
+            // SAFETY: plain Rust needs no instructions; the arguments are the caller's promise.
+            _ => unsafe { $f::<$crate::cpu::simd::Scalar>($($arg),*) },
+        }
+    }};
+}
+pub(crate) use dispatch;
+
+/// The body of [`exp`] and [`vexp`]: one formula at either width, so that they give the same bits.
+///
+/// `x = n · ln 2 + r` with `|r| <= ln 2 / 2`, then a polynomial of degree 6 in r (Cephes' `expf`): within 2 ulp.
+macro_rules! exponential {
+    ($x:ident, $splat:ident, $min:ident, $max:ident, $mul:ident, $add:ident, $fma:ident, $to_int:ident, $to_float:ident, $exp2:ident) => {{
+        let x = S::$min(S::$max($x, S::$splat(-87.33)), S::$splat(88.0));
+        let n = S::$to_int(S::$mul(x, S::$splat(std::f32::consts::LOG2_E)));
+        let nf = S::$to_float(n);
+        let r = S::$fma(nf, S::$splat(-0.693_359_4), x);
+        let r = S::$fma(nf, S::$splat(2.121_944_4e-4), r);
+        let mut p = S::$splat(1.987_569_1e-4);
+        for c in [
+            1.398_199_9e-3,
+            8.333_452e-3,
+            4.166_579_6e-2,
+            1.666_666_5e-1,
+            0.5,
+        ] {
+            p = S::$fma(p, r, S::$splat(c));
+        }
+        let p = S::$fma(p, S::$mul(r, r), S::$add(r, S::$splat(1.0)));
+        S::$mul(p, S::$exp2(n))
+    }};
+}
+
+/// `e^x` in every lane; about 1e-38 below -87.3, saturated above 88.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+pub(crate) unsafe fn exp<S: Simd>(x: S::F) -> S::F {
+    unsafe {
+        exponential!(
+            x, splat, min, max, mul, add, fma, to_int, to_float, exp2_int
+        )
+    }
+}
+
+/// [`exp`] of a wide vector.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+pub(crate) unsafe fn vexp<S: Simd>(x: S::V) -> S::V {
+    unsafe {
+        exponential!(
+            x, vsplat, vmin, vmax, vmul, vadd, vfma, vto_int, vto_float, vexp2_int
+        )
+    }
+}
+
+/// The sum of eight lanes, pairwise: ((0+4)+(2+6)) + ((1+5)+(3+7)).
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+pub(crate) unsafe fn sum<S: Simd>(x: S::F) -> f32 {
+    let mut lanes = [0.0; LANES];
+    unsafe { S::store(lanes.as_mut_ptr(), x) };
+    let [a, b, c, d, e, f, g, h] = lanes;
+    ((a + e) + (c + g)) + ((b + f) + (d + h))
+}
+
+/// The largest of eight lanes, none of which is NaN.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+pub(crate) unsafe fn largest<S: Simd>(x: S::F) -> f32 {
+    let mut lanes = [0.0; LANES];
+    unsafe { S::store(lanes.as_mut_ptr(), x) };
+    let [a, b, c, d, e, f, g, h] = lanes;
+    let max = |a: f32, b: f32| if a > b { a } else { b };
+    max(max(max(a, e), max(c, g)), max(max(b, f), max(d, h)))
+}
