@@ -135,20 +135,16 @@ struct Work<'a> {
 unsafe fn attend<S: Simd>(work: &Work<'_>, floats: &mut [f32]) {
     unsafe {
         match work.attention.kv.shape.dtype {
-            KvDtype::F32 => attend_over::<S, f32>(work, floats, |p| S::vload(p)),
-            KvDtype::F16 => attend_over::<S, u16>(work, floats, |p| S::vload_f16(p)),
+            KvDtype::F32 => attend_over::<S, f32>(work, floats),
+            KvDtype::F16 => attend_over::<S, u16>(work, floats),
         }
     }
 }
 
-/// `E`: an element of the cache; `load` widens [`Simd::WIDE`] of them.
+/// `E`: an element of the cache. (No closures here and below: see `linear.rs`.)
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // as above
-unsafe fn attend_over<S: Simd, E: Element>(
-    work: &Work<'_>,
-    floats: &mut [f32],
-    load: impl Fn(*const E) -> S::V + Copy,
-) {
+unsafe fn attend_over<S: Simd, E: Element>(work: &Work<'_>, floats: &mut [f32]) {
     let a = work.attention;
     let group = a.shape.heads / a.shape.kv_heads;
     let rows = work.run.rows as usize;
@@ -166,34 +162,25 @@ unsafe fn attend_over<S: Simd, E: Element>(
         // Rows before the span's begin have nothing in it.
         let mut query = begin.saturating_sub(first_position) * group;
         while query < queries {
-            let valid = |query: usize| (first_position + query / group - begin + 1).min(SPAN);
-            let mut pass = |n: usize| {
-                let batch = Batch {
-                    first: query,
-                    // Queries are in order of their rows: the first sees the fewest positions, the last the most.
-                    least: valid(query),
-                    most: valid(query + n - 1),
-                };
-                let maxima = &mut maxima[query..query + n];
-                let sums = &mut sums[query..query + n];
-                unsafe {
-                    match n {
-                        1 => pass::<S, E, 1>(work, &span, &batch, valid, load, maxima, sums),
-                        2 => pass::<S, E, 2>(work, &span, &batch, valid, load, maxima, sums),
-                        4 => pass::<S, E, 4>(work, &span, &batch, valid, load, maxima, sums),
-                        _ => pass::<S, E, 8>(work, &span, &batch, valid, load, maxima, sums),
-                    }
+            let left = (queries - query).min(S::QUERIES);
+            // The largest power of two that is left.
+            let n = 1 << left.ilog2();
+            let batch = Batch {
+                first: query,
+                group,
+                seen: first_position - begin.min(first_position),
+                before: begin.saturating_sub(first_position),
+            };
+            let maxima = &mut maxima[query..query + n];
+            let sums = &mut sums[query..query + n];
+            unsafe {
+                match n {
+                    1 => pass::<S, E, 1>(work, &span, &batch, maxima, sums),
+                    2 => pass::<S, E, 2>(work, &span, &batch, maxima, sums),
+                    4 => pass::<S, E, 4>(work, &span, &batch, maxima, sums),
+                    _ => pass::<S, E, 8>(work, &span, &batch, maxima, sums),
                 }
-            };
-            let left = queries - query;
-            let n = match left {
-                1 => 1,
-                2 | 3 => 2,
-                4..8 => 4,
-                _ => 8,
-            };
-            let n = n.min(S::QUERIES);
-            pass(n);
+            }
             query += n;
         }
     }
@@ -206,11 +193,24 @@ unsafe fn attend_over<S: Simd, E: Element>(
     }
 }
 
-/// Queries that pass over a span together, and how many of its positions they see.
+/// Queries that pass over a span together.
 struct Batch {
+    /// The first of them; the others follow.
     first: usize,
-    least: usize,
-    most: usize,
+    /// Queries of a row.
+    group: usize,
+    /// Where the run's first row is: so many positions after the span's begin, or so many before it.
+    seen: usize,
+    before: usize,
+}
+
+impl Batch {
+    /// How many of the span's positions the batch's query `n` sees: those up to its own. Queries are in order of their rows.
+    #[inline(always)]
+    fn valid(&self, n: usize) -> usize {
+        let row = (self.first + n) / self.group;
+        (self.seen + row + 1 - self.before).min(SPAN)
+    }
 }
 
 /// Where the tiles of a span are: keys `[head_dim][16]`, values `[16][head_dim]`.
@@ -225,6 +225,7 @@ impl Work<'_> {
         clippy::mut_from_ref,
         reason = "a task's queries are its own; see below"
     )]
+    #[inline(always)]
     fn out_of(&self, query: usize) -> &mut [f32] {
         let (d, heads) = (self.attention.shape.head_dim, self.attention.shape.heads);
         let (row, head) = self.place(query);
@@ -233,6 +234,7 @@ impl Work<'_> {
     }
 
     /// A query's vector.
+    #[inline(always)]
     fn query(&self, query: usize) -> &[f32] {
         let shape = &self.attention.shape;
         let d = shape.head_dim;
@@ -242,6 +244,7 @@ impl Work<'_> {
     }
 
     /// The row and head of a query.
+    #[inline(always)]
     fn place(&self, query: usize) -> (usize, usize) {
         let group = self.attention.shape.heads / self.attention.shape.kv_heads;
         let row = self.run.row as usize + query / group;
@@ -284,38 +287,40 @@ unsafe fn pass<S: Simd, E: Element, const N: usize>(
     work: &Work<'_>,
     span: &KeysAndValues<E>,
     batch: &Batch,
-    valid: impl Fn(usize) -> usize,
-    load: impl Fn(*const E) -> S::V + Copy,
     maxima: &mut [f32],
     sums: &mut [f32],
 ) {
     let d = work.attention.shape.head_dim;
+    let (least, most) = (batch.valid(0), batch.valid(N - 1));
     let mut scores = [[0.0_f32; SPAN]; QUERIES];
     let mut shrink = [0.0_f32; N];
+    let mut queries = [std::ptr::null(); N];
+    let mut out = [std::ptr::null_mut(); N];
+    for n in 0..N {
+        queries[n] = work.query(batch.first + n).as_ptr();
+        out[n] = work.out_of(batch.first + n).as_mut_ptr();
+    }
     unsafe {
-        let queries: [*const f32; N] =
-            std::array::from_fn(|n| work.query(batch.first + n).as_ptr());
-        for tile in 0..batch.most.div_ceil(TILE) {
-            score::<S, E, N>(&queries, span.keys[tile], d, load, tile, &mut scores);
+        for tile in 0..most.div_ceil(TILE) {
+            score::<S, E, N>(&queries, span.keys[tile], d, tile, &mut scores);
         }
         for n in 0..N {
             shrink[n] = soften::<S>(
                 &mut scores[n],
-                valid(batch.first + n),
+                batch.valid(n),
                 work.attention.shape.scale,
                 &mut maxima[n],
                 &mut sums[n],
             );
         }
-        let out: [*mut f32; N] = std::array::from_fn(|n| work.out_of(batch.first + n).as_mut_ptr());
         // Positions that all see, then for each query alone those that only it and its followers see.
-        weigh::<S, E, N>(&scores, 0..batch.least, &shrink, span, d, load, &out);
-        if batch.least < batch.most {
+        weigh::<S, E, N>(&scores, 0, least, &shrink, span, d, &out);
+        if least < most {
             for n in 0..N {
-                let rest = batch.least..valid(batch.first + n);
-                if !rest.is_empty() {
+                let valid = batch.valid(n);
+                if least < valid {
                     let own = std::array::from_ref(&scores[n]);
-                    weigh::<S, E, 1>(own, rest, &[1.0], span, d, load, &[out[n]]);
+                    weigh::<S, E, 1>(own, least, valid, &[1.0], span, d, &[out[n]]);
                 }
             }
         }
@@ -325,21 +330,20 @@ unsafe fn pass<S: Simd, E: Element, const N: usize>(
 /// Dot products of `N` queries with the 16 keys of a tile: lane = position, summed along `head_dim` in order.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-unsafe fn score<S: Simd, E, const N: usize>(
+unsafe fn score<S: Simd, E: Element, const N: usize>(
     queries: &[*const f32; N],
     keys: *const E,
     d: usize,
-    load: impl Fn(*const E) -> S::V,
     tile: usize,
     scores: &mut [[f32; SPAN]; QUERIES],
 ) {
     unsafe {
         let mut sums = [[S::vsplat(0.0); 2]; N];
         for i in 0..d {
-            let low = load(keys.add(i * TILE));
+            let low = E::load::<S>(keys.add(i * TILE));
             // With one vector a tile there is no second.
             let high = if S::HALVES == 2 {
-                load(keys.add(i * TILE + S::WIDE))
+                E::load::<S>(keys.add(i * TILE + S::WIDE))
             } else {
                 low
             };
@@ -416,31 +420,33 @@ unsafe fn soften<S: Simd>(
     }
 }
 
-/// `out[n] = out[n] · shrink[n] + Σ weights[n][p] · values[p]` over the positions, in order.
+/// `out[n] = out[n] · shrink[n] + Σ weights[n][p] · values[p]` over positions `first..last`, in order.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
 unsafe fn weigh<S: Simd, E: Element, const N: usize>(
     weights: &[[f32; SPAN]],
-    positions: std::ops::Range<usize>,
+    first: usize,
+    last: usize,
     shrink: &[f32; N],
     span: &KeysAndValues<E>,
     d: usize,
-    load: impl Fn(*const E) -> S::V,
     out: &[*mut f32; N],
 ) {
     unsafe {
         let vectors = d / S::WIDE * S::WIDE;
         let mut i = 0;
         while i < vectors {
-            let mut sums: [S::V; N] =
-                std::array::from_fn(|n| S::vmul(S::vload(out[n].add(i)), S::vsplat(shrink[n])));
-            let mut p = positions.start;
-            while p < positions.end {
+            let mut sums = [S::vsplat(0.0); N];
+            for n in 0..N {
+                sums[n] = S::vmul(S::vload(out[n].add(i)), S::vsplat(shrink[n]));
+            }
+            let mut p = first;
+            while p < last {
                 let tile = p / TILE;
-                let end = positions.end.min((tile + 1) * TILE);
+                let end = last.min((tile + 1) * TILE);
                 let mut value = span.values[tile].add(p % TILE * d + i);
                 while p < end {
-                    let v = load(value);
+                    let v = E::load::<S>(value);
                     for n in 0..N {
                         sums[n] = S::vfma(S::vsplat(weights[n][p]), v, sums[n]);
                     }
@@ -457,7 +463,7 @@ unsafe fn weigh<S: Simd, E: Element, const N: usize>(
         for i in vectors..d {
             for n in 0..N {
                 let mut sum = *out[n].add(i) * shrink[n];
-                for p in positions.clone() {
+                for p in first..last {
                     let v = (*span.values[p / TILE].add(p % TILE * d + i)).widen();
                     sum = weights[n][p].mul_add(v, sum);
                 }
@@ -470,11 +476,24 @@ unsafe fn weigh<S: Simd, E: Element, const N: usize>(
 /// An element of the cache.
 trait Element: Copy {
     fn widen(self) -> f32;
+
+    /// Widens as many as a vector has lanes.
+    ///
+    /// # Safety
+    /// The elements are there, and the processor has the instructions of `S`.
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V;
 }
 
 impl Element for f32 {
+    #[inline(always)]
     fn widen(self) -> f32 {
         self
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::vload(p) }
     }
 }
 
@@ -482,5 +501,11 @@ impl Element for f32 {
 impl Element for u16 {
     fn widen(self) -> f32 {
         half::f16::from_bits(self).to_f32()
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::vload_f16(p) }
     }
 }

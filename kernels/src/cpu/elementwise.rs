@@ -77,6 +77,19 @@ pub(super) unsafe fn rotate<S: Simd>(head: &mut [f32], cos: &[f32], sin: &[f32])
     }
 }
 
+/// `g · sigmoid(g) · u`.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+unsafe fn silu<S: Simd>(g: S::F, u: S::F) -> S::F {
+    unsafe {
+        let e = exp::<S>(S::sub(S::splat(0.0), g));
+        S::mul(S::div(g, S::add(S::splat(1.0), e)), u)
+    }
+}
+
 /// `out = g · sigmoid(g) · u`.
 ///
 /// # Safety
@@ -85,15 +98,11 @@ pub(super) unsafe fn rotate<S: Simd>(head: &mut [f32], cos: &[f32], sin: &[f32])
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
 pub(super) unsafe fn silu_gate<S: Simd>(gate: &[f32], up: &[f32], out: &mut [f32]) {
     assert!(gate.len() == up.len() && gate.len() == out.len());
-    let one = |g: S::F, u: S::F| unsafe {
-        let e = exp::<S>(S::sub(S::splat(0.0), g));
-        S::mul(S::div(g, S::add(S::splat(1.0), e)), u)
-    };
     let vectors = gate.len() / LANES * LANES;
     let mut i = 0;
     while i < vectors {
         unsafe {
-            let y = one(S::load(gate.as_ptr().add(i)), S::load(up.as_ptr().add(i)));
+            let y = silu::<S>(S::load(gate.as_ptr().add(i)), S::load(up.as_ptr().add(i)));
             S::store(out.as_mut_ptr().add(i), y);
         }
         i += LANES;
@@ -108,7 +117,7 @@ pub(super) unsafe fn silu_gate<S: Simd>(gate: &[f32], up: &[f32], out: &mut [f32
         unsafe {
             S::store(
                 y.as_mut_ptr(),
-                one(S::load(g.as_ptr()), S::load(u.as_ptr())),
+                silu::<S>(S::load(g.as_ptr()), S::load(u.as_ptr())),
             );
         };
         out[vectors..].copy_from_slice(&y[..tail]);

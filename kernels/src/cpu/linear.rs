@@ -212,19 +212,19 @@ impl Share<'_> {
     }
 }
 
-/// Walks a share. `$body::<S, P, T>(share, panel, row)` computes `P` panels times `T` rows; tiles of `$rows` rows come first, what is left over is
+/// Walks a share. `$body::<$format, S, P, T>(share, panel, row)` computes `P` panels times `T` rows; tiles of `$rows` rows come first, what is left over is
 /// computed in the smallest tile that holds it, and rows that are not there are not stored.
 macro_rules! walk {
-    ($share:ident, $body:ident, $bytes:expr, $panels:expr, $rows:expr) => {{
+    ($share:ident, $body:ident, $format:ident, $bytes:expr, $panels:expr, $rows:expr) => {{
         let rows = $share.linear.rows;
         if rows == 1 {
             let mut panel = $share.first;
             while panel + SINGLE_PANELS <= $share.last {
-                $body::<S, SINGLE_PANELS, 1>($share, panel, 0);
+                $body::<$format, S, SINGLE_PANELS, 1>($share, panel, 0);
                 panel += SINGLE_PANELS;
             }
             while panel < $share.last {
-                $body::<S, 1, 1>($share, panel, 0);
+                $body::<$format, S, 1, 1>($share, panel, 0);
                 panel += 1;
             }
             return;
@@ -239,18 +239,26 @@ macro_rules! walk {
                 let mut row = begin;
                 while row < end {
                     match ((end - row).min($rows), several) {
-                        (1, true) => $body::<S, 2, 1>($share, panel, row),
-                        (1, false) => $body::<S, 1, 1>($share, panel, row),
-                        (2, true) => $body::<S, 2, 2>($share, panel, row),
-                        (2, false) => $body::<S, 1, 2>($share, panel, row),
-                        (3 | 4, true) => $body::<S, 2, 4>($share, panel, row),
-                        (3 | 4, false) => $body::<S, 1, 4>($share, panel, row),
-                        (5 | 6, true) if $rows >= 6 => $body::<S, 2, 6>($share, panel, row),
-                        (5 | 6, false) if $rows >= 6 => $body::<S, 1, 6>($share, panel, row),
-                        (7 | 8, true) if $rows >= 8 => $body::<S, 2, 8>($share, panel, row),
-                        (7 | 8, false) if $rows >= 8 => $body::<S, 1, 8>($share, panel, row),
-                        (_, true) if $rows >= 12 => $body::<S, 2, 12>($share, panel, row),
-                        (_, false) if $rows >= 12 => $body::<S, 1, 12>($share, panel, row),
+                        (1, true) => $body::<$format, S, 2, 1>($share, panel, row),
+                        (1, false) => $body::<$format, S, 1, 1>($share, panel, row),
+                        (2, true) => $body::<$format, S, 2, 2>($share, panel, row),
+                        (2, false) => $body::<$format, S, 1, 2>($share, panel, row),
+                        (3 | 4, true) => $body::<$format, S, 2, 4>($share, panel, row),
+                        (3 | 4, false) => $body::<$format, S, 1, 4>($share, panel, row),
+                        (5 | 6, true) if $rows >= 6 => {
+                            $body::<$format, S, 2, 6>($share, panel, row)
+                        }
+                        (5 | 6, false) if $rows >= 6 => {
+                            $body::<$format, S, 1, 6>($share, panel, row)
+                        }
+                        (7 | 8, true) if $rows >= 8 => {
+                            $body::<$format, S, 2, 8>($share, panel, row)
+                        }
+                        (7 | 8, false) if $rows >= 8 => {
+                            $body::<$format, S, 1, 8>($share, panel, row)
+                        }
+                        (_, true) if $rows >= 12 => $body::<$format, S, 2, 12>($share, panel, row),
+                        (_, false) if $rows >= 12 => $body::<$format, S, 1, 12>($share, panel, row),
                         _ => unreachable!("tiles have 4, 6, 8 or 12 rows"),
                     }
                     row += $rows;
@@ -262,39 +270,60 @@ macro_rules! walk {
     }};
 }
 
-/// `T` activation rows from `row` times `P` panels from `panel`, each weight vector read by `load(panel, element)`.
+// No closures in what follows: a closure is a function of its own, and one that is not inlined does not have the instructions enabled.
+
+/// A format whose elements are widened to f32.
+trait FloatFormat {
+    /// Loads a vector of elements from element `at` of a panel.
+    ///
+    /// # Safety
+    /// The elements are there, and the processor has the instructions of `S`.
+    unsafe fn load<S: Simd>(panel: *const u8, at: usize) -> S::V;
+}
+
+/// A format of quants in blocks of 32 with an f16 scale each.
+trait QuantFormat {
+    /// Bytes of a panel's quants for one block.
+    const QUANTS: usize;
+
+    /// The exact dot products of a block of a vector's rows with `T` blocks of activations; see [`Simd::dot_i8`].
+    ///
+    /// # Safety
+    /// The bytes are there, and the processor has the instructions of `S`.
+    unsafe fn dots<S: Simd, const T: usize>(
+        quants: *const u8,
+        x: *const i8,
+        sums: *const i32,
+    ) -> [S::W; T];
+}
+
+/// `T` activation rows from `row` times `P` panels from `panel`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
-unsafe fn float_tile<S: Simd, const P: usize, const T: usize>(
+unsafe fn float_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
     share: &Share<'_>,
     panel: usize,
     row: usize,
-    load: impl Fn(*const u8, usize) -> S::V,
 ) {
     unsafe {
         let linear = share.linear;
         let k = linear.matrix.cols;
-        let weights: [*const u8; P] =
-            std::array::from_fn(|p| linear.matrix.panel(panel + p).as_ptr());
+        let weights = panels_at::<P>(linear.matrix, panel);
         let stride = share.interleave;
         let mut x = if stride == 1 {
             linear.x.as_ptr()
         } else {
             share.rows.floats.as_slice()[row * k..].as_ptr()
         };
-        let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
+        let zero = S::vsplat(0.0);
+        let mut sums = [[[zero; 2]; T]; P];
         for i in 0..k {
-            let w: [[S::V; 2]; P] = std::array::from_fn(|p| {
-                let at = i * PANEL;
-                let low = load(weights[p], at);
-                // With one vector a panel there is no second.
-                let high = if S::HALVES == 2 {
-                    load(weights[p], at + S::WIDE)
-                } else {
-                    low
-                };
-                [low, high]
-            });
+            let mut w = [[zero; 2]; P];
+            for p in 0..P {
+                for half in 0..S::HALVES {
+                    w[p][half] = F::load::<S>(weights[p], i * PANEL + half * S::WIDE);
+                }
+            }
             for t in 0..T {
                 let x = S::vsplat(*x.add(t));
                 for p in 0..P {
@@ -309,35 +338,32 @@ unsafe fn float_tile<S: Simd, const P: usize, const T: usize>(
     }
 }
 
-/// Integer products: per block of 32, `dots(quants, activations, sums)` gives the exact sums of a vector's rows. A panel has `quants` bytes of quants
-/// for each block, then the scales.
+/// Integer products of `T` activation rows from `row` with `P` panels from `panel`: a panel holds all its blocks' quants, then their scales.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
-unsafe fn quant_tile<S: Simd, const P: usize, const T: usize>(
+unsafe fn quant_tile<F: QuantFormat, S: Simd, const P: usize, const T: usize>(
     share: &Share<'_>,
     panel: usize,
     row: usize,
-    quants: usize,
-    dots: impl Fn(*const u8, *const i8, *const i32) -> [S::W; T],
 ) {
     unsafe {
         let linear = share.linear;
         let blocks = linear.matrix.cols / BLOCK;
         let stride = share.interleave;
-        let weights: [*const u8; P] =
-            std::array::from_fn(|p| linear.matrix.panel(panel + p).as_ptr());
+        let weights = panels_at::<P>(linear.matrix, panel);
         let mut q = share.rows.quants.as_slice()[row * blocks * BLOCK..].as_ptr();
         let mut scales = share.rows.scales.as_slice()[row * blocks..].as_ptr();
         let mut row_sums = share.rows.sums.as_slice()[row * blocks..].as_ptr();
         let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
         for block in 0..blocks {
             for p in 0..P {
-                let weight_scales = weights[p].add(blocks * quants + block * SCALES);
+                let weight_scales = weights[p]
+                    .add(blocks * F::QUANTS + block * SCALES)
+                    .cast::<u16>();
                 for half in 0..S::HALVES {
-                    let at = weights[p].add(block * quants + half * 4 * S::WIDE);
-                    let weight_scales =
-                        S::vload_f16(weight_scales.cast::<u16>().add(half * S::WIDE));
-                    let dots = dots(at, q, row_sums);
+                    let quants = weights[p].add(block * F::QUANTS + half * 4 * S::WIDE);
+                    let dots = F::dots::<S, T>(quants, q, row_sums);
+                    let weight_scales = S::vload_f16(weight_scales.add(half * S::WIDE));
                     for t in 0..T {
                         let scale = S::vmul(weight_scales, S::vsplat(*scales.add(t)));
                         sums[p][t][half] = S::vfma(scale, S::vto_float(dots[t]), sums[p][t][half]);
@@ -350,6 +376,16 @@ unsafe fn quant_tile<S: Simd, const P: usize, const T: usize>(
         }
         store::<S, P, T>(share, panel, row, &sums);
     }
+}
+
+/// Where `P` panels begin.
+#[inline(always)]
+fn panels_at<const P: usize>(matrix: &Matrix, first: usize) -> [*const u8; P] {
+    let mut at = [std::ptr::null(); P];
+    for (p, at) in at.iter_mut().enumerate() {
+        *at = matrix.panel(first + p).as_ptr();
+    }
+    at
 }
 
 #[inline(always)]
@@ -375,68 +411,73 @@ unsafe fn store<S: Simd, const P: usize, const T: usize>(
     }
 }
 
-/// Makes a float format's kernel: its tile body and the walk over a share.
+/// Makes a float format's kernel: how it is loaded, and the walk over a share.
 macro_rules! float_kernel {
-    ($panels:ident, $tile:ident, $element:ty, $load:ident) => {
-        #[inline(always)]
-        unsafe fn $tile<S: Simd, const P: usize, const T: usize>(
-            share: &Share<'_>,
-            panel: usize,
-            row: usize,
-        ) {
-            // SAFETY: panels hold `cols · PANEL` elements; the loads stay inside; the rest is the caller's promise.
-            unsafe {
-                float_tile::<S, P, T>(share, panel, row, |p, at| {
-                    S::$load(p.cast::<$element>().add(at))
-                });
+    ($panels:ident, $format:ident, $element:ty, $load:ident) => {
+        struct $format;
+
+        impl FloatFormat for $format {
+            #[inline(always)]
+            unsafe fn load<S: Simd>(panel: *const u8, at: usize) -> S::V {
+                // SAFETY: the caller's promise.
+                unsafe { S::$load(panel.cast::<$element>().add(at)) }
             }
         }
 
         #[inline(always)]
         unsafe fn $panels<S: Simd>(share: &Share<'_>) {
-            // SAFETY: the caller's promise.
+            let bytes = 4 * share.linear.matrix.cols;
+            // SAFETY: panels hold `cols · PANEL` elements; the rest is the caller's promise.
             unsafe {
                 walk!(
                     share,
-                    $tile,
-                    4 * share.linear.matrix.cols,
+                    float_tile,
+                    $format,
+                    bytes,
                     3 - S::HALVES,
                     S::FLOAT_ROWS
-                )
+                );
             }
         }
     };
 }
 
-float_kernel!(panels_f32, tile_f32, f32, vload);
-float_kernel!(panels_f16, tile_f16, u16, vload_f16);
-float_kernel!(panels_bf16, tile_bf16, u16, vload_bf16);
+float_kernel!(panels_f32, F32, f32, vload);
+float_kernel!(panels_f16, F16, u16, vload_f16);
+float_kernel!(panels_bf16, Bf16, u16, vload_bf16);
 
-/// Makes an integer format's kernel: its tile body and the walk over a share.
+/// Makes an integer format's kernel: its dot product, and the walk over a share.
 macro_rules! quant_kernel {
-    ($panels:ident, $tile:ident, $quants:ident, $dot:ident) => {
-        #[inline(always)]
-        unsafe fn $tile<S: Simd, const P: usize, const T: usize>(
-            share: &Share<'_>,
-            panel: usize,
-            row: usize,
-        ) {
-            // SAFETY: a panel holds all its blocks' quants and then their scales; the rest is the caller's promise.
-            unsafe {
-                quant_tile::<S, P, T>(share, panel, row, $quants, |w, x, sums| S::$dot(w, x, sums));
+    ($panels:ident, $format:ident, $quants:ident, $dot:ident) => {
+        struct $format;
+
+        impl QuantFormat for $format {
+            const QUANTS: usize = $quants;
+
+            #[inline(always)]
+            unsafe fn dots<S: Simd, const T: usize>(
+                quants: *const u8,
+                x: *const i8,
+                sums: *const i32,
+            ) -> [S::W; T] {
+                // SAFETY: the caller's promise.
+                unsafe { S::$dot(quants, x, sums) }
             }
         }
 
         #[inline(always)]
         unsafe fn $panels<S: Simd>(share: &Share<'_>) {
-            // SAFETY: the caller's promise.
-            unsafe { walk!(share, $tile, share.linear.matrix.cols, 1, S::QUANT_ROWS) }
+            let bytes = share.linear.matrix.cols;
+            // SAFETY: a panel holds all its blocks' quants and then their scales; the rest is the caller's promise.
+            unsafe {
+                walk!(share, quant_tile, $format, bytes, 1, S::QUANT_ROWS);
+            }
         }
     };
 }
 
-quant_kernel!(panels_q8_0, tile_q8_0, Q8_0_QUANTS, dot_i8);
-quant_kernel!(panels_q4_0, tile_q4_0, Q4_0_QUANTS, dot_q4);
+quant_kernel!(panels_q8_0, Q8_0, Q8_0_QUANTS, dot_i8);
+quant_kernel!(panels_q4_0, Q4_0, Q4_0_QUANTS, dot_q4);
 
 /// A tile's rows, quantised; see [`Rows`].
 struct Quantised<'a> {
@@ -455,11 +496,10 @@ unsafe fn quantize_tile<S: Simd>(x: &[f32], k: usize, out: Quantised<'_>) {
             let at = block * out.interleave + t;
             let quants = &mut out.quants[at * BLOCK..(at + 1) * BLOCK];
             unsafe {
-                let v: [S::F; BLOCK / LANES] =
-                    std::array::from_fn(|i| S::load(x.as_ptr().add(i * LANES)));
                 let zero = S::splat(0.0);
                 let mut largest = zero;
-                for &v in &v {
+                for i in (0..BLOCK).step_by(LANES) {
+                    let v = S::load(x.as_ptr().add(i));
                     // Not a number counts as nothing: `max` keeps its second operand then.
                     largest = S::max(S::max(v, S::sub(zero, v)), largest);
                 }
@@ -467,14 +507,12 @@ unsafe fn quantize_tile<S: Simd>(x: &[f32], k: usize, out: Quantised<'_>) {
                 let scale = largest / 127.0;
                 let inverse = S::splat(if scale == 0.0 { 0.0 } else { 1.0 / scale });
                 let mut sum = S::int_zero();
-                for (i, &v) in v.iter().enumerate() {
+                for i in (0..BLOCK).step_by(LANES) {
+                    let scaled = S::mul(S::load(x.as_ptr().add(i)), inverse);
                     // Clamped: an infinite activation must not become -128, which the integer products exclude.
-                    let scaled = S::min(
-                        S::max(S::mul(v, inverse), S::splat(-127.0)),
-                        S::splat(127.0),
-                    );
+                    let scaled = S::min(S::max(scaled, S::splat(-127.0)), S::splat(127.0));
                     let q = S::to_int(scaled);
-                    S::store_i8(quants.as_mut_ptr().add(i * LANES), q);
+                    S::store_i8(quants.as_mut_ptr().add(i), q);
                     sum = S::int_add(sum, q);
                 }
                 out.scales[at] = scale;

@@ -206,12 +206,11 @@ impl Simd for Avx2 {
                 }
             }
             let ones = _mm256_set1_epi16(1);
-            std::array::from_fn(|t| {
-                _mm256_sub_epi32(
-                    _mm256_madd_epi16(pairs[t], ones),
-                    _mm256_set1_epi32(8 * *sums.add(t)),
-                )
-            })
+            for t in 0..T {
+                let offset = _mm256_set1_epi32(8 * *sums.add(t));
+                pairs[t] = _mm256_sub_epi32(_mm256_madd_epi16(pairs[t], ones), offset);
+            }
+            pairs
         }
     }
 }

@@ -162,7 +162,10 @@ impl Simd for Avx512 {
     unsafe fn dot_i8<const T: usize>(w: *const u8, x: *const i8, sums: *const i32) -> [Self::W; T] {
         unsafe {
             // The weights are stored plus 128, so that they are unsigned, as `dpbusd` wants: take 128 times the sum of x off again.
-            let mut dots: [_; T] = std::array::from_fn(|t| _mm512_set1_epi32(-128 * *sums.add(t)));
+            let mut dots = [_mm512_setzero_si512(); T];
+            for t in 0..T {
+                dots[t] = _mm512_set1_epi32(-128 * *sums.add(t));
+            }
             for g in 0..8 {
                 let w = _mm512_loadu_si512(w.add(QUAD * g).cast());
                 for t in 0..T {
@@ -177,7 +180,10 @@ impl Simd for Avx512 {
     unsafe fn dot_q4<const T: usize>(w: *const u8, x: *const i8, sums: *const i32) -> [Self::W; T] {
         unsafe {
             let low = _mm512_set1_epi8(15);
-            let mut dots: [_; T] = std::array::from_fn(|t| _mm512_set1_epi32(-8 * *sums.add(t)));
+            let mut dots = [_mm512_setzero_si512(); T];
+            for t in 0..T {
+                dots[t] = _mm512_set1_epi32(-8 * *sums.add(t));
+            }
             for g in 0..4 {
                 let bytes = _mm512_loadu_si512(w.add(QUAD * g).cast());
                 let q0 = _mm512_and_si512(bytes, low);
