@@ -19,6 +19,7 @@ mod linear;
 mod matrix;
 mod memory;
 mod pool;
+pub mod rows;
 mod simd;
 mod topology;
 
