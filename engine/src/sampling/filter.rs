@@ -70,10 +70,18 @@ pub(super) fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut 
     }
 }
 
+/// The largest of a run; one that is not a number counts as nothing.
+fn most(run: &[f32]) -> f32 {
+    run.iter().fold(
+        f32::NEG_INFINITY,
+        |most, &x| if x > most { x } else { most },
+    )
+}
+
 /// The tokens whose logits are at least `least`, in order of their ids.
 fn collect(logits: &[f32], least: f32, out: &mut Vec<(u32, f32)>) {
     for (run, logits) in logits.chunks(RUN).enumerate() {
-        if logits.iter().fold(false, |any, &x| any | (x >= least)) {
+        if most(logits) >= least {
             let ids = (run * RUN) as u32..;
             let all = ids.zip(logits.iter().copied());
             out.extend(all.filter(|c| c.1 >= least && c.1 > f32::NEG_INFINITY));
@@ -87,7 +95,7 @@ pub(super) fn best(logits: &[f32], count: usize, least: f32, out: &mut Vec<(u32,
     // What a token must exceed; tokens come in order of their ids, so of equals the earlier is better.
     let mut bar = f32::NEG_INFINITY;
     for (run, logits) in logits.chunks(RUN).enumerate() {
-        if !logits.iter().fold(false, |any, &x| any | (x > bar)) {
+        if most(logits) <= bar {
             continue;
         }
         let ids = (run * RUN) as u32..;
