@@ -1,6 +1,5 @@
 //! Moves a checkpoint's tensors onto a backend: names them, checks their shapes, fuses and quantises what belongs together.
 
-use half::{bf16, f16};
 use quire_kernels::{Backend, Format, MatrixPart};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, TensorView, Tensors};
@@ -227,24 +226,15 @@ fn device<S: AsRef<str>>(parts: &[(S, usize)], source: quire_kernels::Error) -> 
 
 /// Appends a vector's elements as f32.
 fn widen(name: &str, view: TensorView<'_>, out: &mut Vec<f32>) -> Result<(), LoadError> {
-    let halves = || view.data.chunks_exact(2).map(|b| [b[0], b[1]]);
-    match view.format {
-        Format::F32 => out.extend(
-            view.data
-                .chunks_exact(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-        ),
-        Format::F16 => out.extend(halves().map(|b| f16::from_le_bytes(b).to_f32())),
-        Format::Bf16 => out.extend(halves().map(|b| bf16::from_le_bytes(b).to_f32())),
-        Format::Q8_0 | Format::Q4_0 => {
-            return Err(LoadError::Device {
-                what: name.to_owned(),
-                source: quire_kernels::Error::Shape(format!(
-                    "a vector of parameters is stored as {:?}, expected f32, f16 or bf16",
-                    view.format
-                )),
-            });
-        }
+    if view.format.is_quantised() {
+        return Err(LoadError::Device {
+            what: name.to_owned(),
+            source: quire_kernels::Error::Shape(format!(
+                "a vector of parameters is stored as {:?}, expected f32, f16 or bf16",
+                view.format
+            )),
+        });
     }
+    view.format.dequantize(view.data, out);
     Ok(())
 }
