@@ -157,16 +157,19 @@ impl<B: Backend> Loader<'_, B> {
         parts: &[(S, usize)],
         cols: usize,
     ) -> Result<B::Matrix, LoadError> {
-        let mut views = Vec::with_capacity(parts.len());
-        for (name, rows) in parts {
-            let view = self.tensors.get(name.as_ref(), &[*rows, cols])?;
-            views.push(MatrixPart {
-                rows: *rows,
+        let views = parts
+            .iter()
+            .map(|(name, rows)| self.tensors.get(name.as_ref(), &[*rows, cols]))
+            .collect::<Result<Vec<_>, _>>()?;
+        let views: Vec<MatrixPart<'_>> = views
+            .iter()
+            .map(|view| MatrixPart {
+                rows: view.shape[0],
                 cols,
                 format: view.format,
-                data: view.data,
-            });
-        }
+                data: &view.data,
+            })
+            .collect();
         let matrix = self
             .backend
             .matrix(&views, self.quantize)
@@ -182,7 +185,7 @@ impl<B: Backend> Loader<'_, B> {
         for (name, len) in parts {
             let view = self.tensors.get(name.as_ref(), &[*len])?;
             bytes += view.data.len();
-            widen(name.as_ref(), view, &mut values)?;
+            widen(name.as_ref(), &view, &mut values)?;
         }
         let vector = self
             .backend
@@ -225,7 +228,7 @@ fn device<S: AsRef<str>>(parts: &[(S, usize)], source: quire_kernels::Error) -> 
 }
 
 /// Appends a vector's elements as f32.
-fn widen(name: &str, view: TensorView<'_>, out: &mut Vec<f32>) -> Result<(), LoadError> {
+fn widen(name: &str, view: &TensorView<'_>, out: &mut Vec<f32>) -> Result<(), LoadError> {
     if view.format.is_quantised() {
         return Err(LoadError::Device {
             what: name.to_owned(),
@@ -235,6 +238,6 @@ fn widen(name: &str, view: TensorView<'_>, out: &mut Vec<f32>) -> Result<(), Loa
             )),
         });
     }
-    view.format.dequantize(view.data, out);
+    view.format.dequantize(&view.data, out);
     Ok(())
 }
