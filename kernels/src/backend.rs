@@ -20,6 +20,32 @@ pub enum Format {
     Q8_0,
     /// GGML Q4_0: blocks of 32 along k, one f16 scale, 32 nibbles offset by 8.
     Q4_0,
+    /// GGML Q4_1: blocks of 32, an f16 scale and minimum, nibbles.
+    Q4_1,
+    /// GGML Q5_0: blocks of 32, one f16 scale, five bits offset by 16.
+    Q5_0,
+    /// GGML Q5_1: blocks of 32, an f16 scale and minimum, five bits.
+    Q5_1,
+    /// GGML Q2_K: blocks of 256 in 16 sub-blocks with scale and minimum, two bits.
+    Q2K,
+    /// GGML Q3_K: blocks of 256 in 16 sub-blocks with a scale, three bits offset by 4.
+    Q3K,
+    /// GGML Q4_K: blocks of 256 in 8 sub-blocks with scale and minimum, nibbles.
+    Q4K,
+    /// GGML Q5_K: blocks of 256 in 8 sub-blocks with scale and minimum, five bits.
+    Q5K,
+    /// GGML Q6_K: blocks of 256 in 16 sub-blocks with a scale, six bits offset by 32.
+    Q6K,
+    /// GGML IQ4_NL: blocks of 32, one f16 scale, nibbles that name one of sixteen uneven values.
+    Iq4Nl,
+    /// GGML IQ4_XS: blocks of 256 in 8 sub-blocks with a scale, nibbles as in IQ4_NL.
+    Iq4Xs,
+    /// GGML TQ1_0: blocks of 256, one f16 scale, five of -1, 0, 1 in a byte.
+    Tq1_0,
+    /// GGML TQ2_0: blocks of 256, one f16 scale, two bits offset by 1.
+    Tq2_0,
+    /// OCP MXFP4: blocks of 32, a power of two, four-bit floats.
+    Mxfp4,
 }
 
 /// Rows of a matrix as a checkpoint stores them: row-major `[rows, cols]`, little-endian, in `format`.

@@ -34,9 +34,9 @@ fn products_equal_a_double_precision_reference() {
     let mut random = Random(1);
     for format in FORMATS {
         for _ in 0..12 {
-            let quantised = matches!(format, Format::Q8_0 | Format::Q4_0);
+            let quantised = format.is_quantised();
             let k = if quantised {
-                32 * (1 + random.below(8))
+                format.block_size() * (1 + random.below(256 / format.block_size() + 1))
             } else {
                 1 + random.below(200)
             };
@@ -76,7 +76,11 @@ fn a_row_has_the_same_bits_alone_and_among_others_on_any_backend() {
     let mut random = Random(2);
     for format in FORMATS {
         for rows in [1, 2, 3, 4, 5, 6, 7, 8, 13, 40] {
-            let (n, k) = (1 + random.below(200), 32 * (1 + random.below(6)));
+            let block = format.block_size().max(32);
+            let (n, k) = (
+                1 + random.below(200),
+                block * (1 + random.below(192 / block + 1)),
+            );
             let (bytes, _) = encode(format, &random.floats(n * k));
             let x = random.floats(rows * k);
             let mut all: Vec<Vec<u32>> = Vec::new();
@@ -144,6 +148,74 @@ fn parts_of_a_matrix_follow_each_other_as_rows() {
     assert_eq!(bits(a.as_slice()), bits(b.as_slice()));
 }
 
+/// As in Q4_K_M files, where the values of some layers are in Q6_K.
+#[test]
+fn parts_of_a_matrix_keep_formats_of_their_own() {
+    let mut random = Random(9);
+    let k = 256;
+    let formats = [Format::Q4K, Format::Q4K, Format::Q6K, Format::F16];
+    let rows = [33, 20, 7, 5];
+    let x = random.floats(5 * k);
+    let bias = random.floats(rows.iter().sum());
+    let encoded: Vec<_> = formats
+        .iter()
+        .zip(rows)
+        .map(|(&format, n)| encode(format, &random.floats(n * k)))
+        .collect();
+    let mut expected = vec![Vec::new(); 5];
+    let mut at = 0;
+    for (i, (bytes, _)) in encoded.iter().enumerate() {
+        let bias = &bias[at..at + rows[i]];
+        let shape = (rows[i], k);
+        let y = product(
+            &mut backend(2, None),
+            (formats[i], bytes),
+            shape,
+            &x,
+            Some(bias),
+        );
+        for (expected, y) in expected.iter_mut().zip(y.chunks(rows[i])) {
+            expected.extend_from_slice(y);
+        }
+        at += rows[i];
+    }
+    let parts: Vec<_> = (0..4)
+        .map(|i| part(rows[i], k, formats[i], &encoded[i].0))
+        .collect();
+    let mut backend = backend(2, None);
+    let matrix = backend.matrix(&parts, None).unwrap();
+    let input = filled(&backend, 5, k, &x);
+    let mut out = backend.activations(5, at).unwrap();
+    let bias = backend.vector(&bias).unwrap();
+    backend.begin(&plain_step(5)).unwrap();
+    backend
+        .linear(&input, &matrix, Some(&bias), &mut out)
+        .unwrap();
+    assert_eq!(bits(out.as_slice()), bits(&expected.concat()));
+
+    let mut step = plain_step(1);
+    for (row, values) in [(53, &encoded[2].1[..k]), (64, &encoded[3].1[4 * k..])] {
+        step.tokens[0] = row;
+        backend.begin(&step).unwrap();
+        let mut out = backend.activations(1, k).unwrap();
+        backend.embed(&matrix, 1.0, &mut out).unwrap();
+        assert_eq!(bits(out.as_slice()), bits(values));
+    }
+}
+
+#[test]
+fn packed_matrices_are_hardly_larger_than_stored_ones() {
+    let mut random = Random(10);
+    let (n, k) = (64, 512);
+    for format in FORMATS {
+        let (bytes, _) = encode(format, &random.floats(n * k));
+        let backend = backend(1, None);
+        let matrix = backend.matrix(&[part(n, k, format, &bytes)], None).unwrap();
+        let ratio = backend.matrix_bytes(&matrix) as f64 / bytes.len() as f64;
+        assert!(ratio <= 1.1, "{format:?}: {ratio}");
+    }
+}
+
 #[test]
 fn quantising_gives_the_bytes_ggml_gives() {
     let mut random = Random(5);
@@ -185,7 +257,7 @@ fn quantising_at_load_equals_loading_quantised_data() {
 #[test]
 fn embedding_rows_are_the_matrix_rows() {
     let mut random = Random(7);
-    let (n, k) = (70, 64);
+    let (n, k) = (70, 256);
     for format in FORMATS {
         let (bytes, values) = encode(format, &random.floats(n * k));
         let mut backend = backend(2, None);

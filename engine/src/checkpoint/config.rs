@@ -268,7 +268,7 @@ fn flag(json: &Value, field: &str) -> Result<bool, CheckpointError> {
 
 fn wrong(field: &str, value: &Value, expected: &str) -> CheckpointError {
     CheckpointError::Field {
-        file: FILE,
+        file: FILE.into(),
         field: field.to_owned(),
         value: if value.is_null() {
             "missing".to_owned()

@@ -1,12 +1,13 @@
 //! [`CheckpointError`]: what is wrong with a checkpoint, and where.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 /// Why a checkpoint cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// The path is not a checkpoint's directory.
-    #[error("{}: {problem}; expected a directory with config.json, tokenizer.json and *.safetensors", path.display())]
+    #[error("{}: {problem}; expected a GGUF file, or a directory with config.json, tokenizer.json and *.safetensors", path.display())]
     NotACheckpoint {
         /// What was given.
         path: PathBuf,
@@ -29,11 +30,11 @@ pub enum CheckpointError {
         /// What is wrong with it.
         problem: String,
     },
-    /// A field of a JSON file has a value no model can have, or one that is not supported.
+    /// A field of a JSON file or of GGUF metadata has a value no model can have, or one that is not supported.
     #[error("{file}: `{field}` is {value}, expected {expected}")]
     Field {
         /// The file's name.
-        file: &'static str,
+        file: Cow<'static, str>,
         /// The field's name.
         field: String,
         /// Its value.
@@ -52,7 +53,9 @@ pub enum CheckpointError {
         hint: String,
     },
     /// A tensor has another shape than the configuration says.
-    #[error("{file}: tensor `{name}` has shape {found:?}, expected {expected:?} from config.json")]
+    #[error(
+        "{file}: tensor `{name}` has shape {found:?}, expected {expected:?} from the model's configuration"
+    )]
     Shape {
         /// The file's name.
         file: String,
@@ -64,7 +67,7 @@ pub enum CheckpointError {
         expected: Vec<usize>,
     },
     /// A tensor's elements are of a type that is not supported.
-    #[error("{file}: tensor `{name}` has elements of type {dtype}, expected F32, F16 or BF16")]
+    #[error("{file}: tensor `{name}` has elements of type {dtype}, expected {expected}")]
     Dtype {
         /// The file's name.
         file: String,
@@ -72,6 +75,8 @@ pub enum CheckpointError {
         name: String,
         /// The type.
         dtype: String,
+        /// What would be right.
+        expected: &'static str,
     },
 }
 

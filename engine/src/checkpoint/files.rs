@@ -74,7 +74,6 @@ impl Files {
                     parent.to_owned()
                 }))
             }
-            (Some("gguf"), _) => Err(problem("GGUF files are not supported yet")),
             _ => Err(problem("not a directory")),
         }
     }
@@ -150,16 +149,7 @@ impl Files {
             }
             Self::Directory(directory) => directory,
         };
-        let path = directory.join(name);
-        // Asked before it is opened: opening a pipe would wait for a writer.
-        match std::fs::metadata(&path) {
-            Ok(metadata) => check_regular(name, &metadata)?,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(CheckpointError::file(name, error)),
-        }
-        map_file(&path)
-            .map(|map| Some(Bytes::Mapped(map)))
-            .map_err(|error| CheckpointError::file(name, error))
+        map(&directory.join(name), name)
     }
 
     /// The error for a file that every checkpoint has.
@@ -180,6 +170,19 @@ fn check_regular(name: &str, metadata: &std::fs::Metadata) -> Result<(), Checkpo
     } else {
         Err(CheckpointError::file(name, "not a regular file"))
     }
+}
+
+/// Maps a file, if it is there; errors call it `name`.
+pub(super) fn map(path: &Path, name: &str) -> Result<Option<Bytes>, CheckpointError> {
+    // Asked before it is opened: opening a pipe would wait for a writer.
+    match std::fs::metadata(path) {
+        Ok(metadata) => check_regular(name, &metadata)?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(CheckpointError::file(name, error)),
+    }
+    map_file(path)
+        .map(|map| Some(Bytes::Mapped(map)))
+        .map_err(|error| CheckpointError::file(name, error))
 }
 
 fn map_file(path: &Path) -> std::io::Result<Mmap> {

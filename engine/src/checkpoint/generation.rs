@@ -44,7 +44,7 @@ pub(super) fn parse(
             value => match value.as_f64().map(|v| v as f32) {
                 Some(v) if (low..=high).contains(&v) => Ok(Some(v)),
                 _ => Err(CheckpointError::Field {
-                    file: FILE,
+                    file: FILE.into(),
                     field: field.to_owned(),
                     value: value.to_string(),
                     expected: format!("a number from {low} to {high}"),
@@ -86,7 +86,7 @@ fn collect_ids(
             Some(id) if id < vocab_size as u64 => out.push(TokenId(id as u32)),
             _ => {
                 return Err(CheckpointError::Field {
-                    file,
+                    file: file.into(),
                     field: "eos_token_id".to_owned(),
                     value: id.to_string(),
                     expected: format!("token ids below {vocab_size}"),

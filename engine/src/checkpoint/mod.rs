@@ -1,6 +1,6 @@
 //! Checkpoints: reads weights and metadata, gives one thing: a [`Checkpoint`].
 //!
-//! A checkpoint is a directory as Hugging Face lays it out, or the demo model inside the binary. Opening one parses and validates all
+//! A checkpoint is a directory as Hugging Face lays it out, a GGUF file, or the demo model inside the binary. Opening one parses and validates all
 //! metadata and maps the weights without reading them; [`crate::model`] then asks for tensors by name and shape.
 //!
 //! **Invariant:** nothing in a checkpoint is trusted. Whatever its files hold, the outcome is a valid `Checkpoint` or an error that names the
@@ -10,9 +10,10 @@ mod config;
 mod error;
 mod files;
 mod generation;
+mod gguf;
 mod tensors;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
@@ -33,14 +34,14 @@ const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 pub enum ModelSource {
     /// The demo model inside the binary.
     Demo,
-    /// A directory with `config.json`, safetensors and `tokenizer.json`.
+    /// A directory with `config.json`, safetensors and `tokenizer.json`; a GGUF file, or a directory that holds one.
     Path(PathBuf),
 }
 
 /// An opened checkpoint: metadata parsed and validated, weights mapped but not read.
 #[derive(Debug)]
 pub struct Checkpoint {
-    /// `demo`, or the directory's name.
+    /// `demo`, or the directory's or GGUF file's name.
     pub name: String,
     /// The model's shape.
     pub config: ModelConfig,
@@ -60,6 +61,9 @@ impl Checkpoint {
     /// # Errors
     /// A file is missing, malformed, or describes a model that is not supported; see [`CheckpointError`].
     pub fn open(source: &ModelSource) -> Result<Self, CheckpointError> {
+        if let Some(path) = gguf_path(source)? {
+            return gguf::Gguf::open(&path)?.checkpoint();
+        }
         let files = Files::open(source)?;
         let config_json = files
             .json("config.json")?
@@ -104,6 +108,25 @@ impl Checkpoint {
             tensors,
         })
     }
+}
+
+/// The GGUF file that `source` names, if it does.
+fn gguf_path(source: &ModelSource) -> Result<Option<PathBuf>, CheckpointError> {
+    match source {
+        ModelSource::Path(path) if gguf::is_gguf(path) && !path.is_dir() => Ok(Some(path.clone())),
+        ModelSource::Path(path) if path.is_dir() && !path.join("config.json").exists() => {
+            gguf::in_directory(path)
+        }
+        _ => Ok(None),
+    }
+}
+
+/// The tokenizer of a GGUF file, which may hold nothing else.
+///
+/// # Errors
+/// The file is missing, malformed, or its tokenizer is of a kind that is not supported.
+pub fn gguf_tokenizer(path: &Path) -> Result<Tokenizer, CheckpointError> {
+    gguf::tokenizer(path)
 }
 
 /// The named special tokens of `tokenizer_config.json`; each is a string, or an object with its `content`.
@@ -167,7 +190,7 @@ fn template_source(
 
 fn wrong_tokenizer_config(field: &str, value: &Value, expected: &str) -> CheckpointError {
     CheckpointError::Field {
-        file: TOKENIZER_CONFIG,
+        file: TOKENIZER_CONFIG.into(),
         field: field.to_owned(),
         value: value.to_string(),
         expected: expected.to_owned(),

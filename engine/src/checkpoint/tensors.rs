@@ -1,5 +1,6 @@
 //! [`Tensors`]: the weights of a checkpoint by name.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use quire_kernels::Format;
@@ -8,6 +9,7 @@ use serde_json::{Map, Value};
 
 use super::CheckpointError;
 use super::files::{Bytes, Files};
+use super::gguf::{self, TensorInfo as GgufInfo};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -19,6 +21,8 @@ const LONGEST_HEADER: u64 = 100_000_000;
 pub struct Tensors {
     shards: Vec<Shard>,
     entries: BTreeMap<String, Entry>,
+    /// Names in the file are llama.cpp's.
+    gguf: bool,
 }
 
 #[derive(Debug)]
@@ -30,21 +34,24 @@ struct Shard {
 #[derive(Debug)]
 struct Entry {
     shard: usize,
-    dtype: Dtype,
+    /// How elements are stored, or the name of a type that is not supported.
+    format: Result<Format, String>,
     shape: Vec<usize>,
     begin: usize,
     end: usize,
+    /// Rows of heads of this size are stored with the two halves of a head interleaved.
+    interleaved: Option<usize>,
 }
 
 /// One tensor's bytes, little-endian, row-major.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct TensorView<'a> {
-    /// Type of the elements: a float.
+    /// How the elements are stored.
     pub format: Format,
     /// Its shape.
     pub shape: &'a [usize],
     /// Exactly as many bytes as type and shape demand.
-    pub data: &'a [u8],
+    pub data: Cow<'a, [u8]>,
 }
 
 impl Tensors {
@@ -52,6 +59,7 @@ impl Tensors {
         let mut tensors = Self {
             shards: Vec::new(),
             entries: BTreeMap::new(),
+            gguf: false,
         };
         if let Some(bytes) = files.map(SINGLE)? {
             tensors.add(SINGLE, bytes)?;
@@ -75,7 +83,7 @@ impl Tensors {
                     .is_some_and(|e| e == "safetensors");
             if !plain {
                 return Err(CheckpointError::Field {
-                    file: INDEX,
+                    file: INDEX.into(),
                     field: tensor.clone(),
                     value: map[tensor].to_string(),
                     expected: "the name of a .safetensors file in the same directory".to_owned(),
@@ -144,10 +152,16 @@ impl Tensors {
             covered = to;
             let entry = Entry {
                 shard,
-                dtype: info.dtype,
+                format: match info.dtype {
+                    Dtype::F32 => Ok(Format::F32),
+                    Dtype::F16 => Ok(Format::F16),
+                    Dtype::BF16 => Ok(Format::Bf16),
+                    other => Err(format!("{other:?}")),
+                },
                 shape: info.shape,
                 begin: begin + from,
                 end: begin + to,
+                interleaved: None,
             };
             if self.entries.insert(tensor.clone(), entry).is_some() {
                 return Err(wrong(format!("tensor `{tensor}` is in another shard too")));
@@ -168,11 +182,11 @@ impl Tensors {
     /// The tensor `name`, which must have exactly `shape`.
     ///
     /// # Errors
-    /// There is none, or it has another shape, or its elements are not floats of 32 or 16 bits.
+    /// There is none, or it has another shape, or its elements are of a type that is not supported.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>, CheckpointError> {
         let Some(entry) = self.entries.get(name) else {
             return Err(CheckpointError::MissingTensor {
-                name: name.to_owned(),
+                name: self.spelt(name),
                 shape: shape.to_vec(),
                 hint: self.hint(name),
             });
@@ -180,28 +194,90 @@ impl Tensors {
         if entry.shape != shape {
             return Err(CheckpointError::Shape {
                 file: self.shards[entry.shard].name.clone(),
-                name: name.to_owned(),
+                name: self.spelt(name),
                 found: entry.shape.clone(),
                 expected: shape.to_vec(),
             });
         }
-        let format = match entry.dtype {
-            Dtype::F32 => Format::F32,
-            Dtype::F16 => Format::F16,
-            Dtype::BF16 => Format::Bf16,
-            other => {
+        let format = match &entry.format {
+            Ok(format) => *format,
+            Err(dtype) => {
                 return Err(CheckpointError::Dtype {
                     file: self.shards[entry.shard].name.clone(),
-                    name: name.to_owned(),
-                    dtype: format!("{other:?}"),
+                    name: self.spelt(name),
+                    dtype: dtype.clone(),
+                    expected: if self.gguf {
+                        "F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, TQ1_0, TQ2_0 or MXFP4"
+                    } else {
+                        "F32, F16 or BF16"
+                    },
                 });
             }
         };
+        let data = &self.shards[entry.shard].bytes.as_slice()[entry.begin..entry.end];
         Ok(TensorView {
             format,
             shape: &entry.shape,
-            data: &self.shards[entry.shard].bytes.as_slice()[entry.begin..entry.end],
+            data: match entry.interleaved {
+                None => Cow::Borrowed(data),
+                Some(head) => Cow::Owned(in_halves(data, shape[0], head)),
+            },
         })
+    }
+
+    /// The tensors of GGUF files: `(file, bytes, tensors)`. `interleaved`: query and key rows are, in heads of this size.
+    pub(super) fn from_gguf(
+        parts: impl Iterator<Item = (String, Bytes, Vec<GgufInfo>)>,
+        interleaved: Option<usize>,
+    ) -> Result<Self, CheckpointError> {
+        let mut tensors = Self {
+            shards: Vec::new(),
+            entries: BTreeMap::new(),
+            gguf: true,
+        };
+        for (name, bytes, infos) in parts {
+            let shard = tensors.shards.len();
+            for info in infos {
+                let rotated = [".attn_q.", ".attn_k."]
+                    .iter()
+                    .any(|part| info.name.contains(part));
+                // Rows that are no whole heads have the wrong shape, and are refused for that.
+                let whole = |head: &usize| {
+                    info.shape
+                        .first()
+                        .is_some_and(|rows| rows.is_multiple_of(*head))
+                };
+                let entry = Entry {
+                    shard,
+                    format: info.format,
+                    begin: info.bytes.start,
+                    end: info.bytes.end,
+                    interleaved: interleaved.filter(|_| rotated).filter(whole),
+                    shape: info.shape,
+                };
+                if tensors
+                    .entries
+                    .insert(gguf::ours(&info.name), entry)
+                    .is_some()
+                {
+                    return Err(CheckpointError::file(
+                        name,
+                        format!("tensor `{}` is there twice", info.name),
+                    ));
+                }
+            }
+            tensors.shards.push(Shard { name, bytes });
+        }
+        Ok(tensors)
+    }
+
+    /// The tensor's name in the file.
+    fn spelt(&self, name: &str) -> String {
+        if self.gguf {
+            gguf::theirs(name)
+        } else {
+            name.to_owned()
+        }
     }
 
     /// Whether there is a tensor of this name.
@@ -239,6 +315,21 @@ impl Tensors {
             .find(alike)
             .map_or_else(String::new, |other| format!(" (there is `{other}`)"))
     }
+}
+
+/// Rows `0, 1, 2, …` of each head, which belong to positions `0, head / 2, 1, head / 2 + 1, …`, put there.
+///
+/// Whole rows move, so quantised ones stay exact.
+fn in_halves(data: &[u8], rows: usize, head: usize) -> Vec<u8> {
+    let row = data.len() / rows.max(1);
+    let half = head / 2;
+    let mut out = Vec::with_capacity(data.len());
+    for to in 0..rows {
+        let (first, within) = (to / head * head, to % head);
+        let from = first + 2 * (within % half) + within / half;
+        out.extend_from_slice(&data[from * row..(from + 1) * row]);
+    }
+    out
 }
 
 /// Where a safetensors file's data begins, and its header: 8 bytes of length, then as much JSON.

@@ -87,11 +87,11 @@ impl Engine {
             max_model_len: sizes.max_model_len,
             vocab_size: model.vocab_size as u32,
             eos: checkpoint.generation.eos.clone(),
-            dtype: dtype_name(
-                config
-                    .quantize
-                    .map_or_else(|| stored_format(checkpoint), Ok)?,
-            ),
+            dtype: config
+                .quantize
+                .map_or_else(|| stored_format(checkpoint), Ok)?
+                .name()
+                .to_owned(),
             kv_dtype: match config.kv_dtype {
                 KvDtype::F16 => "f16".to_owned(),
                 KvDtype::F32 => "f32".to_owned(),
@@ -173,15 +173,4 @@ fn stored_format(checkpoint: &Checkpoint) -> Result<Format, StartError> {
         )
         .map_err(crate::model::LoadError::from)?;
     Ok(view.format)
-}
-
-fn dtype_name(format: Format) -> String {
-    match format {
-        Format::F32 => "f32",
-        Format::F16 => "f16",
-        Format::Bf16 => "bf16",
-        Format::Q8_0 => "q8_0",
-        Format::Q4_0 => "q4_0",
-    }
-    .to_owned()
 }

@@ -74,4 +74,6 @@ pub enum RopeScaling {
         /// The context the checkpoint was first trained with.
         original_max_position: f64,
     },
+    /// A divisor for each frequency, fastest first, as converters write them.
+    Divisors(Vec<f32>),
 }

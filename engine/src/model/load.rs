@@ -1,6 +1,5 @@
 //! Moves a checkpoint's tensors onto a backend: names them, checks their shapes, fuses and quantises what belongs together.
 
-use half::{bf16, f16};
 use quire_kernels::{Backend, Format, MatrixPart};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, TensorView, Tensors};
@@ -158,16 +157,19 @@ impl<B: Backend> Loader<'_, B> {
         parts: &[(S, usize)],
         cols: usize,
     ) -> Result<B::Matrix, LoadError> {
-        let mut views = Vec::with_capacity(parts.len());
-        for (name, rows) in parts {
-            let view = self.tensors.get(name.as_ref(), &[*rows, cols])?;
-            views.push(MatrixPart {
-                rows: *rows,
+        let views = parts
+            .iter()
+            .map(|(name, rows)| self.tensors.get(name.as_ref(), &[*rows, cols]))
+            .collect::<Result<Vec<_>, _>>()?;
+        let views: Vec<MatrixPart<'_>> = views
+            .iter()
+            .map(|view| MatrixPart {
+                rows: view.shape[0],
                 cols,
                 format: view.format,
-                data: view.data,
-            });
-        }
+                data: &view.data,
+            })
+            .collect();
         let matrix = self
             .backend
             .matrix(&views, self.quantize)
@@ -183,7 +185,7 @@ impl<B: Backend> Loader<'_, B> {
         for (name, len) in parts {
             let view = self.tensors.get(name.as_ref(), &[*len])?;
             bytes += view.data.len();
-            widen(name.as_ref(), view, &mut values)?;
+            widen(name.as_ref(), &view, &mut values)?;
         }
         let vector = self
             .backend
@@ -226,25 +228,16 @@ fn device<S: AsRef<str>>(parts: &[(S, usize)], source: quire_kernels::Error) -> 
 }
 
 /// Appends a vector's elements as f32.
-fn widen(name: &str, view: TensorView<'_>, out: &mut Vec<f32>) -> Result<(), LoadError> {
-    let halves = || view.data.chunks_exact(2).map(|b| [b[0], b[1]]);
-    match view.format {
-        Format::F32 => out.extend(
-            view.data
-                .chunks_exact(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-        ),
-        Format::F16 => out.extend(halves().map(|b| f16::from_le_bytes(b).to_f32())),
-        Format::Bf16 => out.extend(halves().map(|b| bf16::from_le_bytes(b).to_f32())),
-        Format::Q8_0 | Format::Q4_0 => {
-            return Err(LoadError::Device {
-                what: name.to_owned(),
-                source: quire_kernels::Error::Shape(format!(
-                    "a vector of parameters is stored as {:?}, expected f32, f16 or bf16",
-                    view.format
-                )),
-            });
-        }
+fn widen(name: &str, view: &TensorView<'_>, out: &mut Vec<f32>) -> Result<(), LoadError> {
+    if view.format.is_quantised() {
+        return Err(LoadError::Device {
+            what: name.to_owned(),
+            source: quire_kernels::Error::Shape(format!(
+                "a vector of parameters is stored as {:?}, expected f32, f16 or bf16",
+                view.format
+            )),
+        });
     }
+    view.format.dequantize(&view.data, out);
     Ok(())
 }

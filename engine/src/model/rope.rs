@@ -9,13 +9,17 @@ pub(super) fn frequencies(rope: &RopeConfig, head_dim: usize) -> Vec<f32> {
     (0..head_dim / 2)
         .map(|i| {
             let frequency = rope.theta.powf(-2.0 * i as f64 / head_dim as f64);
-            stretched(frequency, &rope.scaling) as f32
+            stretched(i, frequency, &rope.scaling) as f32
         })
         .collect()
 }
 
-fn stretched(frequency: f64, scaling: &RopeScaling) -> f64 {
+/// Frequency `i`, stretched.
+fn stretched(i: usize, frequency: f64, scaling: &RopeScaling) -> f64 {
     match *scaling {
+        RopeScaling::Divisors(ref divisors) => {
+            frequency / divisors.get(i).copied().map_or(1.0, f64::from)
+        }
         RopeScaling::None => frequency,
         RopeScaling::Linear { factor } => frequency / factor,
         RopeScaling::Llama3 {
@@ -63,14 +67,14 @@ mod tests {
 
     #[test]
     fn linear_scaling_divides_every_frequency() {
-        assert!((stretched(0.5, &RopeScaling::Linear { factor: 4.0 }) - 0.125).abs() < 1e-12);
+        assert!((stretched(0, 0.5, &RopeScaling::Linear { factor: 4.0 }) - 0.125).abs() < 1e-12);
     }
 
     #[test]
     fn llama3_keeps_short_waves_divides_long_ones_and_is_continuous_between() {
         let at = |turns: f64| {
             let frequency = turns * TAU / 8192.0;
-            stretched(frequency, &LLAMA3) / frequency
+            stretched(0, frequency, &LLAMA3) / frequency
         };
         assert!((at(100.0) - 1.0).abs() < 1e-12);
         assert!((at(0.5) - 0.125).abs() < 1e-12);

@@ -6,6 +6,7 @@
 mod bytes;
 mod detokenizer;
 mod template;
+mod vocabulary;
 
 use std::sync::Arc;
 
@@ -15,6 +16,7 @@ use bytes::{Spelling, TokenBytes};
 
 pub use detokenizer::Detokenizer;
 pub use template::{ChatTemplate, Clock, Conversation, TemplateError};
+pub use vocabulary::{Algorithm, Token, TokenKind, Vocabulary};
 
 /// A loaded tokenizer.
 pub struct Tokenizer {
@@ -39,6 +41,12 @@ pub enum TokenizerError {
         "decoder `{0}`, expected ByteLevel or a SentencePiece-style one (Metaspace, ByteFallback)"
     )]
     Decoder(String),
+    /// Its rule that cuts text into words is not known.
+    #[error("`tokenizer.ggml.pre` is {0:?}, expected one of {1}")]
+    PreTokenizer(String, String),
+    /// The metadata of a GGUF file does not describe a tokenizer.
+    #[error("its vocabulary makes no tokenizer: {0}")]
+    Vocabulary(String),
     /// The text cannot be encoded.
     #[error("the text cannot be encoded: {0}")]
     Encode(String),
@@ -61,6 +69,16 @@ impl Tokenizer {
             .map_err(|error| TokenizerError::Invalid(error.to_string()))?;
         let spelling = Spelling::of(&file["decoder"])
             .ok_or_else(|| TokenizerError::Decoder(file["decoder"]["type"].to_string()))?;
+        let bytes = TokenBytes::new(&inner, spelling);
+        Ok(Self { inner, bytes })
+    }
+
+    /// From the metadata of a GGUF file.
+    ///
+    /// # Errors
+    /// The vocabulary contradicts itself, or cuts text by a rule that is not known.
+    pub fn from_vocabulary(vocabulary: &Vocabulary) -> Result<Self, TokenizerError> {
+        let (inner, spelling) = vocabulary.build()?;
         let bytes = TokenBytes::new(&inner, spelling);
         Ok(Self { inner, bytes })
     }

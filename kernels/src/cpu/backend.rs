@@ -4,7 +4,7 @@ use super::attention::{self, Attention};
 use super::elementwise::{norm_head, rms_norm, rotary_row, rotate, silu_gate};
 use super::kv::{KvCache, Slot};
 use super::linear::{Linear, Output, Rows};
-use super::matrix::{Matrix, PANEL, panel_bytes};
+use super::matrix::Matrix;
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
 use super::simd::{Isa, dispatch};
@@ -280,7 +280,7 @@ impl Backend for CpuBackend {
     }
 
     fn matrix_bytes(&self, matrix: &Matrix) -> usize {
-        matrix.rows.div_ceil(PANEL) * panel_bytes(matrix.format, matrix.cols)
+        matrix.bytes()
     }
 
     fn vector(&self, values: &[f32]) -> Result<Vector, Error> {

@@ -7,7 +7,9 @@
 //! Activations are laid out for the tiles first (see [`Rows`]): quantised or not, the rows of a tile stand side by side, so that a tile reads one
 //! stream and not as many as it has rows.
 
-use super::matrix::{Matrix, PANEL, Q4_0_QUANTS, Q8_0_QUANTS, SCALES};
+mod blocks;
+
+use super::matrix::{Matrix, PANEL, Q4_0_QUANTS, Q8_0_QUANTS, SCALES, Segment};
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
 use super::simd::{Isa, LANES, Simd, dispatch};
@@ -40,6 +42,8 @@ pub(crate) struct Rows {
     scales: Buffer<f32>,
     /// The sum of each block's quants. `[rows / T][k / 32][T]`
     sums: Buffer<i32>,
+    /// The sum of each block's first 16 quants. `[rows / T][k / 32][T]`
+    first_sums: Buffer<i32>,
 }
 
 impl Rows {
@@ -50,6 +54,7 @@ impl Rows {
             quants: Buffer::zeroed(0, what)?,
             scales: Buffer::zeroed(0, what)?,
             sums: Buffer::zeroed(0, what)?,
+            first_sums: Buffer::zeroed(0, what)?,
         })
     }
 }
@@ -69,37 +74,45 @@ impl Linear<'_> {
         let (n, k) = (self.matrix.rows, self.matrix.cols);
         assert!(self.x.len() >= self.rows * k && y.len() >= self.rows * n);
         assert!(self.bias.is_none_or(|bias| bias.len() >= n));
-        let interleave = self.lay_out(rows, pool, isa)?;
-        let panels = n.div_ceil(PANEL);
+        // The layout depends on whether products are integer ones; segments mostly agree.
+        let mut laid_out = None;
         let y = Shared::new(y);
-        let rows = &*rows;
-        pool.each(panels.div_ceil(TASK_PANELS), &|task| {
-            let first = task * TASK_PANELS;
-            let share = Share {
-                linear: self,
-                rows,
-                interleave,
-                y,
-                first,
-                last: (first + TASK_PANELS).min(panels),
+        for segment in &self.matrix.segments {
+            let quantised = segment.format.is_quantised();
+            let interleave = match laid_out {
+                Some((as_quants, interleave)) if as_quants == quantised => interleave,
+                _ => self.lay_out(quantised, rows, pool, isa)?,
             };
-            let share = &share;
-            match self.matrix.format {
-                Format::F32 => dispatch!(isa, panels_f32(share: &Share<'_>)),
-                Format::F16 => dispatch!(isa, panels_f16(share: &Share<'_>)),
-                Format::Bf16 => dispatch!(isa, panels_bf16(share: &Share<'_>)),
-                Format::Q8_0 => dispatch!(isa, panels_q8_0(share: &Share<'_>)),
-                Format::Q4_0 => dispatch!(isa, panels_q4_0(share: &Share<'_>)),
-            }
-        });
+            laid_out = Some((quantised, interleave));
+            let rows = &*rows;
+            let panels = segment.rows.div_ceil(PANEL);
+            pool.each(panels.div_ceil(TASK_PANELS), &|task| {
+                let first = task * TASK_PANELS;
+                let share = Share {
+                    linear: self,
+                    segment,
+                    rows,
+                    interleave,
+                    y,
+                    first,
+                    last: (first + TASK_PANELS).min(panels),
+                };
+                multiply(&share, isa);
+            });
+        }
         Ok(())
     }
 
     /// Brings the activations into the layout the tiles want; how many rows are interleaved in it.
-    fn lay_out(&self, rows: &mut Rows, pool: &Pool, isa: Isa) -> Result<usize, Error> {
+    fn lay_out(
+        &self,
+        quantised: bool,
+        rows: &mut Rows,
+        pool: &Pool,
+        isa: Isa,
+    ) -> Result<usize, Error> {
         let k = self.matrix.cols;
         let what = "activation rows";
-        let quantised = matches!(self.matrix.format, Format::Q8_0 | Format::Q4_0);
         let interleave = match (self.rows, quantised) {
             (1, _) => 1,
             (_, true) => isa.quant_rows(),
@@ -111,9 +124,11 @@ impl Linear<'_> {
             rows.quants.reserve(padded * k, what)?;
             rows.scales.reserve(padded * blocks, what)?;
             rows.sums.reserve(padded * blocks, what)?;
+            rows.first_sums.reserve(padded * blocks, what)?;
             let quants = Shared::new(rows.quants.as_mut_slice());
             let scales = Shared::new(rows.scales.as_mut_slice());
             let sums = Shared::new(rows.sums.as_mut_slice());
+            let first_sums = Shared::new(rows.first_sums.as_mut_slice());
             pool.each(padded / interleave, &|tile| {
                 let at = tile * interleave;
                 // SAFETY: each tile is written by one task.
@@ -122,6 +137,7 @@ impl Linear<'_> {
                         quants: quants.range(at * k, interleave * k),
                         scales: scales.range(at * blocks, interleave * blocks),
                         sums: sums.range(at * blocks, interleave * blocks),
+                        first_sums: first_sums.range(at * blocks, interleave * blocks),
                         interleave,
                     }
                 };
@@ -174,6 +190,7 @@ impl Isa {
 /// A thread's share: panels `first..last`, all activation rows.
 struct Share<'a> {
     linear: &'a Linear<'a>,
+    segment: &'a Segment,
     rows: &'a Rows,
     interleave: usize,
     y: Shared<f32>,
@@ -186,8 +203,8 @@ impl Share<'_> {
     #[inline(always)]
     fn finish(&self, row: usize, panel: usize, sums: &[f32; PANEL]) {
         let n = self.linear.matrix.rows;
-        let at = panel * PANEL;
-        let len = PANEL.min(n - at);
+        let len = PANEL.min(self.segment.rows - panel * PANEL);
+        let at = self.segment.first + panel * PANEL;
         // SAFETY: the panels of a share belong to one thread, so these elements do.
         let y = unsafe { self.y.range(row * n + at, len) };
         let bias = self.linear.bias.map(|bias| &bias[at..at + len]);
@@ -308,7 +325,7 @@ unsafe fn float_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
     unsafe {
         let linear = share.linear;
         let k = linear.matrix.cols;
-        let weights = panels_at::<P>(linear.matrix, panel);
+        let weights = panels_at::<P>(share.segment, panel);
         let stride = share.interleave;
         let mut x = if stride == 1 {
             linear.x.as_ptr()
@@ -350,7 +367,7 @@ unsafe fn quant_tile<F: QuantFormat, S: Simd, const P: usize, const T: usize>(
         let linear = share.linear;
         let blocks = linear.matrix.cols / BLOCK;
         let stride = share.interleave;
-        let weights = panels_at::<P>(linear.matrix, panel);
+        let weights = panels_at::<P>(share.segment, panel);
         let mut q = share.rows.quants.as_slice()[row * blocks * BLOCK..].as_ptr();
         let mut scales = share.rows.scales.as_slice()[row * blocks..].as_ptr();
         let mut row_sums = share.rows.sums.as_slice()[row * blocks..].as_ptr();
@@ -380,10 +397,10 @@ unsafe fn quant_tile<F: QuantFormat, S: Simd, const P: usize, const T: usize>(
 
 /// Where `P` panels begin.
 #[inline(always)]
-fn panels_at<const P: usize>(matrix: &Matrix, first: usize) -> [*const u8; P] {
+fn panels_at<const P: usize>(segment: &Segment, first: usize) -> [*const u8; P] {
     let mut at = [std::ptr::null(); P];
     for (p, at) in at.iter_mut().enumerate() {
-        *at = matrix.panel(first + p).as_ptr();
+        *at = segment.panel(first + p).as_ptr();
     }
     at
 }
@@ -479,11 +496,36 @@ macro_rules! quant_kernel {
 quant_kernel!(panels_q8_0, Q8_0, Q8_0_QUANTS, dot_i8);
 quant_kernel!(panels_q4_0, Q4_0, Q4_0_QUANTS, dot_q4);
 
+/// Multiplies a share with the kernel of its format.
+fn multiply(share: &Share<'_>, isa: Isa) {
+    match share.segment.format {
+        Format::F32 => dispatch!(isa, panels_f32(share: &Share<'_>)),
+        Format::F16 => dispatch!(isa, panels_f16(share: &Share<'_>)),
+        Format::Bf16 => dispatch!(isa, panels_bf16(share: &Share<'_>)),
+        Format::Q8_0 => dispatch!(isa, panels_q8_0(share: &Share<'_>)),
+        Format::Q4_0 => dispatch!(isa, panels_q4_0(share: &Share<'_>)),
+        Format::Q4_1 => blocks::q4_1(share, isa),
+        Format::Q5_0 => blocks::q5_0(share, isa),
+        Format::Q5_1 => blocks::q5_1(share, isa),
+        Format::Q2K => blocks::q2_k(share, isa),
+        Format::Q3K => blocks::q3_k(share, isa),
+        Format::Q4K => blocks::q4_k(share, isa),
+        Format::Q5K => blocks::q5_k(share, isa),
+        Format::Q6K => blocks::q6_k(share, isa),
+        Format::Iq4Nl => blocks::iq4_nl(share, isa),
+        Format::Iq4Xs => blocks::iq4_xs(share, isa),
+        Format::Tq1_0 => blocks::tq1_0(share, isa),
+        Format::Tq2_0 => blocks::tq2_0(share, isa),
+        Format::Mxfp4 => blocks::mxfp4(share, isa),
+    }
+}
+
 /// A tile's rows, quantised; see [`Rows`].
 struct Quantised<'a> {
     quants: &'a mut [i8],
     scales: &'a mut [f32],
     sums: &'a mut [i32],
+    first_sums: &'a mut [i32],
     interleave: usize,
 }
 
@@ -508,6 +550,9 @@ unsafe fn quantize_tile<S: Simd>(x: &[f32], k: usize, out: Quantised<'_>) {
                 let inverse = S::splat(if scale == 0.0 { 0.0 } else { 1.0 / scale });
                 let mut sum = S::int_zero();
                 for i in (0..BLOCK).step_by(LANES) {
+                    if i == BLOCK / 2 {
+                        out.first_sums[at] = S::int_sum(sum);
+                    }
                     let scaled = S::mul(S::load(x.as_ptr().add(i)), inverse);
                     // Clamped: an infinite activation must not become -128, which the integer products exclude.
                     let scaled = S::min(S::max(scaled, S::splat(-127.0)), S::splat(127.0));

@@ -8,14 +8,16 @@
 //! | f32, f16, bf16 | `[k][PANEL]` elements | each k: one element of every row |
 //! | Q8_0 | `[k/32]` × 8 groups of 64 bytes, then `[k/32][PANEL]` f16 scales | see [`super::simd::Simd::dot_i8`] |
 //! | Q4_0 | `[k/32]` × 4 groups of 64 bytes, then `[k/32][PANEL]` f16 scales | see [`super::simd::Simd::dot_q4`] |
+//! | other quantised ones | one unit a block, see [`super::planes`] | [`super::linear`]'s blocks |
 
 use half::{bf16, f16};
 
 use super::memory::{Buffer, Shared};
+use super::planes::{read_row, unit_bytes, write_row};
 use super::pool::Pool;
 pub(crate) use super::simd::PANEL;
 use super::simd::QUAD;
-use crate::quantize::{self, BLOCK, Q4_0_BYTES, Q8_0_BYTES};
+use crate::quantize::{self, BLOCK, BlockFormat, with_block_format};
 use crate::{Error, Format, MatrixPart};
 
 /// Bytes of a panel's f16 scales for one block.
@@ -25,8 +27,17 @@ pub(crate) const Q8_0_QUANTS: usize = 8 * QUAD;
 /// Bytes of a panel's Q4_0 quants for one block.
 pub(crate) const Q4_0_QUANTS: usize = 4 * QUAD;
 
-/// A packed weight matrix, `[rows, cols]`.
+/// A packed weight matrix, `[rows, cols]`: segments of rows, each in one format.
 pub struct Matrix {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) segments: Vec<Segment>,
+}
+
+/// Consecutive rows of a matrix, packed in one format.
+pub(crate) struct Segment {
+    /// Where they begin in the matrix.
+    pub(crate) first: usize,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) format: Format,
@@ -35,21 +46,11 @@ pub struct Matrix {
 
 impl std::fmt::Debug for Matrix {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Matrix[{}, {}] {:?}", self.rows, self.cols, self.format)
-    }
-}
-
-/// Bytes of one row of `cols` elements as checkpoints store it; `None` where the format cannot hold it.
-fn row_bytes(format: Format, cols: usize) -> Option<usize> {
-    match format {
-        Format::F32 => cols.checked_mul(4),
-        Format::F16 | Format::Bf16 => cols.checked_mul(2),
-        Format::Q8_0 => cols
-            .is_multiple_of(BLOCK)
-            .then(|| (cols / BLOCK).checked_mul(Q8_0_BYTES))?,
-        Format::Q4_0 => cols
-            .is_multiple_of(BLOCK)
-            .then(|| (cols / BLOCK).checked_mul(Q4_0_BYTES))?,
+        write!(f, "Matrix[{}, {}]", self.rows, self.cols)?;
+        for segment in &self.segments {
+            write!(f, " {:?} × {}", segment.format, segment.rows)?;
+        }
+        Ok(())
     }
 }
 
@@ -60,6 +61,7 @@ pub(crate) fn panel_bytes(format: Format, cols: usize) -> usize {
         Format::F16 | Format::Bf16 => PANEL * cols * 2,
         Format::Q8_0 => cols / BLOCK * (Q8_0_QUANTS + SCALES),
         Format::Q4_0 => cols / BLOCK * (Q4_0_QUANTS + SCALES),
+        _ => with_block_format!(format, F => cols / F::SIZE * unit_bytes::<F>(), 0),
     }
 }
 
@@ -81,10 +83,56 @@ impl Matrix {
                 .checked_add(part.rows)
                 .ok_or_else(|| Error::Shape("a matrix with too many rows".to_owned()))?;
         }
-        let format = target(parts, quantize)?;
-        if row_bytes(format, cols).is_none() {
+        let targets = parts
+            .iter()
+            .map(|part| target(part, quantize))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut segments = Vec::new();
+        let (mut begin, mut first) = (0, 0);
+        while begin < parts.len() {
+            let format = targets[begin];
+            let same = targets[begin..].iter().take_while(|&&t| t == format);
+            let end = begin + same.count();
+            let segment = Segment::pack(&parts[begin..end], format, first, pool)?;
+            first += segment.rows;
+            begin = end;
+            segments.push(segment);
+        }
+        Ok(Self {
+            rows,
+            cols,
+            segments,
+        })
+    }
+
+    /// Bytes of all panels.
+    pub(crate) fn bytes(&self) -> usize {
+        let bytes = |s: &Segment| s.rows.div_ceil(PANEL) * panel_bytes(s.format, s.cols);
+        self.segments.iter().map(bytes).sum()
+    }
+
+    /// Widens row `row` to `out`, times `scale`. `[cols]`
+    pub(crate) fn row(&self, row: usize, scale: f32, out: &mut [f32]) {
+        let last = self.segments.partition_point(|s| s.first <= row) - 1;
+        let segment = &self.segments[last];
+        segment.row(row - segment.first, scale, out);
+    }
+}
+
+impl Segment {
+    /// Packs parts whose target format is the same.
+    fn pack(
+        parts: &[MatrixPart<'_>],
+        format: Format,
+        first: usize,
+        pool: &Pool,
+    ) -> Result<Self, Error> {
+        let cols = parts[0].cols;
+        let rows = parts.iter().map(|part| part.rows).sum::<usize>();
+        if format.row_bytes(cols).is_none() {
             return Err(Error::Shape(format!(
-                "{format:?} needs a multiple of {BLOCK} columns, the matrix has {cols}"
+                "{format:?} needs a multiple of {} columns, the matrix has {cols}",
+                format.block_size()
             )));
         }
         let panels = rows.div_ceil(PANEL);
@@ -105,6 +153,7 @@ impl Matrix {
             }
         });
         Ok(Self {
+            first,
             rows,
             cols,
             format,
@@ -119,35 +168,40 @@ impl Matrix {
     }
 
     /// Widens row `row` to `out`, times `scale`. `[cols]`
-    pub(crate) fn row(&self, row: usize, scale: f32, out: &mut [f32]) {
+    fn row(&self, row: usize, scale: f32, out: &mut [f32]) {
         let panel = self.panel(row / PANEL);
         let lane = row % PANEL;
         let at16 = |k: usize| {
             let at = (k * PANEL + lane) * 2;
             [panel[at], panel[at + 1]]
         };
-        for (k, out) in out.iter_mut().enumerate() {
-            let value = match self.format {
-                Format::F32 => {
-                    let at = (k * PANEL + lane) * 4;
-                    f32::from_le_bytes([panel[at], panel[at + 1], panel[at + 2], panel[at + 3]])
+        let value = |k: usize| match self.format {
+            Format::F32 => {
+                let at = (k * PANEL + lane) * 4;
+                f32::from_le_bytes([panel[at], panel[at + 1], panel[at + 2], panel[at + 3]])
+            }
+            Format::F16 => f16::from_le_bytes(at16(k)).to_f32(),
+            Format::Bf16 => bf16::from_le_bytes(at16(k)).to_f32(),
+            Format::Q8_0 => {
+                let q = panel[k / BLOCK * Q8_0_QUANTS + q8_0_offset(lane, k % BLOCK)];
+                let scale = scale_at(panel, self.cols, k / BLOCK, lane, Q8_0_QUANTS);
+                scale * (f32::from(q) - 128.0)
+            }
+            _ => {
+                let (offset, high) = q4_0_offset(lane, k % BLOCK);
+                let byte = panel[k / BLOCK * Q4_0_QUANTS + offset];
+                let q = if high { byte >> 4 } else { byte & 15 };
+                let scale = scale_at(panel, self.cols, k / BLOCK, lane, Q4_0_QUANTS);
+                scale * (f32::from(q) - 8.0)
+            }
+        };
+        match self.format {
+            Format::F32 | Format::F16 | Format::Bf16 | Format::Q8_0 | Format::Q4_0 => {
+                for (k, out) in out.iter_mut().enumerate() {
+                    *out = value(k) * scale;
                 }
-                Format::F16 => f16::from_le_bytes(at16(k)).to_f32(),
-                Format::Bf16 => bf16::from_le_bytes(at16(k)).to_f32(),
-                Format::Q8_0 => {
-                    let q = panel[k / BLOCK * Q8_0_QUANTS + q8_0_offset(lane, k % BLOCK)];
-                    let scale = scale_at(panel, self.cols, k / BLOCK, lane, Q8_0_QUANTS);
-                    scale * (f32::from(q) - 128.0)
-                }
-                Format::Q4_0 => {
-                    let (offset, high) = q4_0_offset(lane, k % BLOCK);
-                    let byte = panel[k / BLOCK * Q4_0_QUANTS + offset];
-                    let q = if high { byte >> 4 } else { byte & 15 };
-                    let scale = scale_at(panel, self.cols, k / BLOCK, lane, Q4_0_QUANTS);
-                    scale * (f32::from(q) - 8.0)
-                }
-            };
-            *out = value * scale;
+            }
+            _ => with_block_format!(self.format, F => read_row::<F>(panel, lane, scale, out), ()),
         }
     }
 }
@@ -179,7 +233,10 @@ fn check(part: &MatrixPart<'_>, cols: usize) -> Result<(), Error> {
             part.rows, part.cols
         )));
     }
-    let expected = row_bytes(part.format, cols).and_then(|bytes| bytes.checked_mul(part.rows));
+    let expected = part
+        .format
+        .row_bytes(cols)
+        .and_then(|bytes| bytes.checked_mul(part.rows));
     match expected {
         Some(expected) if expected == part.data.len() => Ok(()),
         Some(expected) => Err(Error::Shape(format!(
@@ -195,28 +252,19 @@ fn check(part: &MatrixPart<'_>, cols: usize) -> Result<(), Error> {
     }
 }
 
-/// The format the packed matrix has: the parts' own, or what they are quantised to.
-fn target(parts: &[MatrixPart<'_>], quantize: Option<Format>) -> Result<Format, Error> {
-    let stored = parts[0].format;
-    let quantised = |format| matches!(format, Format::Q8_0 | Format::Q4_0);
-    let uniform = parts.iter().all(|part| part.format == stored);
-    if parts.iter().any(|part| quantised(part.format)) {
-        // Already quantised: kept as it is; widening it or quantising it again would change it.
-        return if uniform {
-            Ok(stored)
-        } else {
-            Err(Error::Shape(
-                "parts of one matrix in different quantised formats".to_owned(),
-            ))
-        };
-    }
+/// The format a part's rows are packed in: their own, or what they are quantised to.
+fn target(part: &MatrixPart<'_>, quantize: Option<Format>) -> Result<Format, Error> {
     match quantize {
-        Some(format) if quantised(format) => Ok(format),
+        // Already quantised: kept as it is; widening it or quantising it again would change it.
+        _ if part.format.is_quantised() => Ok(part.format),
+        None => Ok(part.format),
+        Some(format @ (Format::Q8_0 | Format::Q4_0)) => Ok(format),
+        Some(format) if format.is_quantised() => Err(Error::Shape(format!(
+            "cannot quantise to {format:?}; expected Q8_0 or Q4_0"
+        ))),
         Some(format) => Err(Error::Shape(format!(
             "{format:?} is not a quantised format"
         ))),
-        None if uniform => Ok(stored),
-        None => Ok(Format::F32),
     }
 }
 
@@ -288,6 +336,7 @@ fn pack_row(part: &MatrixPart<'_>, row: usize, format: Format, lane: usize, out:
                 }
             }
         }
+        _ => with_block_format!(format, F => write_row::<F>(stored, lane, out), ()),
     }
 }
 

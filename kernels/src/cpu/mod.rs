@@ -18,6 +18,7 @@ mod kv;
 mod linear;
 mod matrix;
 mod memory;
+mod planes;
 mod pool;
 pub mod rows;
 mod simd;

@@ -5,13 +5,7 @@ use half::{bf16, f16};
 use quire_kernels::cpu::{Activations, CpuBackend, CpuOptions, Isa};
 use quire_kernels::{Backend, Format, MatrixPart, Span, Step, quantize};
 
-pub const FORMATS: [Format; 5] = [
-    Format::F32,
-    Format::F16,
-    Format::Bf16,
-    Format::Q8_0,
-    Format::Q4_0,
-];
+pub const FORMATS: [Format; 18] = Format::ALL;
 
 /// SplitMix64 (Steele et al. 2014).
 pub struct Random(pub u64);
@@ -56,7 +50,9 @@ pub fn backends() -> Vec<CpuBackend> {
     all
 }
 
-/// The bytes a checkpoint holds for `x`, and the values they stand for. `cols % 32 == 0` for the quantised formats.
+/// The bytes a checkpoint holds for `x`, and the values they stand for; rows have whole blocks.
+///
+/// Of the formats this crate does not quantise to, random blocks: `x` decides their scales.
 pub fn encode(format: Format, x: &[f32]) -> (Vec<u8>, Vec<f32>) {
     let mut bytes = Vec::new();
     let mut values = Vec::new();
@@ -91,8 +87,39 @@ pub fn encode(format: Format, x: &[f32]) -> (Vec<u8>, Vec<f32>) {
                 values.extend(q.map(|q| scale.to_f32() * (f32::from(q) - 8.0)));
             }
         }
+        _ => {
+            for block in x.chunks_exact(format.block_size()) {
+                bytes.extend(random_block(format, block));
+            }
+            format.dequantize(&bytes, &mut values);
+        }
     }
     (bytes, values)
+}
+
+/// A block of random bytes with sensible scales.
+fn random_block(format: Format, x: &[f32]) -> Vec<u8> {
+    let mut random = Random(u64::from(x[0].to_bits()));
+    let mut block: Vec<u8> = (0..format.block_bytes())
+        .map(|_| random.next() as u8)
+        .collect();
+    let halves: &[usize] = match format {
+        Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => &[0, 2],
+        Format::Q2K => &[80, 82],
+        Format::Q3K => &[108],
+        Format::Q6K => &[208],
+        Format::Tq1_0 => &[52],
+        Format::Tq2_0 => &[64],
+        Format::Mxfp4 => {
+            block[0] = 120 + block[0] % 8;
+            &[]
+        }
+        _ => &[0],
+    };
+    for (&at, x) in halves.iter().zip(x) {
+        block[at..at + 2].copy_from_slice(&f16::from_f32(x / 50.0).to_le_bytes());
+    }
+    block
 }
 
 pub fn part(rows: usize, cols: usize, format: Format, data: &[u8]) -> MatrixPart<'_> {

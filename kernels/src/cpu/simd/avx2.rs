@@ -16,6 +16,7 @@ impl Simd for Avx2 {
     type I = __m256i;
     type V = __m256;
     type W = __m256i;
+    type B = __m256i;
 
     const WIDE: usize = 8;
     // 6 rows × 2 vectors of accumulators, weights and a broadcast fill 15 of 16 registers.
@@ -166,6 +167,86 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn vto_float(x: Self::W) -> Self::V {
         unsafe { Self::to_float(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn wsplat(x: i32) -> Self::W {
+        unsafe { _mm256_set1_epi32(x) }
+    }
+    #[inline(always)]
+    unsafe fn wload_u8(p: *const u8) -> Self::W {
+        unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn wload_i8(p: *const u8) -> Self::W {
+        unsafe { _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn wsub(a: Self::W, b: Self::W) -> Self::W {
+        unsafe { _mm256_sub_epi32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn wand(a: Self::W, mask: i32) -> Self::W {
+        unsafe { _mm256_and_si256(a, _mm256_set1_epi32(mask)) }
+    }
+    #[inline(always)]
+    unsafe fn wshr(a: Self::W, n: u32) -> Self::W {
+        unsafe { _mm256_srl_epi32(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn bload(p: *const u8) -> Self::B {
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn band(a: Self::B, mask: u8) -> Self::B {
+        unsafe { _mm256_and_si256(a, _mm256_set1_epi8(mask.cast_signed())) }
+    }
+    #[inline(always)]
+    unsafe fn bor(a: Self::B, b: Self::B) -> Self::B {
+        unsafe { _mm256_or_si256(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn bshr(a: Self::B, n: u32) -> Self::B {
+        unsafe { _mm256_srl_epi16(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn bshl(a: Self::B, n: u32) -> Self::B {
+        unsafe { _mm256_sll_epi16(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn blookup(a: Self::B, table: &[u8; 16]) -> Self::B {
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm256_shuffle_epi8(table, a)
+        }
+    }
+    #[inline(always)]
+    unsafe fn btrit(a: Self::B, power: u8) -> Self::B {
+        unsafe {
+            let (byte, power) = (_mm256_set1_epi16(255), _mm256_set1_epi16(i16::from(power)));
+            let three = _mm256_set1_epi16(3);
+            let even = _mm256_and_si256(_mm256_mullo_epi16(a, power), byte);
+            let even = _mm256_srli_epi16::<8>(_mm256_mullo_epi16(even, three));
+            let odd = _mm256_mullo_epi16(_mm256_srli_epi16::<8>(a), power);
+            let odd = _mm256_mullo_epi16(_mm256_and_si256(odd, byte), three);
+            _mm256_or_si256(even, _mm256_andnot_si256(byte, odd))
+        }
+    }
+    #[inline(always)]
+    unsafe fn bdot(sums: Self::W, w: Self::B, x: i32) -> Self::W {
+        unsafe {
+            // Two products of at most 127 · 127 fit 16 bits.
+            let pairs = _mm256_maddubs_epi16(w, _mm256_set1_epi32(x));
+            _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {
+        unsafe {
+            // The top bit by itself: two products of at most 128 · 127 fit 16 bits.
+            let sums = Self::bdot(sums, Self::band(w, 0x7f), x);
+            Self::bdot(sums, Self::band(w, 0x80), x)
+        }
     }
 
     #[inline(always)]

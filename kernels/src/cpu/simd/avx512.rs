@@ -16,6 +16,7 @@ impl Simd for Avx512 {
     type I = __m256i;
     type V = __m512;
     type W = __m512i;
+    type B = __m512i;
 
     const WIDE: usize = PANEL;
     const FLOAT_ROWS: usize = 12;
@@ -156,6 +157,78 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn vto_float(x: Self::W) -> Self::V {
         unsafe { _mm512_cvtepi32_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn wsplat(x: i32) -> Self::W {
+        unsafe { _mm512_set1_epi32(x) }
+    }
+    #[inline(always)]
+    unsafe fn wload_u8(p: *const u8) -> Self::W {
+        unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn wload_i8(p: *const u8) -> Self::W {
+        unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn wsub(a: Self::W, b: Self::W) -> Self::W {
+        unsafe { _mm512_sub_epi32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn wand(a: Self::W, mask: i32) -> Self::W {
+        unsafe { _mm512_and_si512(a, _mm512_set1_epi32(mask)) }
+    }
+    #[inline(always)]
+    unsafe fn wshr(a: Self::W, n: u32) -> Self::W {
+        unsafe { _mm512_srl_epi32(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn bload(p: *const u8) -> Self::B {
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn band(a: Self::B, mask: u8) -> Self::B {
+        unsafe { _mm512_and_si512(a, _mm512_set1_epi8(mask.cast_signed())) }
+    }
+    #[inline(always)]
+    unsafe fn bor(a: Self::B, b: Self::B) -> Self::B {
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn bshr(a: Self::B, n: u32) -> Self::B {
+        unsafe { _mm512_srl_epi16(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn bshl(a: Self::B, n: u32) -> Self::B {
+        unsafe { _mm512_sll_epi16(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn blookup(a: Self::B, table: &[u8; 16]) -> Self::B {
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_shuffle_epi8(table, a)
+        }
+    }
+    #[inline(always)]
+    unsafe fn btrit(a: Self::B, power: u8) -> Self::B {
+        unsafe {
+            let (byte, power) = (_mm512_set1_epi16(255), _mm512_set1_epi16(i16::from(power)));
+            let three = _mm512_set1_epi16(3);
+            let even = _mm512_and_si512(_mm512_mullo_epi16(a, power), byte);
+            let even = _mm512_srli_epi16::<8>(_mm512_mullo_epi16(even, three));
+            let odd = _mm512_mullo_epi16(_mm512_srli_epi16::<8>(a), power);
+            let odd = _mm512_mullo_epi16(_mm512_and_si512(odd, byte), three);
+            _mm512_or_si512(even, _mm512_andnot_si512(byte, odd))
+        }
+    }
+    #[inline(always)]
+    unsafe fn bdot(sums: Self::W, w: Self::B, x: i32) -> Self::W {
+        unsafe { _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(x)) }
+    }
+    #[inline(always)]
+    unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {
+        unsafe { Self::bdot(sums, w, x) }
     }
 
     #[inline(always)]

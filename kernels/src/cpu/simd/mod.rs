@@ -97,6 +97,8 @@ pub(crate) trait Simd: Copy {
     type V: Copy;
     /// [`Simd::WIDE`] i32.
     type W: Copy;
+    /// `4 · WIDE` bytes: four consecutive k of each lane of `W`.
+    type B: Copy;
 
     /// Lanes of `V`; divides [`PANEL`].
     const WIDE: usize;
@@ -150,6 +152,32 @@ pub(crate) trait Simd: Copy {
     unsafe fn vto_int(x: Self::V) -> Self::W;
     unsafe fn vto_float(x: Self::W) -> Self::V;
     unsafe fn vexp2_int(n: Self::W) -> Self::V;
+
+    unsafe fn wsplat(x: i32) -> Self::W;
+    /// Widens [`Simd::WIDE`] bytes.
+    unsafe fn wload_u8(p: *const u8) -> Self::W;
+    /// Widens [`Simd::WIDE`] signed bytes.
+    unsafe fn wload_i8(p: *const u8) -> Self::W;
+    unsafe fn wsub(a: Self::W, b: Self::W) -> Self::W;
+    unsafe fn wand(a: Self::W, mask: i32) -> Self::W;
+    /// Shifts zeroes in from above.
+    unsafe fn wshr(a: Self::W, n: u32) -> Self::W;
+
+    unsafe fn bload(p: *const u8) -> Self::B;
+    unsafe fn band(a: Self::B, mask: u8) -> Self::B;
+    unsafe fn bor(a: Self::B, b: Self::B) -> Self::B;
+    /// Every byte shifted right by `n`, below garbage from its neighbour: mask it away. `n < 8`.
+    unsafe fn bshr(a: Self::B, n: u32) -> Self::B;
+    /// Every byte shifted left by `n`; what leaves it must be zero.
+    unsafe fn bshl(a: Self::B, n: u32) -> Self::B;
+    /// `table[a]` of every byte `a < 16`.
+    unsafe fn blookup(a: Self::B, table: &[u8; 16]) -> Self::B;
+    /// `(3 · (a · power mod 256)) / 256` of every byte: a digit of a fraction in base 3.
+    unsafe fn btrit(a: Self::B, power: u8) -> Self::B;
+    /// Adds to every lane the products of its four bytes of `w`, each below 128, with the four signed bytes of `x`, never -128; exactly.
+    unsafe fn bdot(sums: Self::W, w: Self::B, x: i32) -> Self::W;
+    /// As [`Simd::bdot`] for any bytes `w`.
+    unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W;
 
     /// Dot products of `WIDE` rows of 32 signed bytes with `T` vectors of 32 signed bytes, exactly: lane `r` of result `t` is
     /// `Σ_k w[r][k] · x[t][k]`.

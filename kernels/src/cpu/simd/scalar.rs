@@ -18,6 +18,7 @@ impl Simd for Scalar {
     type I = [i32; LANES];
     type V = [f32; PANEL];
     type W = [i32; PANEL];
+    type B = [u8; QUAD];
 
     const WIDE: usize = PANEL;
     const FLOAT_ROWS: usize = 4;
@@ -157,6 +158,76 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn vto_float(x: Self::W) -> Self::V {
         x.map(|x| x as f32)
+    }
+
+    #[inline(always)]
+    unsafe fn wsplat(x: i32) -> Self::W {
+        [x; PANEL]
+    }
+    #[inline(always)]
+    unsafe fn wload_u8(p: *const u8) -> Self::W {
+        let bytes = unsafe { p.cast::<[u8; PANEL]>().read_unaligned() };
+        bytes.map(i32::from)
+    }
+    #[inline(always)]
+    unsafe fn wload_i8(p: *const u8) -> Self::W {
+        let bytes = unsafe { p.cast::<[i8; PANEL]>().read_unaligned() };
+        bytes.map(i32::from)
+    }
+    #[inline(always)]
+    unsafe fn wsub(a: Self::W, b: Self::W) -> Self::W {
+        std::array::from_fn(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    unsafe fn wand(a: Self::W, mask: i32) -> Self::W {
+        a.map(|a| a & mask)
+    }
+    #[inline(always)]
+    unsafe fn wshr(a: Self::W, n: u32) -> Self::W {
+        a.map(|a| (a.cast_unsigned() >> n).cast_signed())
+    }
+    #[inline(always)]
+    unsafe fn bload(p: *const u8) -> Self::B {
+        unsafe { p.cast::<Self::B>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn band(a: Self::B, mask: u8) -> Self::B {
+        a.map(|a| a & mask)
+    }
+    #[inline(always)]
+    unsafe fn bor(a: Self::B, b: Self::B) -> Self::B {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    unsafe fn bshr(a: Self::B, n: u32) -> Self::B {
+        a.map(|a| a >> n)
+    }
+    #[inline(always)]
+    unsafe fn bshl(a: Self::B, n: u32) -> Self::B {
+        a.map(|a| a << n)
+    }
+    #[inline(always)]
+    unsafe fn blookup(a: Self::B, table: &[u8; 16]) -> Self::B {
+        a.map(|a| table[usize::from(a & 15)])
+    }
+    #[inline(always)]
+    unsafe fn btrit(a: Self::B, power: u8) -> Self::B {
+        a.map(|a| ((u16::from(a.wrapping_mul(power)) * 3) >> 8) as u8)
+    }
+    #[inline(always)]
+    unsafe fn bdot(sums: Self::W, w: Self::B, x: i32) -> Self::W {
+        let x = x.to_le_bytes().map(|x| i32::from(x.cast_signed()));
+        let mut sums = sums;
+        for (lane, sum) in sums.iter_mut().enumerate() {
+            for i in 0..4 {
+                *sum += i32::from(w[4 * lane + i]) * x[i];
+            }
+        }
+        sums
+    }
+    #[inline(always)]
+    unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {
+        unsafe { Self::bdot(sums, w, x) }
     }
 
     #[inline(always)]

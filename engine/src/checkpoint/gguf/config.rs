@@ -1,0 +1,178 @@
+//! GGUF metadata to the fields of a `config.json`, so that one parser validates both.
+
+use serde_json::{Map, Value as Json};
+
+use super::super::CheckpointError;
+use super::Gguf;
+use super::reader::Value;
+
+/// Fields of `config.json`, and what follows the architecture's name in GGUF metadata.
+const FIELDS: [(&str, &str); 9] = [
+    ("hidden_size", "embedding_length"),
+    ("intermediate_size", "feed_forward_length"),
+    ("num_hidden_layers", "block_count"),
+    ("num_attention_heads", "attention.head_count"),
+    ("num_key_value_heads", "attention.head_count_kv"),
+    ("head_dim", "attention.key_length"),
+    ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+    ("max_position_embeddings", "context_length"),
+    ("rope_theta", "rope.freq_base"),
+];
+/// Keys whose presence means arithmetic that the decoder does not have, unless they have this value.
+const UNSUPPORTED: [(&str, f64); 8] = [
+    ("expert_count", 0.0),
+    ("attention.sliding_window", 0.0),
+    ("attn_logit_softcapping", 0.0),
+    ("final_logit_softcapping", 0.0),
+    ("logit_scale", 1.0),
+    ("embedding_scale", 1.0),
+    ("residual_scale", 1.0),
+    ("attention.scale", 0.0),
+];
+/// What `general.sampling.` calls the fields of a `generation_config.json`.
+const SAMPLING: [(&str, &str); 5] = [
+    ("temperature", "temp"),
+    ("top_k", "top_k"),
+    ("top_p", "top_p"),
+    ("min_p", "min_p"),
+    ("repetition_penalty", "penalty_repeat"),
+];
+
+/// A `config.json` that says what the metadata says.
+pub(super) fn config_json(gguf: &Gguf) -> Result<Json, CheckpointError> {
+    let architecture = gguf.architecture();
+    let mut json = Map::new();
+    json.insert("model_type".to_owned(), architecture.into());
+    for (field, key) in FIELDS {
+        let key = format!("{architecture}.{key}");
+        if let Some(value) = gguf.metadata(&key) {
+            json.insert(field.to_owned(), uniform(value.json(gguf.data())));
+        }
+    }
+    for (key, allowed) in UNSUPPORTED {
+        let key = format!("{architecture}.{key}");
+        if let Some(value) = gguf.metadata(&key) {
+            let number = value.unsigned().map(|v| v as f64).or(value.float());
+            if number != Some(allowed) {
+                return Err(gguf.wrong(&key, value, "nothing: it is not supported yet"));
+            }
+        }
+    }
+    if let Some(rows) = gguf
+        .shape("token_embd.weight")
+        .and_then(|shape| shape.first())
+    {
+        json.insert("vocab_size".to_owned(), (*rows).into());
+    }
+    for (field, tensor) in [
+        ("attention_bias", "blk.0.attn_output.bias"),
+        ("mlp_bias", "blk.0.ffn_gate.bias"),
+    ] {
+        json.insert(field.to_owned(), gguf.shape(tensor).is_some().into());
+    }
+    rope(gguf, architecture, &mut json)?;
+    Ok(json.into())
+}
+
+fn rope(
+    gguf: &Gguf,
+    architecture: &str,
+    json: &mut Map<String, Json>,
+) -> Result<(), CheckpointError> {
+    let key = |key: &str| format!("{architecture}.rope.{key}");
+    let number = |name: &str| gguf.metadata(&key(name)).and_then(Value::unsigned);
+    let of_head = gguf.metadata(&format!("{architecture}.attention.key_length"));
+    let of_head = of_head.and_then(Value::unsigned).or_else(|| {
+        let hidden = json.get("hidden_size")?.as_u64()?;
+        hidden.checked_div(json.get("num_attention_heads")?.as_u64()?)
+    });
+    if let (Some(rotated), Some(of_head)) = (number("dimension_count"), of_head)
+        && rotated != of_head
+    {
+        let value = Value::Unsigned(rotated);
+        let expected = format!("the size of a head ({of_head})");
+        return Err(gguf.wrong(&key("dimension_count"), &value, &expected));
+    }
+    let value_length = gguf.metadata(&format!("{architecture}.attention.value_length"));
+    if let (Some(value), Some(of_head)) = (value_length, of_head)
+        && value.unsigned() != Some(of_head)
+    {
+        let expected = format!("the size of a head ({of_head})");
+        let key = format!("{architecture}.attention.value_length");
+        return Err(gguf.wrong(&key, value, &expected));
+    }
+    let kind = gguf.metadata(&key("scaling.type"));
+    match kind.map(|kind| kind.json(gguf.data())) {
+        None => {}
+        Some(kind) if kind == "none" => {}
+        Some(kind) => {
+            let mut scaling = Map::new();
+            scaling.insert("rope_type".to_owned(), kind);
+            if let Some(factor) = gguf.metadata(&key("scaling.factor")) {
+                scaling.insert("factor".to_owned(), factor.json(gguf.data()));
+            }
+            json.insert("rope_scaling".to_owned(), scaling.into());
+        }
+    }
+    Ok(())
+}
+
+/// An array of equal numbers is that number: some converters write one for each layer.
+fn uniform(value: Json) -> Json {
+    match value {
+        Json::Array(values) if values.windows(2).all(|pair| pair[0] == pair[1]) => {
+            values.into_iter().next().unwrap_or_default()
+        }
+        value => value,
+    }
+}
+
+/// A `generation_config.json` that says what the metadata says.
+pub(super) fn generation_json(gguf: &Gguf) -> Json {
+    let mut json = Map::new();
+    for (field, key) in SAMPLING {
+        if let Some(value) = gguf.metadata(&format!("general.sampling.{key}")) {
+            json.insert(field.to_owned(), value.json(gguf.data()));
+        }
+    }
+    json.into()
+}
+
+/// An error about a field of `config.json` or `generation_config.json`, told of the metadata it came from.
+pub(super) fn translated(gguf: &Gguf, error: CheckpointError) -> CheckpointError {
+    let CheckpointError::Field {
+        field,
+        value,
+        expected,
+        ..
+    } = error
+    else {
+        return error;
+    };
+    let architecture = gguf.architecture();
+    let in_architecture = |key: &str| format!("{architecture}.{key}");
+    let key = FIELDS
+        .iter()
+        .find(|pair| pair.0 == field)
+        .map(|pair| in_architecture(pair.1));
+    let sampling = || {
+        let pair = SAMPLING.iter().find(|pair| pair.0 == field)?;
+        Some(format!("general.sampling.{}", pair.1))
+    };
+    let key = key
+        .or_else(sampling)
+        .unwrap_or_else(|| match field.as_str() {
+            "model_type" => "general.architecture".to_owned(),
+            "vocab_size" => "token_embd.weight".to_owned(),
+            "rope_scaling.rope_type" => in_architecture("rope.scaling.type"),
+            "rope_scaling.factor" => in_architecture("rope.scaling.factor"),
+            "eos_token_id" => "tokenizer.ggml.eos_token_id".to_owned(),
+            _ => field,
+        });
+    CheckpointError::Field {
+        file: gguf.file().to_owned().into(),
+        field: key,
+        value,
+        expected,
+    }
+}

@@ -1,0 +1,305 @@
+//! Products with the block formats that lie in a panel as [`super::super::planes`] says: one tile for all of them.
+//!
+//! For every 32 of k and every sub-block in them: the exact integer dot product of the quants, less `OFFSET` times the activations' sum, times the
+//! scales; then the minimum times the activations' sum. A format says how its scales are read; [`BlockFormat`] says the rest.
+
+use super::super::planes::{
+    has_nibbles, has_pairs, has_single_bits, pairs_at, plane_bytes, side_bytes, single_bits_at,
+    unit_bytes,
+};
+use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
+use super::{SINGLE_PANELS, Share, panels_at, store};
+use crate::quantize::{
+    BLOCK, BlockFormat, Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q3K, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Tq1_0,
+    Tq2_0,
+};
+
+/// Groups of four k in 32.
+const GROUPS: usize = BLOCK / 4;
+
+/// How a format's scales are read out of a unit's side data.
+trait Scales: BlockFormat {
+    /// Scales and minima of sub-block `sub` for the lanes from `lane`.
+    ///
+    /// # Safety
+    /// `side` points to the side data of a unit, and the processor has the instructions of `S`.
+    unsafe fn scales<S: Simd>(side: *const u8, sub: usize, lane: usize) -> (S::V, S::V);
+}
+
+/// 16-bit field `i`.
+#[inline(always)]
+unsafe fn half<S: Simd>(side: *const u8, i: usize, lane: usize) -> S::V {
+    // SAFETY: the promise of `Scales::scales`.
+    unsafe { S::vload_f16(side.add(2 * (i * PANEL + lane)).cast()) }
+}
+
+/// Where byte field `i` is.
+#[inline(always)]
+unsafe fn small<F: BlockFormat>(side: *const u8, i: usize, lane: usize) -> *const u8 {
+    // SAFETY: the promise of `Scales::scales`.
+    unsafe { side.add((2 * F::HALVES + i) * PANEL + lane) }
+}
+
+macro_rules! scales {
+    ($($format:ty: |$S:ident, $side:ident, $sub:ident, $lane:ident| $body:expr;)*) => {$(
+        impl Scales for $format {
+            #[inline(always)]
+            #[allow(unused_variables)]
+            unsafe fn scales<$S: Simd>($side: *const u8, $sub: usize, $lane: usize) -> ($S::V, $S::V) {
+                // SAFETY: the caller's promise.
+                unsafe { $body }
+            }
+        }
+    )*};
+}
+
+scales! {
+    Q4_1: |S, side, sub, lane| (half::<S>(side, 0, lane), half::<S>(side, 1, lane));
+    Q5_0: |S, side, sub, lane| (half::<S>(side, 0, lane), S::vsplat(0.0));
+    Q5_1: |S, side, sub, lane| (half::<S>(side, 0, lane), half::<S>(side, 1, lane));
+    Q2K: |S, side, sub, lane| {
+        let both = S::wload_u8(small::<Self>(side, sub, lane));
+        let scale = S::vmul(half::<S>(side, 0, lane), S::vto_float(S::wand(both, 15)));
+        let min = S::vmul(half::<S>(side, 1, lane), S::vto_float(S::wshr(both, 4)));
+        (scale, S::vsub(S::vsplat(0.0), min))
+    };
+    Q3K: |S, side, sub, lane| signed_scales::<Self, S>(side, sub, lane);
+    Q4K: |S, side, sub, lane| scales_and_minima::<Self, S>(side, sub, lane);
+    Q5K: |S, side, sub, lane| scales_and_minima::<Self, S>(side, sub, lane);
+    Q6K: |S, side, sub, lane| signed_scales::<Self, S>(side, sub, lane);
+    Iq4Nl: |S, side, sub, lane| (half::<S>(side, 0, lane), S::vsplat(0.0));
+    Iq4Xs: |S, side, sub, lane| signed_scales::<Self, S>(side, sub, lane);
+    Tq1_0: |S, side, sub, lane| (half::<S>(side, 0, lane), S::vsplat(0.0));
+    Tq2_0: |S, side, sub, lane| (half::<S>(side, 0, lane), S::vsplat(0.0));
+    Mxfp4: |S, side, sub, lane| {
+        // 2^(e - 128) as a product of two powers that are normal numbers.
+        let e = S::wload_u8(small::<Self>(side, 0, lane));
+        let below = S::wshr(e, 1);
+        let above = S::wsub(e, below);
+        let middle = S::wsplat(64);
+        let power = S::vmul(S::vexp2_int(S::wsub(below, middle)), S::vexp2_int(S::wsub(above, middle)));
+        (power, S::vsplat(0.0))
+    };
+}
+
+/// Signed byte scales under an f16.
+#[inline(always)]
+unsafe fn signed_scales<F: BlockFormat, S: Simd>(
+    side: *const u8,
+    sub: usize,
+    lane: usize,
+) -> (S::V, S::V) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let scale = S::vto_float(S::wload_i8(small::<F>(side, sub, lane)));
+        (S::vmul(half::<S>(side, 0, lane), scale), S::vsplat(0.0))
+    }
+}
+
+/// Eight byte scales under the first f16, eight minima under the second.
+#[inline(always)]
+unsafe fn scales_and_minima<F: BlockFormat, S: Simd>(
+    side: *const u8,
+    sub: usize,
+    lane: usize,
+) -> (S::V, S::V) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let scale = S::vto_float(S::wload_u8(small::<F>(side, sub, lane)));
+        let min = S::vto_float(S::wload_u8(small::<F>(side, 8 + sub, lane)));
+        let min = S::vmul(half::<S>(side, 1, lane), min);
+        (
+            S::vmul(half::<S>(side, 0, lane), scale),
+            S::vsub(S::vsplat(0.0), min),
+        )
+    }
+}
+
+/// The codes of group `group` of block `block` in a unit, for the lanes that `planes` begins at.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise: the planes are there, the instructions too
+unsafe fn codes<F: BlockFormat, S: Simd>(planes: *const u8, block: usize, group: usize) -> S::B {
+    unsafe {
+        if F::TERNARY {
+            let group = block * GROUPS + group;
+            let power = [1, 3, 9, 27, 81][group % 5];
+            return S::btrit(S::bload(planes.add(group / 5 * QUAD)), power);
+        }
+        let planes = planes.add(block * plane_bytes(F::BITS));
+        let mut codes = if has_nibbles(F::BITS) {
+            let both = S::bload(planes.add(group / 2 * QUAD));
+            S::band(
+                if group & 1 == 0 {
+                    both
+                } else {
+                    S::bshr(both, 4)
+                },
+                15,
+            )
+        } else {
+            let four = S::bload(planes.add(group / 4 * QUAD));
+            S::band(S::bshr(four, 2 * (group % 4) as u32), 3)
+        };
+        if has_nibbles(F::BITS) && has_pairs(F::BITS) {
+            let four = S::bload(planes.add(pairs_at(F::BITS) + group / 4 * QUAD));
+            let pair = S::band(S::bshr(four, 2 * (group % 4) as u32), 3);
+            codes = S::bor(codes, S::bshl(pair, 4));
+        }
+        if has_single_bits(F::BITS) {
+            let eight = S::bload(planes.add(single_bits_at(F::BITS)));
+            let bit = S::band(S::bshr(eight, group as u32), 1);
+            codes = S::bor(codes, S::bshl(bit, F::BITS - 1));
+        }
+        match F::CODES {
+            Some(table) => S::blookup(codes, table),
+            None => codes,
+        }
+    }
+}
+
+/// Integer products of `T` activation rows from `row` with `P` panels from `panel`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
+unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
+    share: &Share<'_>,
+    panel: usize,
+    row: usize,
+) {
+    unsafe {
+        let blocks = share.segment.cols / BLOCK;
+        let stride = share.interleave;
+        let weights = panels_at::<P>(share.segment, panel);
+        let mut q = share.rows.quants.as_slice()[row * blocks * BLOCK..].as_ptr();
+        let mut scales = share.rows.scales.as_slice()[row * blocks..].as_ptr();
+        let mut row_sums = share.rows.sums.as_slice()[row * blocks..].as_ptr();
+        let mut first_sums = share.rows.first_sums.as_slice()[row * blocks..].as_ptr();
+        // One sub-block of 32, or two of 16.
+        let subs = BLOCK.div_ceil(F::SUB);
+        let per_unit = F::SIZE / BLOCK;
+        let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
+        for block in 0..blocks {
+            let within = block % per_unit;
+            for p in 0..P {
+                let unit = weights[p].add(block / per_unit * unit_bytes::<F>());
+                for h in 0..S::HALVES {
+                    let lane = h * S::WIDE;
+                    let planes = unit.add(side_bytes::<F>() + 4 * lane);
+                    let mut dots = [[S::wsplat(0); 2]; T];
+                    for group in 0..GROUPS {
+                        let codes = codes::<F, S>(planes, within, group);
+                        let sub = group * subs / GROUPS;
+                        for t in 0..T {
+                            let x = q.add(BLOCK * t + 4 * group).cast::<i32>().read_unaligned();
+                            dots[t][sub] = if F::OFFSET > 63 {
+                                S::bdot_wide(dots[t][sub], codes, x)
+                            } else {
+                                S::bdot(dots[t][sub], codes, x)
+                            };
+                        }
+                    }
+                    for sub in 0..subs {
+                        let (scale, min) =
+                            F::scales::<S>(unit, (within * BLOCK + sub * 16) / F::SUB, lane);
+                        for t in 0..T {
+                            let sum = match (subs, sub) {
+                                (1, _) => *row_sums.add(t),
+                                (_, 0) => *first_sums.add(t),
+                                _ => *row_sums.add(t) - *first_sums.add(t),
+                            };
+                            let x_scale = S::vsplat(*scales.add(t));
+                            let mut dot = dots[t][sub];
+                            if F::OFFSET > 0 {
+                                dot = S::wsub(dot, S::wsplat(F::OFFSET * sum));
+                            }
+                            let y = sums[p][t][h];
+                            let y = S::vfma(S::vmul(scale, x_scale), S::vto_float(dot), y);
+                            sums[p][t][h] = if F::MINIMA {
+                                S::vfma(S::vmul(min, x_scale), S::vsplat(sum as f32), y)
+                            } else {
+                                y
+                            };
+                        }
+                    }
+                }
+            }
+            q = q.add(stride * BLOCK);
+            scales = scales.add(stride);
+            row_sums = row_sums.add(stride);
+            first_sums = first_sums.add(stride);
+        }
+        store::<S, P, T>(share, panel, row, &sums);
+    }
+}
+
+/// Walks a share: single rows several panels at a time, others in the tiles they are laid out for.
+///
+/// # Safety
+/// The processor has the instructions of `S`, and the share's rows are laid out for it.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise
+unsafe fn panels<F: Scales, S: Simd>(share: &Share<'_>) {
+    unsafe {
+        let rows = share.linear.rows;
+        if rows == 1 {
+            let mut panel = share.first;
+            while panel + SINGLE_PANELS <= share.last {
+                tile::<F, S, SINGLE_PANELS, 1>(share, panel, 0);
+                panel += SINGLE_PANELS;
+            }
+            while panel < share.last {
+                tile::<F, S, 1, 1>(share, panel, 0);
+                panel += 1;
+            }
+            return;
+        }
+        let cached = share.cached_rows(share.segment.cols);
+        let mut begin = 0;
+        while begin < rows {
+            let end = (begin + cached).min(rows);
+            for panel in share.first..share.last {
+                let mut row = begin;
+                while row < end {
+                    match (end - row).min(S::QUANT_ROWS) {
+                        1 => tile::<F, S, 1, 1>(share, panel, row),
+                        2 => tile::<F, S, 1, 2>(share, panel, row),
+                        3 | 4 => tile::<F, S, 1, 4>(share, panel, row),
+                        _ if S::QUANT_ROWS > 4 => tile::<F, S, 1, 8>(share, panel, row),
+                        _ => unreachable!("tiles have 4 or 8 rows"),
+                    }
+                    row += S::QUANT_ROWS;
+                }
+            }
+            begin = end;
+        }
+    }
+}
+
+/// Makes a format's entry point.
+macro_rules! kernels {
+    ($($name:ident: $format:ty;)*) => {$(
+        pub(super) fn $name(share: &Share<'_>, isa: Isa) {
+            #[inline(always)]
+            unsafe fn walk<S: Simd>(share: &Share<'_>) {
+                // SAFETY: the caller's promise.
+                unsafe { panels::<$format, S>(share) }
+            }
+            dispatch!(isa, walk(share: &Share<'_>));
+        }
+    )*};
+}
+
+kernels! {
+    q4_1: Q4_1;
+    q5_0: Q5_0;
+    q5_1: Q5_1;
+    q2_k: Q2K;
+    q3_k: Q3K;
+    q4_k: Q4K;
+    q5_k: Q5K;
+    q6_k: Q6K;
+    iq4_nl: Iq4Nl;
+    iq4_xs: Iq4Xs;
+    tq1_0: Tq1_0;
+    tq2_0: Tq2_0;
+    mxfp4: Mxfp4;
+}
