@@ -3,6 +3,7 @@
 //! On x86-64 the arithmetic loops are written in assembly, one for each instruction set, and the fastest that the processor has counts — also
 //! where our kernels do not use it yet. Elsewhere plain Rust stands in for f32, and 8-bit products are not measured.
 
+use quire_kernels::cpu::Isa;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
@@ -36,15 +37,15 @@ const BUFFER_BYTES: usize = 1 << 30;
 const RUNS: usize = 5;
 
 impl Limits {
-    /// Measures on so many threads. Takes a few seconds.
+    /// Measures on so many threads, with what kernels of `isa` may use. Takes a few seconds.
     ///
     /// # Errors
     /// There is no memory to read.
-    pub fn measure(threads: usize) -> anyhow::Result<Self> {
+    pub fn measure(threads: usize, isa: Isa) -> anyhow::Result<Self> {
         let best = |loops: &[Loop]| {
             loops
                 .iter()
-                .filter(|l| (l.available)())
+                .filter(|l| (l.available)() && (l.isa != Isa::Avx512 || isa == Isa::Avx512))
                 .map(|l| l.peak(threads))
                 .max_by(|a, b| a.per_second.total_cmp(&b.per_second))
         };
@@ -111,6 +112,8 @@ fn memory(threads: usize) -> anyhow::Result<f64> {
 /// A loop that does arithmetic and nothing else.
 struct Loop {
     with: &'static str,
+    /// The least of the kernels' instruction sets that may use it.
+    isa: Isa,
     /// Whether the processor has the instructions.
     available: fn() -> bool,
     /// Multiplications and additions of one turn.
@@ -139,6 +142,7 @@ impl Loop {
 
 const PLAIN: Loop = Loop {
     with: "plain Rust",
+    isa: Isa::Scalar,
     available: || true,
     operations: 2.0 * 64.0,
     run: |turns| {
@@ -166,6 +170,8 @@ mod x86 {
     //! Independent chains of instructions, enough of them to keep two units busy whose results take five cycles.
 
     use std::arch::{asm, is_x86_feature_detected};
+
+    use quire_kernels::cpu::Isa;
 
     use super::Loop;
 
@@ -233,12 +239,14 @@ mod x86 {
     pub const F32: &[Loop] = &[
         Loop {
             with: "AVX2+FMA",
+            isa: Isa::Avx2,
             available: || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
             operations: 12.0 * 8.0 * 2.0,
             run: |turns| one_instruction!(turns, "ymm", ONE, "vfmadd231ps"),
         },
         Loop {
             with: "AVX-512",
+            isa: Isa::Avx512,
             available: || is_x86_feature_detected!("avx512f"),
             operations: 12.0 * 16.0 * 2.0,
             run: |turns| one_instruction!(turns, "zmm", ONE, "vfmadd231ps"),
@@ -248,18 +256,21 @@ mod x86 {
     pub const INT8: &[Loop] = &[
         Loop {
             with: "AVX2",
+            isa: Isa::Avx2,
             available: || is_x86_feature_detected!("avx2"),
             operations: 6.0 * 32.0 * 2.0,
             run: |turns| three_instructions!(turns, "ymm"),
         },
         Loop {
             with: "AVX-512",
+            isa: Isa::Avx512,
             available: || is_x86_feature_detected!("avx512bw"),
             operations: 6.0 * 64.0 * 2.0,
             run: |turns| three_instructions!(turns, "zmm"),
         },
         Loop {
             with: "AVX-512 VNNI",
+            isa: Isa::Avx512,
             available: || is_x86_feature_detected!("avx512vnni"),
             operations: 12.0 * 64.0 * 2.0,
             run: |turns| one_instruction!(turns, "zmm", ONES, "vpdpbusd"),

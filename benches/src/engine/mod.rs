@@ -15,7 +15,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use quire::checkpoint::{Checkpoint, ModelSource};
 use quire::model::{Decoder, LoadOptions};
-use quire_kernels::cpu::{CpuBackend, CpuOptions};
+use quire_kernels::cpu::{CpuBackend, CpuOptions, Isa};
 use quire_kernels::{Backend, Format, KvDtype};
 use serde::Serialize;
 
@@ -55,6 +55,10 @@ pub struct Arguments {
     /// Threads that compute [default: the cores this process may use]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+
+    /// Instruction set of the kernels and of the limits they are held against [default: the best there is]
+    #[arg(long, value_name = "SET")]
+    isa: Option<InstructionSet>,
 
     /// Tokens of each prompt
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
@@ -103,6 +107,28 @@ enum Quantize {
     Q4_0,
 }
 
+/// Instruction sets of the CPU kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum InstructionSet {
+    /// AVX-512 with VNNI
+    Avx512,
+    /// AVX2, FMA and F16C
+    Avx2,
+    /// Plain Rust
+    Scalar,
+}
+
+impl InstructionSet {
+    fn isa(self) -> Isa {
+        match self {
+            Self::Avx512 => Isa::Avx512,
+            Self::Avx2 => Isa::Avx2,
+            Self::Scalar => Isa::Scalar,
+        }
+    }
+}
+
 /// Precision of the KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -140,10 +166,12 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         usize::from,
     );
     eprintln!("measuring the machine on {threads} threads …");
-    let limits = Limits::measure(threads)?;
+    let isa = arguments.isa.map(InstructionSet::isa);
+    let limits = Limits::measure(threads, isa.unwrap_or_else(Isa::best))?;
     eprintln!("loading {} …", checkpoint.name);
     let backend = CpuBackend::new(CpuOptions {
         threads: Some(threads),
+        isa,
         ..CpuOptions::default()
     })?;
     let options = LoadOptions {

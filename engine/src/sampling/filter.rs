@@ -1,83 +1,149 @@
 //! min-p, top-k and top-p without sorting the vocabulary.
 //!
-//! Candidates are `(id, logit)` pairs. Only as many as are kept are ever sorted: top-k selects, top-p sorts ever larger heads of the
-//! candidates until they hold enough probability.
+//! Candidates are `(id, logit)` pairs. Tokens that cannot be among those kept are passed over sixteen at a time, and only as many as are kept are
+//! ever sorted: top-k keeps the best it has seen, top-p sorts ever larger heads of the likely tokens until they hold enough probability.
 
-use super::SamplingParams;
+use quire_kernels::cpu::rows;
+
 use super::logprobs::better;
+use super::{SamplingParams, Scratch};
 
 /// Heads that top-p sorts: first this many, then eight times as many, and so on.
 const FIRST_HEAD: usize = 64;
+/// How far below the largest logit top-p looks for its tokens, first to last: e^-4 is a fiftieth as likely.
+const DEPTHS: [f32; 4] = [4.0, 8.0, 16.0, f32::INFINITY];
+/// Tokens that are passed over at once.
+const RUN: usize = 16;
 
-/// Leaves in `candidates` the tokens that may be drawn, best first, and in `weights` their probabilities up to a common factor.
+/// Leaves in `scratch.candidates` the tokens that may be drawn, best first, and in `scratch.weights` their probabilities up to a common factor.
 ///
 /// `logits` are already divided by the temperature. At least one candidate is left.
-pub(super) fn candidates(
-    params: &SamplingParams,
-    logits: &[f32],
-    candidates: &mut Vec<(u32, f32)>,
-    weights: &mut Vec<f64>,
-) {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+pub(super) fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut Scratch) {
+    let largest = rows::largest(logits);
+    let Scratch {
+        candidates,
+        weights,
+        exponentials,
+        ..
+    } = scratch;
     candidates.clear();
     weights.clear();
-    let all = logits.iter().enumerate().map(|(id, &x)| (id as u32, x));
-    if params.min_p > 0.0 {
-        // p >= min_p · p_max, in logits.
-        let least = largest + params.min_p.ln();
-        candidates.extend(all.filter(|candidate| candidate.1 >= least));
-    } else {
-        candidates.extend(all.filter(|candidate| candidate.1 > f32::NEG_INFINITY));
-    }
-    if candidates.is_empty() {
-        // Not a number in the row holds a finite value: any choice is as good; take the one greedy would.
-        candidates.push((0, 0.0));
+    if !largest.is_finite() {
+        // Nothing to weigh: any choice is as good; take the one greedy would.
+        let at = logits.iter().position(|&x| x == largest).unwrap_or(0);
+        candidates.push((at as u32, 0.0));
         weights.push(1.0);
         return;
     }
-    let weight = |x: f32| f64::from((x - largest).exp());
-    let top_k = params.top_k as usize;
-    if top_k > 0 && top_k < candidates.len() {
-        candidates.select_nth_unstable_by(top_k - 1, |a, b| better(*a, *b));
-        candidates.truncate(top_k);
-    }
-    if params.top_p < 1.0 {
-        // Summed in order of id, which selection may have disturbed.
-        let total: f64 = if candidates.len() == logits.len() {
-            candidates.iter().map(|c| weight(c.1)).sum()
-        } else {
-            candidates.sort_unstable_by_key(|c| c.0);
-            candidates.iter().map(|c| weight(c.1)).sum()
-        };
-        let enough = total * f64::from(params.top_p);
-        let mut sorted = 0;
-        let mut sum = 0.0;
-        let mut head = FIRST_HEAD;
-        'heads: loop {
-            let end = head.min(candidates.len());
-            let rest = &mut candidates[sorted..];
-            if end - sorted < rest.len() {
-                rest.select_nth_unstable_by(end - sorted - 1, |a, b| better(*a, *b));
-            }
-            rest[..end - sorted].sort_unstable_by(|a, b| better(*a, *b));
-            for &(_, x) in &candidates[sorted..end] {
-                weights.push(weight(x));
-                sum += weight(x);
-                if sum >= enough {
-                    break 'heads;
-                }
-            }
-            if end == candidates.len() {
-                break;
-            }
-            sorted = end;
-            head *= 8;
-        }
-        candidates.truncate(weights.len());
+    // p >= min_p · p_max, in logits.
+    let least = if params.min_p > 0.0 {
+        largest + params.min_p.ln()
     } else {
+        f32::NEG_INFINITY
+    };
+    let top_k = params.top_k as usize;
+    if top_k > 0 {
+        best(logits, top_k, least, candidates);
+    } else if params.min_p > 0.0 {
+        collect(logits, least, candidates);
+    }
+    let limited = top_k > 0 || params.min_p > 0.0;
+    let weight = |x: f32| f64::from((x - largest).exp());
+    if params.top_p >= 1.0 {
         candidates.sort_unstable_by(|a, b| better(*a, *b));
         weights.extend(candidates.iter().map(|c| weight(c.1)));
+    } else if limited {
+        let total: f64 = candidates.iter().map(|c| weight(c.1)).sum();
+        head(candidates, weights, weight, total * f64::from(params.top_p));
+    } else {
+        exponentials.resize(logits.len(), 0.0);
+        let total = rows::exponentials(logits, largest, exponentials);
+        let enough = total * f64::from(params.top_p);
+        for depth in DEPTHS {
+            candidates.clear();
+            weights.clear();
+            collect(logits, largest - depth, candidates);
+            if head(candidates, weights, weight, enough) {
+                break;
+            }
+        }
     }
+}
+
+/// The largest of a run; one that is not a number counts as nothing.
+fn most(run: &[f32]) -> f32 {
+    run.iter().fold(
+        f32::NEG_INFINITY,
+        |most, &x| if x > most { x } else { most },
+    )
+}
+
+/// The tokens whose logits are at least `least`, in order of their ids.
+fn collect(logits: &[f32], least: f32, out: &mut Vec<(u32, f32)>) {
+    for (run, logits) in logits.chunks(RUN).enumerate() {
+        if most(logits) >= least {
+            let ids = (run * RUN) as u32..;
+            let all = ids.zip(logits.iter().copied());
+            out.extend(all.filter(|c| c.1 >= least && c.1 > f32::NEG_INFINITY));
+        }
+    }
+}
+
+/// The `count` best tokens whose logits are at least `least`.
+pub(super) fn best(logits: &[f32], count: usize, least: f32, out: &mut Vec<(u32, f32)>) {
+    let room = count.saturating_mul(2).max(RUN * 4);
+    // What a token must exceed; tokens come in order of their ids, so of equals the earlier is better.
+    let mut bar = f32::NEG_INFINITY;
+    for (run, logits) in logits.chunks(RUN).enumerate() {
+        if most(logits) <= bar {
+            continue;
+        }
+        let ids = (run * RUN) as u32..;
+        let all = ids.zip(logits.iter().copied());
+        out.extend(all.filter(|c| c.1 > bar && c.1 >= least));
+        if out.len() >= room && out.len() > count {
+            out.select_nth_unstable_by(count - 1, |a, b| better(*a, *b));
+            out.truncate(count);
+            bar = out[count - 1].1;
+        }
+    }
+    if out.len() > count {
+        out.select_nth_unstable_by(count - 1, |a, b| better(*a, *b));
+        out.truncate(count);
+    }
+    out.sort_unstable_by(|a, b| better(*a, *b));
+}
+
+/// Cuts the candidates to the smallest set of the best whose weights add up to `enough`, best first; false if all of them do not (they are then
+/// sorted and weighed).
+fn head(
+    candidates: &mut Vec<(u32, f32)>,
+    weights: &mut Vec<f64>,
+    weight: impl Fn(f32) -> f64,
+    enough: f64,
+) -> bool {
+    let mut sum = 0.0;
+    let mut sorted = 0;
+    let mut size = FIRST_HEAD;
+    while sorted < candidates.len() {
+        let end = size.min(candidates.len());
+        let rest = &mut candidates[sorted..];
+        if end - sorted < rest.len() {
+            rest.select_nth_unstable_by(end - sorted - 1, |a, b| better(*a, *b));
+        }
+        rest[..end - sorted].sort_unstable_by(|a, b| better(*a, *b));
+        for &(_, x) in &candidates[sorted..end] {
+            weights.push(weight(x));
+            sum += weight(x);
+            if sum >= enough {
+                candidates.truncate(weights.len());
+                return true;
+            }
+        }
+        sorted = end;
+        size *= 8;
+    }
+    false
 }
 
 #[cfg(test)]
@@ -85,6 +151,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn run(params: &SamplingParams, logits: &[f32]) -> (Vec<(u32, f32)>, Vec<f64>) {
+        let mut scratch = Scratch::default();
+        candidates(params, logits, &mut scratch);
+        (scratch.candidates, scratch.weights)
+    }
 
     /// The same by sorting everything.
     fn naive(params: &SamplingParams, logits: &[f32]) -> Vec<u32> {
@@ -127,8 +199,7 @@ mod tests {
                 min_p: if min_p < 0.1 { 0.0 } else { min_p },
                 ..SamplingParams::default()
             };
-            let (mut found, mut weights) = (Vec::new(), Vec::new());
-            candidates(&params, &logits, &mut found, &mut weights);
+            let (found, weights) = run(&params, &logits);
             let ids: Vec<u32> = found.iter().map(|c| c.0).collect();
             let expected = naive(&params, &logits);
             prop_assert!(ids.len().abs_diff(expected.len()) <= 1);
@@ -145,24 +216,18 @@ mod tests {
             ..SamplingParams::default()
         };
         let logits: Vec<f32> = [0.5_f32, 0.3, 0.2].iter().map(|p| p.ln()).collect();
-        let (mut found, mut weights) = (Vec::new(), Vec::new());
-        candidates(&params, &logits, &mut found, &mut weights);
+        let (found, _) = run(&params, &logits);
         assert_eq!(found.len(), 2);
     }
 
     #[test]
     fn a_row_without_a_finite_number_still_leaves_a_choice() {
         for x in [f32::NAN, f32::NEG_INFINITY] {
-            let (mut found, mut weights) = (Vec::new(), Vec::new());
-            candidates(
-                &SamplingParams {
-                    top_k: 2,
-                    ..SamplingParams::default()
-                },
-                &[x; 5],
-                &mut found,
-                &mut weights,
-            );
+            let params = SamplingParams {
+                top_k: 2,
+                ..SamplingParams::default()
+            };
+            let (found, weights) = run(&params, &[x; 5]);
             assert_eq!((found.len(), weights.len()), (1, 1));
         }
     }

@@ -2,7 +2,11 @@
 
 use std::cmp::Ordering;
 
+use quire_kernels::cpu::rows;
 use quire_scheduler::TokenId;
+
+use super::Scratch;
+use super::filter::best;
 
 /// Log-probabilities of one generated position, of the model's raw distribution (before temperature, penalties and filters).
 #[derive(Debug, Clone, PartialEq)]
@@ -24,28 +28,28 @@ pub(super) fn better(a: (u32, f32), b: (u32, f32)) -> Ordering {
         .then(a.0.cmp(&b.0))
 }
 
-/// `ln Σ e^x`, summed in order in f64.
-pub(super) fn log_sum_exp(logits: &[f32]) -> (f32, f64) {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+/// The largest logit, and `ln Σ e^(x - largest)`. `exponentials` is working memory.
+fn log_sum_exp(logits: &[f32], exponentials: &mut Vec<f32>) -> (f32, f64) {
+    let largest = rows::largest(logits);
     if !largest.is_finite() {
         return (largest, 0.0);
     }
-    let total: f64 = logits
-        .iter()
-        .filter(|x| !x.is_nan())
-        .map(|x| f64::from((x - largest).exp()))
-        .sum();
-    (largest, total.ln())
+    exponentials.resize(logits.len(), 0.0);
+    (
+        largest,
+        rows::exponentials(logits, largest, exponentials).ln(),
+    )
 }
 
-/// What is reported of `chosen`, with the `count` likeliest tokens. `candidates` is working memory.
+/// What is reported of `chosen`, with the `count` likeliest tokens. `scratch` is working memory.
 pub(super) fn of(
     logits: &[f32],
     chosen: TokenId,
     count: usize,
-    candidates: &mut Vec<(u32, f32)>,
+    scratch: &mut Scratch,
 ) -> TokenLogprobs {
-    let (largest, log_total) = log_sum_exp(logits);
+    let (largest, log_total) = log_sum_exp(logits, &mut scratch.exponentials);
+    let candidates = &mut scratch.candidates;
     let logprob = |x: f32| {
         if x.is_nan() {
             f32::NEG_INFINITY
@@ -54,20 +58,31 @@ pub(super) fn of(
         }
     };
     let own = (chosen.0, logits[chosen.0 as usize]);
-    let row = || logits.iter().enumerate().map(|(id, &x)| (id as u32, x));
-    let rank = 1 + row()
-        .filter(|&other| better(other, own) == Ordering::Less)
-        .count() as u32;
+    let ahead = if own.1.is_nan() {
+        // Behind everything that is a number, and behind minus infinities and others of its kind with smaller ids.
+        logits
+            .iter()
+            .enumerate()
+            .filter(|&(id, &x)| better((id as u32, x), own) == Ordering::Less)
+            .count()
+    } else {
+        let larger = logits.iter().filter(|&&x| x > own.1).count();
+        let before = &logits[..chosen.0 as usize];
+        larger + before.iter().filter(|&&x| x == own.1).count()
+    };
+    let rank = 1 + ahead as u32;
     let count = count.min(logits.len());
     let mut top = Vec::with_capacity(count);
     if count > 0 {
         candidates.clear();
-        candidates.extend(row());
-        if count < candidates.len() {
-            candidates.select_nth_unstable_by(count - 1, |a, b| better(*a, *b));
+        best(logits, count, f32::NEG_INFINITY, candidates);
+        if candidates.len() < count {
+            // Not so many are numbers: the others are as bad as each other, and still in order of their ids.
+            candidates.clear();
+            candidates.extend(logits.iter().enumerate().map(|(id, &x)| (id as u32, x)));
+            candidates.sort_unstable_by(|a, b| better(*a, *b));
             candidates.truncate(count);
         }
-        candidates.sort_unstable_by(|a, b| better(*a, *b));
         top.extend(candidates.iter().map(|&(id, x)| (TokenId(id), logprob(x))));
     }
     TokenLogprobs {
@@ -86,7 +101,7 @@ mod tests {
         let logits = [1.0, 3.0, 2.0, 3.0];
         let total: f64 = logits.iter().map(|x: &f32| f64::from(*x).exp()).sum();
         let expected = |x: f64| (x - total.ln()) as f32;
-        let got = of(&logits, TokenId(2), 3, &mut Vec::new());
+        let got = of(&logits, TokenId(2), 3, &mut Scratch::default());
         assert!((got.logprob - expected(2.0)).abs() < 1e-6);
         assert_eq!(got.rank, 3);
         let ids: Vec<u32> = got.top.iter().map(|t| t.0.0).collect();
@@ -97,7 +112,9 @@ mod tests {
     #[test]
     fn asking_for_more_than_there_are_gives_all() {
         assert_eq!(
-            of(&[0.0, 1.0], TokenId(0), 20, &mut Vec::new()).top.len(),
+            of(&[0.0, 1.0], TokenId(0), 20, &mut Scratch::default())
+                .top
+                .len(),
             2
         );
     }
@@ -108,7 +125,7 @@ mod tests {
             &[f32::NAN, 1.0, f32::NEG_INFINITY],
             TokenId(1),
             3,
-            &mut Vec::new(),
+            &mut Scratch::default(),
         );
         assert_eq!(got.rank, 1);
         assert!(got.logprob.abs() < 1e-6);

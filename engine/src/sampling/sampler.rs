@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use quire_kernels::cpu::rows;
 use quire_scheduler::TokenId;
 
 use super::logprobs::{self, TokenLogprobs};
@@ -10,6 +11,9 @@ use super::{SamplingParams, filter, random};
 
 /// Temperatures below this are greedy, as in vLLM.
 const GREEDY_BELOW: f32 = 1e-5;
+
+/// Weights of a chunk of the vocabulary that are added up before they join the running sum.
+const CHUNK: usize = 1024;
 
 /// A chosen token.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,8 +28,9 @@ pub struct Choice {
 #[derive(Debug, Default)]
 pub struct Scratch {
     raw: Vec<f32>,
-    candidates: Vec<(u32, f32)>,
-    weights: Vec<f64>,
+    pub(super) candidates: Vec<(u32, f32)>,
+    pub(super) weights: Vec<f64>,
+    pub(super) exponentials: Vec<f32>,
 }
 
 /// Chooses one sample's tokens. Lives as long as the sample and survives preemption.
@@ -91,7 +96,10 @@ impl Sampler {
             drawn(params, logits, draw, scratch)
         };
         let logprobs = params.logprobs.map(|count| {
-            logprobs::of(&scratch.raw, token, count as usize, &mut scratch.candidates)
+            let raw = std::mem::take(&mut scratch.raw);
+            let reported = logprobs::of(&raw, token, count as usize, scratch);
+            scratch.raw = raw;
+            reported
         });
         self.seen.record(params, token);
         self.generated += 1;
@@ -106,8 +114,7 @@ impl Sampler {
 
 /// The likeliest token, ties to the smallest id; not-a-number never wins.
 fn greedy(logits: &[f32]) -> TokenId {
-    // Two passes that vectorise: the maximum, then where it is.
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let largest = rows::largest(logits);
     let at = logits.iter().position(|&x| x == largest).unwrap_or(0);
     TokenId(at as u32)
 }
@@ -122,36 +129,40 @@ fn drawn(params: &SamplingParams, logits: &mut [f32], draw: f64, scratch: &mut S
     }
     let filtered = params.top_k > 0 || params.top_p < 1.0 || params.min_p > 0.0;
     if filtered {
-        filter::candidates(
-            params,
-            logits,
-            &mut scratch.candidates,
-            &mut scratch.weights,
-        );
+        filter::candidates(params, logits, scratch);
         let at = pick(&scratch.weights, draw);
         return TokenId(scratch.candidates[at].0);
     }
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let largest = rows::largest(logits);
     if !largest.is_finite() {
         return greedy(logits);
     }
-    scratch.weights.clear();
-    scratch.weights.extend(logits.iter().map(|&x| {
-        if x.is_nan() {
-            0.0
-        } else {
-            f64::from((x - largest).exp())
+    let weights = &mut scratch.exponentials;
+    weights.resize(logits.len(), 0.0);
+    let total = rows::exponentials(logits, largest, weights);
+    // First the chunk in which the running sum exceeds the goal, then the place in it.
+    let mut left = draw * total;
+    let mut at = 0;
+    for chunk in weights.chunks(CHUNK) {
+        let sum: f64 = chunk
+            .chunks(CHUNK / 16)
+            .map(|part| f64::from(part.iter().sum::<f32>()))
+            .sum();
+        if left < sum || at + chunk.len() == weights.len() {
+            return TokenId((at + walk(chunk, left)) as u32);
         }
-    }));
-    TokenId(pick(&scratch.weights, draw) as u32)
+        left -= sum;
+        at += chunk.len();
+    }
+    greedy(logits)
 }
 
-/// The first place where the running sum of `weights` exceeds `draw` of their total.
-fn pick(weights: &[f64], draw: f64) -> usize {
-    let goal = draw * weights.iter().sum::<f64>();
+/// The first place where the running sum of `weights` exceeds `goal`, or else the last that weighs anything.
+fn walk<W: Copy + Into<f64>>(weights: &[W], goal: f64) -> usize {
     let mut sum = 0.0;
     let mut last = 0;
     for (at, &weight) in weights.iter().enumerate() {
+        let weight: f64 = weight.into();
         sum += weight;
         if weight > 0.0 {
             last = at;
@@ -161,6 +172,11 @@ fn pick(weights: &[f64], draw: f64) -> usize {
         }
     }
     last
+}
+
+/// The first place where the running sum of `weights` exceeds `draw` of their total.
+fn pick(weights: &[f64], draw: f64) -> usize {
+    walk(weights, draw * weights.iter().sum::<f64>())
 }
 
 #[cfg(test)]

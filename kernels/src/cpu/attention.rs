@@ -301,8 +301,14 @@ unsafe fn pass<S: Simd, E: Element, const N: usize>(
         out[n] = work.out_of(batch.first + n).as_mut_ptr();
     }
     unsafe {
-        for tile in 0..most.div_ceil(TILE) {
-            score::<S, E, N>(&queries, span.keys[tile], d, tile, &mut scores);
+        let tiles = most.div_ceil(TILE);
+        if N <= 2 && tiles == TILES {
+            // A query or two are a few chains of additions: all tiles at once hide their latency.
+            score::<S, E, N, TILES>(&queries, span, 0, d, &mut scores);
+        } else {
+            for tile in 0..tiles {
+                score::<S, E, N, 1>(&queries, span, tile, d, &mut scores);
+            }
         }
         for n in 0..N {
             shrink[n] = soften::<S>(
@@ -327,40 +333,36 @@ unsafe fn pass<S: Simd, E: Element, const N: usize>(
     }
 }
 
-/// Dot products of `N` queries with the 16 keys of a tile: lane = position, summed along `head_dim` in order.
+/// Dot products of `N` queries with the keys of `M` tiles from `tile`: lane = position, summed along `head_dim` in order.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-unsafe fn score<S: Simd, E: Element, const N: usize>(
+unsafe fn score<S: Simd, E: Element, const N: usize, const M: usize>(
     queries: &[*const f32; N],
-    keys: *const E,
-    d: usize,
+    span: &KeysAndValues<E>,
     tile: usize,
+    d: usize,
     scores: &mut [[f32; SPAN]; QUERIES],
 ) {
     unsafe {
-        let mut sums = [[S::vsplat(0.0); 2]; N];
+        let mut sums = [[[S::vsplat(0.0); 2]; M]; N];
         for i in 0..d {
-            let low = E::load::<S>(keys.add(i * TILE));
-            // With one vector a tile there is no second.
-            let high = if S::HALVES == 2 {
-                E::load::<S>(keys.add(i * TILE + S::WIDE))
-            } else {
-                low
-            };
             for n in 0..N {
                 let q = S::vsplat(*queries[n].add(i));
-                sums[n][0] = S::vfma(low, q, sums[n][0]);
-                if S::HALVES == 2 {
-                    sums[n][1] = S::vfma(high, q, sums[n][1]);
+                for m in 0..M {
+                    let keys = span.keys[tile + m].add(i * TILE);
+                    for half in 0..S::HALVES {
+                        let keys = E::load::<S>(keys.add(half * S::WIDE));
+                        sums[n][m][half] = S::vfma(keys, q, sums[n][m][half]);
+                    }
                 }
             }
         }
-        for (sums, scores) in sums.iter().zip(scores) {
-            for half in 0..S::HALVES {
-                S::vstore(
-                    scores.as_mut_ptr().add(tile * TILE + half * S::WIDE),
-                    sums[half],
-                );
+        for n in 0..N {
+            for m in 0..M {
+                for half in 0..S::HALVES {
+                    let at = (tile + m) * TILE + half * S::WIDE;
+                    S::vstore(scores[n].as_mut_ptr().add(at), sums[n][m][half]);
+                }
             }
         }
     }
@@ -435,28 +437,13 @@ unsafe fn weigh<S: Simd, E: Element, const N: usize>(
     unsafe {
         let vectors = d / S::WIDE * S::WIDE;
         let mut i = 0;
+        // As in `score`: with few queries, several vectors of each at once.
+        while N <= 2 && i + 4 * S::WIDE <= vectors {
+            weigh_vectors::<S, E, N, 4>(weights, first, last, shrink, span, d, i, out);
+            i += 4 * S::WIDE;
+        }
         while i < vectors {
-            let mut sums = [S::vsplat(0.0); N];
-            for n in 0..N {
-                sums[n] = S::vmul(S::vload(out[n].add(i)), S::vsplat(shrink[n]));
-            }
-            let mut p = first;
-            while p < last {
-                let tile = p / TILE;
-                let end = last.min((tile + 1) * TILE);
-                let mut value = span.values[tile].add(p % TILE * d + i);
-                while p < end {
-                    let v = E::load::<S>(value);
-                    for n in 0..N {
-                        sums[n] = S::vfma(S::vsplat(weights[n][p]), v, sums[n]);
-                    }
-                    value = value.add(d);
-                    p += 1;
-                }
-            }
-            for n in 0..N {
-                S::vstore(out[n].add(i), sums[n]);
-            }
+            weigh_vectors::<S, E, N, 1>(weights, first, last, shrink, span, d, i, out);
             i += S::WIDE;
         }
         // Heads whose size is no multiple of the vector's: the same sums, an element at a time.
@@ -468,6 +455,52 @@ unsafe fn weigh<S: Simd, E: Element, const N: usize>(
                     sum = weights[n][p].mul_add(v, sum);
                 }
                 *out[n].add(i) = sum;
+            }
+        }
+    }
+}
+
+/// [`weigh`] for `U` vectors of each query, from element `i`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+#[allow(clippy::too_many_arguments)] // those of `weigh`
+unsafe fn weigh_vectors<S: Simd, E: Element, const N: usize, const U: usize>(
+    weights: &[[f32; SPAN]],
+    first: usize,
+    last: usize,
+    shrink: &[f32; N],
+    span: &KeysAndValues<E>,
+    d: usize,
+    i: usize,
+    out: &[*mut f32; N],
+) {
+    unsafe {
+        let mut sums = [[S::vsplat(0.0); U]; N];
+        for n in 0..N {
+            for u in 0..U {
+                let before = S::vload(out[n].add(i + u * S::WIDE));
+                sums[n][u] = S::vmul(before, S::vsplat(shrink[n]));
+            }
+        }
+        let mut p = first;
+        while p < last {
+            let tile = p / TILE;
+            let end = last.min((tile + 1) * TILE);
+            let mut value = span.values[tile].add(p % TILE * d + i);
+            while p < end {
+                for u in 0..U {
+                    let v = E::load::<S>(value.add(u * S::WIDE));
+                    for n in 0..N {
+                        sums[n][u] = S::vfma(S::vsplat(weights[n][p]), v, sums[n][u]);
+                    }
+                }
+                value = value.add(d);
+                p += 1;
+            }
+        }
+        for n in 0..N {
+            for u in 0..U {
+                S::vstore(out[n].add(i + u * S::WIDE), sums[n][u]);
             }
         }
     }

@@ -20,6 +20,7 @@ mod matrix;
 mod memory;
 mod planes;
 mod pool;
+pub mod rows;
 mod simd;
 mod topology;
 

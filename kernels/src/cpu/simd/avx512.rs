@@ -257,6 +257,7 @@ impl Simd for Avx512 {
             for t in 0..T {
                 dots[t] = _mm512_set1_epi32(-8 * *sums.add(t));
             }
+            let mut more = [_mm512_setzero_si512(); T];
             for g in 0..4 {
                 let bytes = _mm512_loadu_si512(w.add(QUAD * g).cast());
                 let q0 = _mm512_and_si512(bytes, low);
@@ -266,7 +267,17 @@ impl Simd for Avx512 {
                     let x0 = _mm512_set1_epi32(x.read_unaligned());
                     let x1 = _mm512_set1_epi32(x.add(1).read_unaligned());
                     dots[t] = _mm512_dpbusd_epi32(dots[t], q0, x0);
-                    dots[t] = _mm512_dpbusd_epi32(dots[t], q1, x1);
+                    // A few rows are a few chains: two for each hide the instruction's latency.
+                    if T <= 2 {
+                        more[t] = _mm512_dpbusd_epi32(more[t], q1, x1);
+                    } else {
+                        dots[t] = _mm512_dpbusd_epi32(dots[t], q1, x1);
+                    }
+                }
+            }
+            if T <= 2 {
+                for t in 0..T {
+                    dots[t] = _mm512_add_epi32(dots[t], more[t]);
                 }
             }
             dots
