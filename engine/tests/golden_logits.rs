@@ -9,20 +9,17 @@ mod common;
 
 use std::path::PathBuf;
 
-use common::Random;
+use common::sequence::{Sequence, argmax};
 use quire::checkpoint::{Checkpoint, ModelSource};
 use quire::core::{Engine, EngineConfig};
 use quire::generation::{GenerationRequest, Generator, Output, Prompt};
-use quire::model::{Decoder, LoadOptions, RopeScaling};
+use quire::model::RopeScaling;
 use quire::tokenizer::Conversation;
-use quire_kernels::cpu::{CpuBackend, KvCache};
-use quire_kernels::{KvDtype, Span, Step};
+use quire_kernels::KvDtype;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
 const TOLERANCE: f32 = 1e-4;
-const BLOCK: usize = 16;
-const BLOCKS: usize = 16;
 
 #[test]
 fn qwen3_with_qk_norm_wide_heads_a_tied_head_and_two_shards_in_f32() {
@@ -44,6 +41,17 @@ fn llama_without_gqa_with_linear_rope_spelt_as_transformers_4_did() {
     equals_transformers("llama-linear-rope");
 }
 
+#[test]
+fn the_same_checkpoints_as_gguf() {
+    for name in ["qwen3", "qwen2", "llama3-rope", "llama-linear-rope"] {
+        let path = directory("gguf").join(format!("{name}.gguf"));
+        let checkpoint = Checkpoint::open(&ModelSource::Path(path)).unwrap();
+        assert_eq!(checkpoint.name, name);
+        assert_eq!(checkpoint.generation.eos, open(name).generation.eos);
+        compare(name, &checkpoint);
+    }
+}
+
 /// A golden that another model meets as well would prove nothing.
 #[test]
 fn the_golden_logits_tell_rope_rules_apart() {
@@ -59,8 +67,11 @@ fn the_golden_logits_tell_rope_rules_apart() {
 }
 
 fn equals_transformers(name: &str) {
+    compare(name, &open(name));
+}
+
+fn compare(name: &str, checkpoint: &Checkpoint) {
     let golden = Golden::read(name);
-    let checkpoint = open(name);
     let mut worst: f32 = 0.0;
     let mut check = |row: usize, ours: &[f32], how: &str| {
         let error = relative_error(ours, golden.row(row));
@@ -79,7 +90,7 @@ fn equals_transformers(name: &str) {
     let mut first_bits: Option<Vec<u32>> = None;
     for chunk in [usize::MAX, 1, 7, 13, 16, 31] {
         let how = format!("prompt in chunks of {chunk}");
-        let mut sequence = Sequence::new(&checkpoint);
+        let mut sequence = Sequence::new(checkpoint);
         let mut bits = Vec::new();
         let mut logits = sequence.read(&golden.prompt, chunk);
         for (row, &token) in golden.tokens.iter().enumerate() {
@@ -96,7 +107,7 @@ fn equals_transformers(name: &str) {
     // Prompt and answer as one chunk: what a preempted sequence goes through.
     let (_, answer) = golden.tokens.split_last().unwrap();
     let known = [&golden.prompt[..], answer].concat();
-    let rows = Sequence::new(&checkpoint).rows(&known, golden.tokens.len());
+    let rows = Sequence::new(checkpoint).rows(&known, golden.tokens.len());
     for (row, logits) in rows.chunks(golden.vocab).enumerate() {
         check(row, logits, "everything in one chunk");
     }
@@ -143,65 +154,6 @@ impl Golden {
     }
 }
 
-/// One sequence on a decoder of its own, its blocks scattered over the cache.
-struct Sequence {
-    decoder: Decoder<CpuBackend>,
-    kv: KvCache,
-    blocks: Vec<u32>,
-    known: u32,
-}
-
-impl Sequence {
-    fn new(checkpoint: &Checkpoint) -> Self {
-        let options = LoadOptions {
-            quantize: None,
-            max_rows: 256,
-        };
-        let decoder = Decoder::load(checkpoint, common::backend(1), options, &mut |_| {}).unwrap();
-        let kv = decoder.kv_cache(BLOCKS, BLOCK, KvDtype::F32).unwrap();
-        let mut blocks: Vec<u32> = (0..BLOCKS as u32).collect();
-        Random::new(7).shuffle(&mut blocks);
-        Self {
-            decoder,
-            kv,
-            blocks,
-            known: 0,
-        }
-    }
-
-    /// The logits after `tokens`, computed in chunks of at most `chunk` of them.
-    fn read(&mut self, tokens: &[u32], chunk: usize) -> Vec<f32> {
-        let mut last = Vec::new();
-        for tokens in tokens.chunks(chunk) {
-            last = self.rows(tokens, 1);
-        }
-        last
-    }
-
-    /// The logits after each of the last `rows` of `tokens`, computed in one step.
-    fn rows(&mut self, tokens: &[u32], rows: usize) -> Vec<f32> {
-        let count = tokens.len() as u32;
-        let step = Step {
-            tokens: tokens.to_vec(),
-            positions: (self.known..self.known + count).collect(),
-            spans: vec![Span {
-                row: 0,
-                rows: count,
-                start: self.known,
-                table: 0,
-            }],
-            block_tables: self.blocks.clone(),
-            logit_rows: (count - rows as u32..count).collect(),
-        };
-        let mut logits = Vec::new();
-        self.decoder
-            .forward(&step, &[], &mut self.kv, &mut logits)
-            .unwrap();
-        self.known += count;
-        logits
-    }
-}
-
 fn directory(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("tests/golden")
@@ -218,11 +170,6 @@ fn relative_error(ours: &[f32], theirs: &[f32]) -> f32 {
     assert!(ours.iter().all(|logit| logit.is_finite()));
     let difference = ours.iter().zip(theirs).map(|(a, b)| (a - b).abs());
     difference.fold(0.0, f32::max) / theirs.iter().fold(0.0, |most, b| b.abs().max(most))
-}
-
-fn argmax(logits: &[f32]) -> u32 {
-    let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
-    best.unwrap() as u32
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! What several integration tests need: the demo model, requests run to their end, a seeded random source.
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub mod gguf;
+pub mod sequence;
+
 use half::bf16;
 use quire::checkpoint::{Checkpoint, ModelSource};
 use quire::core::{Engine, Event, FinishReason, Request, RequestStream};

@@ -30,7 +30,7 @@ def byte_alphabet():
 def prune(source, name):
     reader = GGUFReader(source / f"ggml-vocab-{name}.gguf")
     field = lambda key: reader.fields[f"tokenizer.ggml.{key}"].contents() if f"tokenizer.ggml.{key}" in reader.fields else None
-    inputs = (source / f"ggml-vocab-{name}.gguf.inp").read_text(newline="")
+    inputs = (source / f"ggml-vocab-{name}.gguf.inp").read_bytes().decode()
     expected = [[int(i) for i in line.split()] for line in (source / f"ggml-vocab-{name}.gguf.out").read_text().splitlines()]
 
     texts = inputs.split(SEPARATOR)
@@ -70,7 +70,7 @@ def prune(source, name):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    (HERE / f"{name}.gguf.inp").write_text(inputs, newline="")
+    (HERE / f"{name}.gguf.inp").write_bytes(inputs.encode())
     (HERE / f"{name}.gguf.out").write_text("".join(" ".join(str(number[i]) for i in ids) + "\n" for ids in expected))
     print(name, len(kept), "tokens")
 
