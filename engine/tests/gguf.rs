@@ -37,6 +37,7 @@ fn quantised_weights_give_the_logits_of_the_same_weights_in_f32() {
             "qwen3",
             &[Format::Q2K, Format::Q3K, Format::Iq4Xs],
         ),
+        ("wide-uneven", "qwen3", &[Format::Iq4Nl, Format::Mxfp4]),
         ("wide-ternary", "qwen3", &[Format::Tq1_0, Format::Tq2_0]),
     ];
     for (name, like, formats) in cases {

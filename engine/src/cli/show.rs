@@ -1,5 +1,6 @@
 //! `quire show`: what a model is and how it is stored.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -33,12 +34,17 @@ pub(super) fn show(args: &ShowArgs) -> anyhow::Result<ExitCode> {
         Some(path) => format!("model {}", path.display()),
     })?;
     let summary = Summary::of(&checkpoint);
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&summary)?);
+    let text = if args.json {
+        serde_json::to_string_pretty(&summary)? + "\n"
     } else {
-        print!("{}", text(&summary));
+        text(&summary)
+    };
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // Who reads has seen enough.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
+        Err(error) => Err(error.into()),
+        Ok(()) => Ok(ExitCode::SUCCESS),
     }
-    Ok(ExitCode::SUCCESS)
 }
 
 fn text(summary: &Summary) -> String {
