@@ -37,6 +37,7 @@ fn quantised_weights_give_the_logits_of_the_same_weights_in_f32() {
             "qwen3",
             &[Format::Q2K, Format::Q3K, Format::Iq4Xs],
         ),
+        ("wide-uneven", "qwen3", &[Format::Iq4Nl, Format::Mxfp4]),
         ("wide-ternary", "qwen3", &[Format::Tq1_0, Format::Tq2_0]),
     ];
     for (name, like, formats) in cases {
@@ -397,7 +398,7 @@ fn broken_files_are_named_with_what_is_wrong() {
 
 #[test]
 fn wrong_metadata_is_named_as_the_file_spells_it() {
-    let cases: [(&str, Set, &str); 12] = [
+    let cases: [(&str, Set, &str); 14] = [
         (
             "llama.embedding_length",
             |f| f.number("llama.embedding_length", 0),
@@ -454,6 +455,16 @@ fn wrong_metadata_is_named_as_the_file_spells_it() {
             "is 2",
         ),
         (
+            "tokenizer.ggml.merges",
+            |f| f.texts("tokenizer.ggml.merges", ["ab"]),
+            "\"ab\"",
+        ),
+        (
+            "tokenizer.ggml.tokens",
+            |f| f.numbers("tokenizer.ggml.tokens", &[1, 2, 3]),
+            "[1,2,3]",
+        ),
+        (
             "tokenizer.ggml.pre",
             |f| f.text("tokenizer.ggml.pre", "klingon"),
             "klingon",
@@ -466,6 +477,9 @@ fn wrong_metadata_is_named_as_the_file_spells_it() {
         error.contains("`blk.0.attn_norm.weight` is missing"),
         "{error}"
     );
+    let set: Set = |f| f.texts("tokenizer.ggml.merges", ["a z"]);
+    let error = refused(&small(Some(("tokenizer.ggml.merges", set))).bytes());
+    assert!(error.contains("vocabulary makes no tokenizer"), "{error}");
     for (key, set, found) in cases {
         let error = refused(&small(Some((key, set))).bytes());
         assert!(

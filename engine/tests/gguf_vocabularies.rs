@@ -5,16 +5,40 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
+use proptest::prelude::*;
 use quire::checkpoint::gguf_tokenizer;
+use quire::tokenizer::Tokenizer;
 use quire_scheduler::TokenId;
 
 const SEPARATOR: &str = "\n__ggml_vocab_test__\n";
 
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_text_is_what_its_tokens_decode_to(text in any::<String>()) {
+        for tokenizer in &*BYTE_LEVEL {
+            let tokens = tokenizer.encode(&text, true).unwrap();
+            prop_assert_eq!(tokenizer.decode(&tokens, true), text.as_str());
+        }
+    }
+}
+
+/// Those that do not compose Unicode first.
+static BYTE_LEVEL: LazyLock<[Tokenizer; 2]> = LazyLock::new(|| {
+    ["gpt-2", "llama-bpe"]
+        .map(|name| gguf_tokenizer(&pruned().join(format!("{name}.gguf"))).unwrap())
+});
+
+fn pruned() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vocab")
+}
+
 #[test]
 fn pruned_vocabularies_give_the_expected_ids() {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vocab");
-    assert_eq!(check_all(&directory, ""), 5);
+    assert_eq!(check_all(&pruned(), ""), 5);
 }
 
 #[test]

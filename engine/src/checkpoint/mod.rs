@@ -11,6 +11,7 @@ mod error;
 mod files;
 mod generation;
 mod gguf;
+mod summary;
 mod tensors;
 
 use std::path::{Path, PathBuf};
@@ -25,6 +26,7 @@ use files::Files;
 
 pub use error::CheckpointError;
 pub use generation::GenerationDefaults;
+pub use summary::{KindSummary, Summary};
 pub use tensors::{TensorView, Tensors};
 
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
@@ -51,6 +53,8 @@ pub struct Checkpoint {
     pub tokenizer: Arc<Tokenizer>,
     /// How it wants conversations written; `None` for base models.
     pub chat_template: Option<Arc<ChatTemplate>>,
+    /// The licence it says it is under.
+    pub license: Option<String>,
     /// Its weights.
     pub tensors: Tensors,
 }
@@ -105,9 +109,24 @@ impl Checkpoint {
             generation,
             tokenizer: Arc::new(tokenizer),
             chat_template,
+            license: license(&files)?,
             tensors,
         })
     }
+}
+
+/// The `license:` of a model card's front matter.
+fn license(files: &Files) -> Result<Option<String>, CheckpointError> {
+    let Some(card) = files.read("README.md")? else {
+        return Ok(None);
+    };
+    let card = String::from_utf8_lossy(&card);
+    let front = card
+        .strip_prefix("---")
+        .and_then(|rest| rest.split("\n---").next());
+    let mut lines = front.unwrap_or_default().lines();
+    let license = lines.find_map(|line| line.strip_prefix("license:"));
+    Ok(license.map(|license| license.trim().trim_matches(['"', '\'']).to_owned()))
 }
 
 /// The GGUF file that `source` names, if it does.

@@ -290,6 +290,16 @@ impl Tensors {
         self.entries.get(name).map(|entry| &entry.shape[..])
     }
 
+    /// Bytes of the tensor `name` and how they are stored: the format's name, or that of a type that is not supported.
+    pub fn stored(&self, name: &str) -> Option<(usize, &str)> {
+        let entry = self.entries.get(name)?;
+        let format = match &entry.format {
+            Ok(format) => format.name(),
+            Err(other) => other,
+        };
+        Some((entry.end - entry.begin, format))
+    }
+
     /// The tensors' names, in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)

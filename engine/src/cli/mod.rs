@@ -6,6 +6,7 @@ mod model_args;
 mod progress;
 mod run;
 mod serve;
+mod show;
 mod size;
 
 use std::process::ExitCode;
@@ -33,6 +34,8 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Answer one prompt, or chat when there is none
     Run(run::RunArgs),
+    /// Say what a model is and how it is stored, without loading it
+    Show(show::ShowArgs),
     /// Watch 64 clients be served at once, and check that each got the answer it gets alone
     Demo(demo::DemoArgs),
 }
@@ -43,6 +46,7 @@ pub fn main() -> ExitCode {
     let done = match command {
         Command::Serve(args) => serve::serve(&args),
         Command::Run(args) => run::run(&args),
+        Command::Show(args) => show::show(&args),
         Command::Demo(args) => demo::demo(&args),
     };
     match done {

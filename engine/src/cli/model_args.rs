@@ -16,7 +16,7 @@ use super::size;
 /// Which model, and how the engine that runs it is sized.
 #[derive(Debug, Clone, Args)]
 pub(super) struct ModelArgs {
-    /// Directory with config.json, safetensors and tokenizer.json [default: the demo model inside the binary]
+    /// A GGUF file, or a directory with config.json, safetensors and tokenizer.json [default: the demo model inside the binary]
     #[arg(long, short, env = "QUIRE_MODEL", value_name = "PATH")]
     pub model: Option<PathBuf>,
 

@@ -116,6 +116,13 @@ impl TokenBytes {
         matches!(self.spelling, Spelling::Pieces { strip: true })
     }
 
+    pub fn kind(&self) -> &'static str {
+        match self.spelling {
+            Spelling::ByteLevel => "byte-level",
+            Spelling::Pieces { .. } => "sentencepiece",
+        }
+    }
+
     pub fn longest(&self) -> usize {
         self.longest
     }

@@ -126,6 +126,11 @@ impl Tokenizer {
         self.inner.get_vocab_size(true)
     }
 
+    /// How its vocabulary spells text: `byte-level` or `sentencepiece`.
+    pub fn kind(&self) -> &'static str {
+        self.bytes.kind()
+    }
+
     /// Bytes of the longest token: a text of `n` times as many bytes has at least `n` tokens.
     pub fn longest_token(&self) -> usize {
         self.bytes.longest()

@@ -153,6 +153,7 @@ def quantised(kind):
 SCALES = {
     "Q2_K": {80: 0.004, 82: 0.006}, "Q3_K": {108: 0.001}, "Q4_K": {0: 0.0005, 2: 0.0035}, "Q5_K": {0: 0.00025, 2: 0.0035},
     "Q6_K": {208: 0.00005}, "IQ4_XS": {0: 0.00007}, "TQ1_0": {52: 0.08}, "TQ2_0": {64: 0.08},
+    "IQ4_NL": {0: 0.0007}, "MXFP4": {},
 }
 
 
@@ -162,6 +163,8 @@ def random_blocks(random, rows, cols, name):
     blocks = random.integers(0, 256, (rows * cols // size, length), dtype=numpy.uint8)
     if name == "TQ2_0":  # No block has a 3.
         blocks[:, :64] &= ~((blocks[:, :64] & 0xAA) >> 1)
+    if name == "MXFP4":  # A power of two, up to 2^-5.
+        blocks[:, 0] = random.integers(120, 123, len(blocks))
     for place, scale in SCALES[name].items():
         halves = (scale * random.uniform(0.5, 1.5, len(blocks))).astype(numpy.float16)
         blocks[:, place : place + 2] = halves.view(numpy.uint8).reshape(-1, 2)
@@ -196,3 +199,4 @@ for kind in ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]:
 wide("wide-q4_k_m", ["Q4_K", "Q4_K", "Q6_K", "Q5_K"])
 wide("wide-low", ["Q2_K", "Q3_K", "IQ4_XS", "Q3_K"])
 wide("wide-ternary", ["TQ1_0", "TQ2_0", "TQ2_0"])
+wide("wide-uneven", ["IQ4_NL", "MXFP4", "MXFP4"])

@@ -138,6 +138,7 @@ impl Gguf {
         // Converters for the llama architecture store the rows of a head in the order of the other RoPE: pairs side by side.
         let interleaved = (self.architecture() == "llama").then_some(config.head_dim);
         let name = model_name(self.file());
+        let license = self.string("general.license")?.map(str::to_owned);
         let parts = self.parts.into_iter().zip(self.headers);
         let parts = parts.map(|(part, header)| (part.name, part.bytes, header.tensors));
         let mut tensors = Tensors::from_gguf(parts, interleaved)?;
@@ -161,6 +162,7 @@ impl Gguf {
             generation,
             tokenizer: Arc::new(tokenizer),
             chat_template,
+            license,
             tensors,
         })
     }

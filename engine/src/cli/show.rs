@@ -1,0 +1,112 @@
+//! `quire show`: what a model is and how it is stored.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Args;
+
+use crate::checkpoint::{Checkpoint, ModelSource, Summary};
+
+use super::size;
+
+/// Which model, and for whom.
+#[derive(Debug, Args)]
+pub(super) struct ShowArgs {
+    /// A GGUF file, or a directory with config.json, safetensors and tokenizer.json [default: the demo model inside the binary]
+    #[arg(value_name = "MODEL", env = "QUIRE_MODEL")]
+    model: Option<PathBuf>,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Opens the model, which reads no weights, and prints what it is.
+pub(super) fn show(args: &ShowArgs) -> anyhow::Result<ExitCode> {
+    let source = args
+        .model
+        .clone()
+        .map_or(ModelSource::Demo, ModelSource::Path);
+    let checkpoint = Checkpoint::open(&source).with_context(|| match &args.model {
+        None => "the demo model".to_owned(),
+        Some(path) => format!("model {}", path.display()),
+    })?;
+    let summary = Summary::of(&checkpoint);
+    let text = if args.json {
+        serde_json::to_string_pretty(&summary)? + "\n"
+    } else {
+        text(&summary)
+    };
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // Who reads has seen enough.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
+        Err(error) => Err(error.into()),
+        Ok(()) => Ok(ExitCode::SUCCESS),
+    }
+}
+
+fn text(summary: &Summary) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: String| {
+        text.extend([&format!("{name:<14}"), value.as_str(), "\n"]);
+    };
+    line("name", summary.name.clone());
+    line(
+        "family",
+        format!(
+            "{}, {} layers of width {}",
+            summary.family, summary.layers, summary.hidden_size
+        ),
+    );
+    line(
+        "parameters",
+        format!(
+            "{} in {}, {} bits each",
+            count(summary.parameters),
+            size::show(summary.bytes),
+            summary.bits_per_weight
+        ),
+    );
+    for kind in &summary.tensors {
+        let formats: Vec<String> = kind
+            .formats
+            .iter()
+            .map(|(format, tensors)| format!("{format} × {tensors}"))
+            .collect();
+        line(
+            &format!("  {}", kind.kind),
+            format!(
+                "{} at {} bits: {}",
+                count(kind.parameters),
+                kind.bits_per_weight,
+                formats.join(", ")
+            ),
+        );
+    }
+    line("context", format!("{} tokens", summary.context));
+    line(
+        "KV cache",
+        format!("{} a token", size::show(summary.kv_bytes_per_token)),
+    );
+    line(
+        "tokenizer",
+        format!("{}, {} tokens", summary.tokenizer, summary.vocabulary),
+    );
+    let template = if summary.chat_template { "yes" } else { "none" };
+    line("chat template", template.to_owned());
+    let license = summary.license.as_deref().unwrap_or("not stated");
+    line("licence", license.to_owned());
+    text
+}
+
+/// Millions or billions, as models are named.
+fn count(parameters: u64) -> String {
+    match parameters as f64 {
+        n if n >= 1e9 => format!("{:.2} B", n / 1e9),
+        n if n >= 1e6 => format!("{:.2} M", n / 1e6),
+        n if n >= 1e3 => format!("{:.1} K", n / 1e3),
+        _ => parameters.to_string(),
+    }
+}
