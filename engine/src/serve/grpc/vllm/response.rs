@@ -1,5 +1,7 @@
 //! From a [`Generation`] to the messages of `vllm.grpc.engine`.
 
+use std::collections::BTreeMap;
+
 use quire_proto::vllm::grpc::engine as vllm;
 use quire_proto::vllm::grpc::engine::generate_complete::MatchedStop;
 use quire_proto::vllm::grpc::engine::generate_response::Response;
@@ -19,6 +21,8 @@ pub(super) struct Responses {
     reported: Reported,
     /// What each sample has come to; stays empty where tokens are streamed.
     samples: Vec<Sample>,
+    /// Samples that ended, by index, where tokens are not streamed: gateways list them in the order in which they come.
+    complete: BTreeMap<u32, Response>,
     ended: bool,
 }
 
@@ -53,12 +57,18 @@ impl Responses {
             _registered: registered,
             reported,
             samples,
+            complete: BTreeMap::new(),
             ended: false,
         }
     }
 
     /// The next message; an error ends the stream.
     pub async fn next(&mut self) -> Option<Result<vllm::GenerateResponse, Status>> {
+        let message = |response| {
+            Ok(vllm::GenerateResponse {
+                response: Some(response),
+            })
+        };
         while !self.ended {
             let Some(output) = self.generation.next().await else {
                 self.ended = true;
@@ -67,17 +77,16 @@ impl Responses {
             match self.take(output) {
                 Ok(None) => {}
                 Ok(Some(response)) => {
-                    return Some(Ok(vllm::GenerateResponse {
-                        response: Some(response),
-                    }));
+                    return Some(message(response));
                 }
                 Err(status) => {
                     self.ended = true;
+                    self.complete.clear();
                     return Some(Err(status));
                 }
             }
         }
-        None
+        self.complete.pop_first().map(|(_, last)| message(last))
     }
 
     fn take(&mut self, output: Output) -> Result<Option<Response>, Status> {
@@ -107,7 +116,14 @@ impl Responses {
                 reason,
                 stop,
                 ..
-            } => self.complete(index, reason, stop).map(Some),
+            } => {
+                let complete = self.complete(index, reason, stop)?;
+                if self.reported.stream {
+                    return Ok(Some(complete));
+                }
+                self.complete.insert(index, complete);
+                Ok(None)
+            }
         }
     }
 
