@@ -3,6 +3,7 @@
 #![allow(
     missing_docs,
     clippy::pedantic,
+    clippy::large_enum_variant,
     reason = "generated from .proto files, which carry the documentation"
 )]
 

@@ -196,17 +196,7 @@ impl KvEvents {
                     }
                 }
                 Err(()) => {
-                    let coming = match self.coming.take() {
-                        Some(coming) => coming,
-                        None => {
-                            let (reply, coming) = flume::bounded(1);
-                            if !self.engine.ask(Control::KvSnapshot(reply)) {
-                                return None;
-                            }
-                            coming
-                        }
-                    };
-                    let snapshot = self.coming.insert(coming).recv_async().await.ok();
+                    let snapshot = self.snapshot().await;
                     self.coming = None;
                     let snapshot = snapshot?;
                     self.cursor = snapshot.sequence;
@@ -214,6 +204,20 @@ impl KvEvents {
                 }
             }
         }
+    }
+}
+
+impl KvEvents {
+    /// The snapshot that was asked for, or a new one. Asked for once, however often the wait for it is given up.
+    async fn snapshot(&mut self) -> Option<KvSnapshot> {
+        if self.coming.is_none() {
+            let (reply, coming) = flume::bounded(1);
+            if !self.engine.ask(Control::KvSnapshot(reply)) {
+                return None;
+            }
+            self.coming = Some(coming);
+        }
+        self.coming.as_ref()?.recv_async().await.ok()
     }
 }
 

@@ -12,7 +12,8 @@ QUESTION = [{"role": "user", "content": "What does `Vec::push` do?"}]
 
 def the_gateway_answers_as_a_worker_does(start) -> None:
     with fleet(start) as gateway:
-        worker = gateway.workers[0].openai()
+        # Neither the gateway's nor vLLM's chunks are what the client's types say: a chunk that is not the last has no reason.
+        worker = gateway.workers[0].openai(_strict_response_validation=False)
         client = gateway.openai()
         for check in (_chat, _chat_stream, _completion, _completion_stream, _stops, _samples):
             expect.equal(check(client), check(worker), check.__name__)
@@ -67,9 +68,10 @@ def _refusals(client: openai.OpenAI) -> None:
 
 
 def _loads(gateway: Gateway) -> None:
-    loads = gateway.http.get("/loads").json()["loads"]
-    expect.equal(len(loads), 2)
-    for load in loads:
-        expect.equal((load["num_running_reqs"], load["max_running_requests"]), (0, 256))
+    def seen() -> list[tuple[int, int]]:
+        loads = gateway.http.get("/loads").json()["loads"]
+        return [(load["num_running_reqs"], load["max_running_requests"]) for load in loads]
+
+    expect.within(5, lambda: seen() == [(0, 256)] * 2, "the gateway sees both workers at rest")
     for worker in gateway.known_workers():
         expect.equal(worker["engine_load"]["version"], "pushed", "where the gateway has a worker's load from")

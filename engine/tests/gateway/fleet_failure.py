@@ -48,7 +48,7 @@ class Load:
         while not self.over.is_set():
             turn += 1
             outcome = Outcome(time.monotonic(), stream=number % 2 == 0)
-            messages = [{"role": "user", "content": f"Client {number}, question {turn % 7}: what is a slice?"}]
+            messages = [{"role": "user", "content": f"{turn} by {number}: what is a slice?"}]
             request = {"model": "demo", "messages": messages, "max_tokens": 100, "temperature": 0, "stream": outcome.stream}
             request["extra_body"] = {"ignore_eos": True}
             try:

@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import grpc
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc as pb_grpc
 from smg_grpc_proto.generated import common_pb2 as common
@@ -13,8 +14,10 @@ __all__ = ["VllmClient", "common", "pb"]
 
 
 class VllmClient:
-    def __init__(self, server: Server):
-        self.channel = server.channel()
+    def __init__(self, server: Server, **options: int):
+        self.channel = grpc.insecure_channel(
+            server.grpc_address, options=[("grpc.use_local_subchannel_pool", 1), *((f"grpc.{name}", value) for name, value in options.items())]
+        )
         self.stub = pb_grpc.VllmEngineStub(self.channel)
         self.ids = itertools.count()
 

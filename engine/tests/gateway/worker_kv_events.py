@@ -79,13 +79,14 @@ def a_hundred_thousand_events_replay_to_the_workers_own_state(start) -> None:
                 followed.append(batch)
                 cursor = batch.sequence_number
                 count += len(batch.events)
-                if count >= EVENTS or (not batch.HasField("snapshot") and chance.random() < 0.001):
+                if count >= EVENTS or (not batch.HasField("snapshot") and chance.random() < 0.004):
                     break
             events.cancel()
             resumed.append(cursor)
 
-    # One that reads nothing until all is over: the worker does not keep the events for it.
-    slow = client.events()
+    # One that reads no more until all is over: the worker does not keep the events for it.
+    # Its connection takes little ahead of what is read.
+    slow = VllmClient(server, **{"http2.bdp_probe": 0, "http2.lookahead_bytes": 1 << 16}).events()
     next(slow)
 
     follower = threading.Thread(target=follow, daemon=True)
@@ -124,6 +125,7 @@ def a_hundred_thousand_events_replay_to_the_workers_own_state(start) -> None:
     late.sequence = None
     _catch_up(late, slow, end)
     expect.equal(late.blocks, states[-1].blocks, "who was slow knows the same in the end")
+    expect.that(late.snapshots > 0 and late.events < EVENTS, "who was slow was brought up to date by a snapshot")
     print(f"        {consumer.events} events, {compared} states compared, {len(resumed)} connections, "
           f"the slow one: {late.events} events and {late.snapshots} snapshots")
 
