@@ -211,10 +211,10 @@ mod tests {
         let cases: [(&str, Change); 14] = [
             ("input", |r, _| r.input = None),
             ("mm_inputs", |r, _| {
-                r.mm_inputs = Some(vllm::MultimodalInputs::default())
+                r.mm_inputs = Some(vllm::MultimodalInputs::default());
             }),
             ("media_refs", |r, _| {
-                r.media_refs = Some(vllm::MediaRefs::default())
+                r.media_refs = Some(vllm::MediaRefs::default());
             }),
             ("kv_transfer_params", |r, _| {
                 r.kv_transfer_params_json = Some("{}".to_owned());
@@ -224,23 +224,23 @@ mod tests {
                 p.constraint = Some(Constraint::JsonSchema("{}".to_owned()));
             }),
             ("regex", |_, p| {
-                p.constraint = Some(Constraint::Regex("a".to_owned()))
+                p.constraint = Some(Constraint::Regex("a".to_owned()));
             }),
             ("grammar", |_, p| {
-                p.constraint = Some(Constraint::Grammar("a".to_owned()))
+                p.constraint = Some(Constraint::Grammar("a".to_owned()));
             }),
             ("structural_tag", |_, p| {
                 p.constraint = Some(Constraint::StructuralTag("a".to_owned()));
             }),
             ("json_object", |_, p| {
-                p.constraint = Some(Constraint::JsonObject(true))
+                p.constraint = Some(Constraint::JsonObject(true));
             }),
             ("choice", |_, p| {
                 p.constraint = Some(Constraint::Choice(vllm::ChoiceConstraint::default()));
             }),
             ("prompt_logprobs", |_, p| p.prompt_logprobs = Some(0)),
             ("truncate_prompt_tokens", |_, p| {
-                p.truncate_prompt_tokens = Some(1)
+                p.truncate_prompt_tokens = Some(1);
             }),
             ("logprobs", |_, p| p.logprobs = Some(-1)),
         ];
