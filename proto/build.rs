@@ -3,7 +3,11 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     use prost::Message;
 
-    const FILES: [&str; 1] = ["proto/quire/v1/generation.proto"];
+    const FILES: [&str; 3] = [
+        "proto/quire/v1/generation.proto",
+        "proto/smg/grpc/common.proto",
+        "proto/vllm/grpc/engine.proto",
+    ];
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(FILES, ["proto"])?;
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);

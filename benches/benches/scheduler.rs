@@ -91,6 +91,7 @@ impl Workload {
             }
         }
         self.scheduler.complete(black_box(&self.sampled));
+        black_box(self.scheduler.take_events());
         tokens
     }
 
@@ -148,6 +149,21 @@ fn by_running(c: &mut Criterion) {
         group.throughput(Throughput::Elements(u64::from(running)));
         group.bench_function(BenchmarkId::from_parameter(running), |b| {
             b.iter_custom(|steps| time(steps, &mut workload, |w| w.renew(running)));
+        });
+    }
+    group.finish();
+}
+
+/// What recording for gateways adds: the events of a step are taken out as the engine does. 16 of 256 sequences fill a block in a step.
+fn kv_events(c: &mut Criterion) {
+    let mut group = c.benchmark_group("step, 256 decoding, KV events");
+    for recorded in [false, true] {
+        let mut workload = decoding(256, 0);
+        if recorded {
+            workload.scheduler.record_events();
+        }
+        group.bench_function(if recorded { "recorded" } else { "off" }, |b| {
+            b.iter_custom(|steps| time(steps, &mut workload, |w| w.renew(256)));
         });
     }
     group.finish();
@@ -234,6 +250,7 @@ fn main() {
         .configure_from_args();
     by_running(&mut criterion);
     by_waiting(&mut criterion);
+    kv_events(&mut criterion);
     turnover(&mut criterion);
     mixed(&mut criterion);
     prefix_cache(&mut criterion);

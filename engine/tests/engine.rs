@@ -3,13 +3,16 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{answers, demo_checkpoint, submit};
-use quire::core::{Engine, EngineConfig, Event, FinishReason, Request, SubmitError};
+use quire::core::{
+    Engine, EngineConfig, Event, FinishReason, KvEvents, KvNews, Request, SubmitError,
+};
 use quire::sampling::SamplingParams;
-use quire_scheduler::{AddError, TokenId};
+use quire_scheduler::{AddError, KvEvent, TokenId};
 
 fn start(config: &EngineConfig) -> Engine {
     let backend = common::backend(1);
@@ -264,4 +267,101 @@ fn settings_outside_their_range_are_named() {
         ..defaults()
     });
     assert!(text.contains("--kv-cache-memory"), "{text}");
+}
+
+/// What a subscriber knows: the blocks, and the number of the last batch it applied.
+#[derive(Debug, Default)]
+struct Subscriber {
+    blocks: BTreeSet<u64>,
+    sequence: u64,
+    snapshots: u32,
+}
+
+impl Subscriber {
+    fn apply(&mut self, news: KvNews) {
+        match news {
+            KvNews::Snapshot(snapshot) => {
+                self.blocks.clear();
+                self.events(&snapshot.blocks);
+                self.sequence = snapshot.sequence;
+                self.snapshots += 1;
+            }
+            KvNews::Batch(batch) => {
+                assert_eq!(batch.sequence, self.sequence + 1, "no gap");
+                self.events(&batch.events);
+                self.sequence = batch.sequence;
+            }
+        }
+    }
+
+    fn events(&mut self, events: &[KvEvent]) {
+        for event in events {
+            match event {
+                KvEvent::Stored { hashes, parent, .. } => {
+                    assert!(parent.is_none_or(|parent| self.blocks.contains(&parent)));
+                    self.blocks.extend(hashes);
+                }
+                KvEvent::Removed { hashes } => {
+                    for hash in hashes {
+                        assert!(self.blocks.remove(hash), "removed what was not there");
+                    }
+                }
+                KvEvent::Cleared => self.blocks.clear(),
+            }
+        }
+    }
+}
+
+/// What is there now; nothing is waited for.
+async fn read(events: &mut KvEvents, subscriber: &mut Subscriber) {
+    let patience = Duration::from_millis(200);
+    while let Ok(news) = tokio::time::timeout(patience, events.next()).await {
+        subscriber.apply(news.unwrap());
+    }
+}
+
+#[tokio::test]
+async fn who_follows_the_kv_events_knows_what_who_comes_late_is_told() {
+    let engine = start(&EngineConfig {
+        // Blocks of some requests: most are evicted.
+        max_model_len: Some(512),
+        kv_cache_memory: Some(3 << 20),
+        ..EngineConfig::default()
+    });
+    answers(submit(&engine, &request(100, 1)));
+    let mut follower = Subscriber::default();
+    let mut events = engine.subscribe_kv_events(0);
+    read(&mut events, &mut follower).await;
+    assert_eq!(
+        follower.blocks.len(),
+        100 / 16,
+        "stored before anybody asked"
+    );
+    for round in 0..30 {
+        let mut request = request(200, 20);
+        request.cache_salt = round;
+        answers(submit(&engine, &request));
+        if round % 10 == 7 {
+            engine.clear_prefix_cache();
+            settle(&engine);
+        }
+        if round % 5 == 0 {
+            read(&mut events, &mut follower).await;
+            let mut late = Subscriber::default();
+            read(&mut engine.subscribe_kv_events(0), &mut late).await;
+            assert_eq!(late.blocks, follower.blocks);
+            assert_eq!(late.sequence, follower.sequence);
+        }
+    }
+    assert_eq!(follower.snapshots, 1, "the first one only");
+
+    // Resumed where it stopped, without a snapshot.
+    let mut resumed = engine.subscribe_kv_events(follower.sequence);
+    drop(events);
+    answers(submit(&engine, &request(300, 1)));
+    read(&mut resumed, &mut follower).await;
+    assert_eq!(follower.snapshots, 1);
+    let mut late = Subscriber::default();
+    read(&mut engine.subscribe_kv_events(0), &mut late).await;
+    assert_eq!(late.blocks, follower.blocks);
 }

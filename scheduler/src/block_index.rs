@@ -97,9 +97,14 @@ impl<T: Clone> BlockIndex<T> {
 
     /// Every block in the index with its hash, in the blocks' order.
     pub fn iter(&self) -> impl Iterator<Item = (u64, BlockId)> {
+        self.iter_values().map(|(hash, block, _)| (hash, block))
+    }
+
+    /// As [`BlockIndex::iter`], with the values.
+    pub fn iter_values(&self) -> impl Iterator<Item = (u64, BlockId, &T)> {
         self.entries.iter().zip(0..).filter_map(|(entry, block)| {
-            entry.value.as_ref()?;
-            Some((entry.hash, BlockId(block)))
+            let value = entry.value.as_ref()?;
+            Some((entry.hash, BlockId(block), value))
         })
     }
 

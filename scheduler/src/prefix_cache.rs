@@ -36,7 +36,10 @@ pub(crate) struct PrefixCache {
     findable: BlockIndex<Findable>,
     /// Tokens of findable blocks, by block. `[blocks, block_size]`
     tokens: Vec<TokenId>,
+    /// The predecessor's chain hash of findable blocks that have one, by block.
+    parents: Vec<u64>,
     next_serial: NonZeroU64,
+    /// What changed since it was last asked for; `None` until somebody wants to know.
     events: Option<Vec<KvEvent>>,
 }
 
@@ -64,9 +67,15 @@ impl PrefixCache {
             block_size: block_size as usize,
             findable: BlockIndex::new(blocks),
             tokens: vec![TokenId(0); blocks as usize * block_size as usize],
+            parents: vec![0; blocks as usize],
             next_serial: NonZeroU64::MIN,
             events: events.then(Vec::new),
         }
+    }
+
+    /// From now on changes are recorded.
+    pub fn record_events(&mut self) {
+        self.events.get_or_insert_default();
     }
 
     /// The chain before the first block of a sequence with this salt.
@@ -128,6 +137,7 @@ impl PrefixCache {
         self.findable.insert(block, hash, entry);
         let at = block.index() * self.block_size;
         self.tokens[at..at + self.block_size].copy_from_slice(tokens);
+        self.parents[block.index()] = parent.hash;
         if let Some(events) = &mut self.events {
             events.push(KvEvent::Stored {
                 hashes: vec![hash],
@@ -173,6 +183,23 @@ impl PrefixCache {
 
     pub fn take_events(&mut self) -> Vec<KvEvent> {
         self.events.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Everything findable, as the events that would store it anew: each block after its predecessor.
+    pub fn stored(&self) -> Vec<KvEvent> {
+        let mut blocks: Vec<_> = self.findable.iter_values().collect();
+        // A block is stored after its predecessor, and serial numbers grow.
+        blocks.sort_unstable_by_key(|(_, _, entry)| entry.serial);
+        blocks
+            .into_iter()
+            .map(|(hash, block, entry)| KvEvent::Stored {
+                hashes: vec![hash],
+                parent: (entry.parent > 0).then_some(self.parents[block.index()]),
+                tokens: self.tokens_of(block).to_vec(),
+                block_size: self.block_size as u32,
+                salt: entry.salt,
+            })
+            .collect()
     }
 
     /// Findable blocks with their hashes.

@@ -318,7 +318,17 @@ impl Scheduler {
         self.cached_free = 0;
     }
 
-    /// What happened to the prefix cache since the last call; nothing unless [`Config::kv_events`].
+    /// Records [`KvEvent`]s from now on, as [`Config::kv_events`] does from the beginning.
+    pub fn record_events(&mut self) {
+        self.cache.record_events();
+    }
+
+    /// Everything the prefix cache can find, as the `Stored` events that would bring an empty one here: predecessors first.
+    pub fn cached_blocks(&self) -> Vec<KvEvent> {
+        self.cache.stored()
+    }
+
+    /// What happened to the prefix cache since the last call; nothing unless [`Config::kv_events`] or [`Scheduler::record_events`].
     pub fn take_events(&mut self) -> Vec<KvEvent> {
         self.cache.take_events()
     }

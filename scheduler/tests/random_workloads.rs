@@ -340,6 +340,24 @@ impl World {
             self.scheduler.findable_hashes(),
             "events tell what is findable"
         );
+        if self.random.chance(10) {
+            self.snapshot();
+        }
+    }
+
+    /// What is told to somebody who comes late.
+    fn snapshot(&self) {
+        let mut told = HashSet::new();
+        for event in self.scheduler.cached_blocks() {
+            let KvEvent::Stored { hashes, parent, .. } = event else {
+                panic!("a snapshot stores");
+            };
+            for hash in hashes {
+                assert!(parent != Some(hash));
+                assert!(told.insert(hash), "stored twice");
+            }
+        }
+        assert_eq!(told, self.told, "a snapshot is what the events came to");
     }
 
     fn step(&mut self, arrivals: bool) {

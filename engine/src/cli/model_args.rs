@@ -140,16 +140,20 @@ impl ModelArgs {
         }
     }
 
+    /// The model the flags name.
+    pub fn source(&self) -> ModelSource {
+        match &self.model {
+            None => ModelSource::Demo,
+            Some(path) => ModelSource::Path(path.clone()),
+        }
+    }
+
     /// Opens the checkpoint the flags name.
     ///
     /// # Errors
     /// It cannot be opened; the message names it.
     pub fn open(&self) -> anyhow::Result<Checkpoint> {
-        let source = match &self.model {
-            None => ModelSource::Demo,
-            Some(path) => ModelSource::Path(path.clone()),
-        };
-        match Checkpoint::open(&source) {
+        match Checkpoint::open(&self.source()) {
             // It names the path itself.
             Err(error @ CheckpointError::NotACheckpoint { .. }) => Err(error.into()),
             opened => opened.with_context(|| match &self.model {

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
@@ -10,7 +11,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::logging::{self, LogFormat};
 use super::model_args::ModelArgs;
 use crate::generation::Generator;
-use crate::serve::{Metrics, Server, step_observer};
+use crate::serve::{Metrics, Server, TokenizerFiles, step_observer};
 
 /// Exit code of a server that was told twice to end: as of a process ended by SIGINT.
 const INTERRUPTED: i32 = 130;
@@ -29,7 +30,8 @@ Try it:
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{\"messages\": [{\"role\": \"user\", \"content\": \"What does `Vec::push` do?\"}]}'
 
-SIGTERM (or Ctrl-C) finishes what was accepted, refuses what is new and exits with 0; a second one exits at once.")]
+SIGTERM (or Ctrl-C) finishes what was accepted (--drain-timeout bounds how long), refuses what is new and exits with 0; a second one
+exits at once.")]
 pub(super) struct ServeArgs {
     #[command(flatten)]
     model: ModelArgs,
@@ -43,7 +45,7 @@ pub(super) struct ServeArgs {
     )]
     http: SocketAddr,
 
-    /// Where to listen for gRPC: quire.v1.Generation, health, reflection
+    /// Where to listen for gRPC: quire.v1.Generation, vllm.grpc.engine.VllmEngine, health, reflection
     #[arg(
         long,
         env = "QUIRE_GRPC",
@@ -55,6 +57,10 @@ pub(super) struct ServeArgs {
     /// The name clients call the model by [default: its directory's name]
     #[arg(long, env = "QUIRE_SERVED_MODEL_NAME", value_name = "NAME")]
     served_model_name: Option<String>,
+
+    /// Most seconds that what was accepted may take to finish after SIGTERM; then it is aborted [default: as long as it takes]
+    #[arg(long, env = "QUIRE_DRAIN_TIMEOUT", value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=86_400))]
+    drain_timeout: Option<u32>,
 
     /// How log lines look
     #[arg(
@@ -99,7 +105,11 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         .context("cannot start the runtime")?;
     runtime.block_on(async {
         let mut signals = Signals::listen()?;
-        let server = Server::bind(generator, metrics, args.http, args.grpc).await?;
+        let drain_timeout = args.drain_timeout.map(u64::from).map(Duration::from_secs);
+        let server = Server::bind(generator, metrics, args.http, args.grpc)
+            .await?
+            .tokenizer_files(TokenizerFiles::new(args.model.source()))
+            .drain_timeout(drain_timeout);
         tracing::info!(
             http = %server.http_address()?,
             grpc = %server.grpc_address()?,

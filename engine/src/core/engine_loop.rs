@@ -255,6 +255,19 @@ impl<B: Backend> EngineLoop<B> {
             Control::Abort(key) => self.end_request(key, FinishReason::Aborted),
             Control::Stop(key, index) => self.stop_sample(key, index),
             Control::ClearPrefixCache => self.scheduler.clear_prefix_cache(),
+            Control::AbortAll => {
+                for key in self.active.keys().copied().collect::<Vec<_>>() {
+                    self.end_request(key, FinishReason::Aborted);
+                }
+            }
+            Control::KvSnapshot(reply) => {
+                self.scheduler.record_events();
+                // What has happened belongs to the state.
+                self.publish_kv_events();
+                let blocks = self.scheduler.cached_blocks();
+                // Nobody waits any more when this fails.
+                let _ = reply.send(self.shared.kv_events.snapshot(blocks));
+            }
         }
     }
 
@@ -318,7 +331,7 @@ impl<B: Backend> EngineLoop<B> {
             // A preempted sequence is admitted again; its owner was told already.
             if !active.admitted {
                 active.admitted = true;
-                self.shared.left_queue();
+                self.shared.left_queue(active.ticket.prompt);
                 self.prompt_tokens += self.scheduler.tokens(scheduled.seq).len() as u64;
                 let _ = active.events.send(Event::Admitted { cached_tokens });
             }
@@ -512,7 +525,7 @@ impl<B: Backend> EngineLoop<B> {
     /// Settles the shared counts of a request that ended.
     fn forget(&mut self, active: &Active) {
         if !active.admitted {
-            self.shared.left_queue();
+            self.shared.left_queue(active.ticket.prompt);
         }
         let now = Instant::now();
         let interval = now.duration_since(self.last_finish);
@@ -522,7 +535,16 @@ impl<B: Backend> EngineLoop<B> {
         self.shared.ended();
     }
 
+    /// Hands the changes of the prefix cache to whoever subscribes.
+    fn publish_kv_events(&mut self) {
+        let events = self.scheduler.take_events();
+        if !events.is_empty() {
+            self.shared.kv_events.append(events);
+        }
+    }
+
     fn publish(&mut self) {
+        self.publish_kv_events();
         let stats = self.scheduler.stats();
         self.blocks_used_peak = self.blocks_used_peak.max(stats.blocks_used);
         self.shared.publish(EngineStats {
@@ -537,6 +559,8 @@ impl<B: Backend> EngineLoop<B> {
             prompt_tokens: self.prompt_tokens,
             generation_tokens: self.generation_tokens,
             blocks_used_peak: self.blocks_used_peak,
+            // Counted where requests are handed over.
+            waiting_tokens: 0,
             in_flight: 0,
         });
     }

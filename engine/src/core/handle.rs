@@ -7,6 +7,7 @@ use flume::{Receiver, Sender, TrySendError};
 use quire_scheduler::{Config, TokenId};
 use tokio::sync::Notify;
 
+use super::kv_events::KvEventLog;
 use super::request::{Event, Request, SubmitError};
 use super::stream::{Control, RequestStream, Ticket};
 
@@ -54,6 +55,8 @@ pub struct EngineStats {
     pub running: u32,
     /// Requests waiting, in the channel and in the scheduler.
     pub waiting: u32,
+    /// Prompt tokens of those requests.
+    pub waiting_tokens: u64,
     /// Blocks that sequences hold.
     pub blocks_used: u32,
     /// Free blocks that the prefix cache can still find.
@@ -93,6 +96,8 @@ pub(super) struct Shared {
     stats: Mutex<EngineStats>,
     /// Requests submitted and not yet admitted to run.
     waiting: AtomicUsize,
+    /// Their prompt tokens.
+    waiting_tokens: AtomicU64,
     /// Requests submitted and not ended.
     in_flight: AtomicUsize,
     /// Smoothed microseconds between the ends of requests.
@@ -102,6 +107,8 @@ pub(super) struct Shared {
     /// Told whenever `in_flight` reaches 0 or the engine stops.
     idle: Notify,
     next_key: AtomicU64,
+    /// What the prefix cache can find, as it changes.
+    pub kv_events: KvEventLog,
 }
 
 impl Shared {
@@ -112,12 +119,14 @@ impl Shared {
             max_waiting,
             stats: Mutex::new(EngineStats::default()),
             waiting: AtomicUsize::new(0),
+            waiting_tokens: AtomicU64::new(0),
             in_flight: AtomicUsize::new(0),
             finish_interval: AtomicU64::new(1_000_000),
             draining: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
             idle: Notify::new(),
             next_key: AtomicU64::new(0),
+            kv_events: KvEventLog::new(),
         }
     }
 
@@ -126,8 +135,10 @@ impl Shared {
         *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = stats;
     }
 
-    /// A request left the queue: to run, or because it ended while it waited.
-    pub fn left_queue(&self) {
+    /// A request with a prompt of so many tokens left the queue: to run, or because it ended while it waited.
+    pub fn left_queue(&self, prompt: u32) {
+        self.waiting_tokens
+            .fetch_sub(u64::from(prompt), Ordering::SeqCst);
         self.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 
@@ -210,10 +221,14 @@ impl Engine {
             sampling.n,
         )?;
         shared.enter_queue()?;
+        let prompt = request.prompt.len() as u32;
+        shared
+            .waiting_tokens
+            .fetch_add(u64::from(prompt), Ordering::SeqCst);
         // Counted before the flag is read: a drain that misses this request finds it in flight.
         shared.in_flight.fetch_add(1, Ordering::SeqCst);
         let refuse = |error| {
-            shared.left_queue();
+            shared.left_queue(prompt);
             shared.ended();
             Err(error)
         };
@@ -222,6 +237,7 @@ impl Engine {
         }
         let ticket = Arc::new(Ticket {
             key: shared.next_key.fetch_add(1, Ordering::Relaxed),
+            prompt,
             aborted: AtomicBool::new(false),
         });
         let (events, events_end) = flume::unbounded();
@@ -254,6 +270,7 @@ impl Engine {
         let shared = &*self.shared;
         let mut stats = *shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
         stats.waiting += self.requests.len() as u32;
+        stats.waiting_tokens = shared.waiting_tokens.load(Ordering::SeqCst);
         stats.in_flight = shared.in_flight.load(Ordering::SeqCst) as u32;
         stats
     }
@@ -262,6 +279,21 @@ impl Engine {
     pub fn clear_prefix_cache(&self) {
         // An engine that has stopped has no cache either.
         let _ = self.control.send(Control::ClearPrefixCache);
+    }
+
+    /// Ends everything that is in flight; every open sample reports `Finished(Aborted)`.
+    pub fn abort_all(&self) {
+        // An engine that has stopped has nothing in flight.
+        let _ = self.control.send(Control::AbortAll);
+    }
+
+    /// Sends a question to the engine thread; false: it is gone.
+    pub(super) fn ask(&self, control: Control) -> bool {
+        self.control.send(control).is_ok()
+    }
+
+    pub(super) fn kv_event_log(&self) -> &KvEventLog {
+        &self.shared.kv_events
     }
 
     /// From now on [`Engine::submit`] refuses; what was accepted goes on.

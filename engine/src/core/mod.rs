@@ -10,6 +10,7 @@
 mod config;
 mod engine_loop;
 mod handle;
+mod kv_events;
 mod memory;
 mod request;
 mod start;
@@ -18,6 +19,7 @@ mod stream;
 
 pub use config::{EngineConfig, StartError, StepReport};
 pub use handle::{Engine, EngineStats, ModelInfo};
+pub use kv_events::{KvEventBatch, KvEvents, KvNews, KvSnapshot};
 pub use memory::available as available_memory;
 pub use request::{Event, FinishReason, Request, SubmitError};
 pub use stream::{AbortHandle, RequestStream};

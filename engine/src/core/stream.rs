@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use flume::{Receiver, Sender};
 
+use super::kv_events::SnapshotReply;
 use super::request::{Event, FinishReason};
 
 /// Names a request inside one engine; never reused.
 pub(super) type RequestKey = u64;
 
 /// What a request's owner may still say after it was submitted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Control {
     /// Ends every sample; `Finished(Aborted)` is reported to whoever still listens.
     Abort(RequestKey),
@@ -19,12 +20,18 @@ pub(super) enum Control {
     Stop(RequestKey, u32),
     /// Forgets the cached prefixes nobody holds.
     ClearPrefixCache,
+    /// Aborts everything.
+    AbortAll,
+    /// Tells what the prefix cache can find, and records how it changes from then on.
+    KvSnapshot(SnapshotReply),
 }
 
 /// What the stream, its abort handles and the engine share about one request.
 #[derive(Debug)]
 pub(super) struct Ticket {
     pub key: RequestKey,
+    /// Tokens of the prompt.
+    pub prompt: u32,
     /// Set before [`Control::Abort`] is sent: the engine may see that message before it sees the request itself.
     pub aborted: AtomicBool,
 }

@@ -70,6 +70,11 @@ impl Generator {
         &self.inner.tokenizer
     }
 
+    /// What the checkpoint's authors recommend for what a request leaves open.
+    pub fn defaults(&self) -> &GenerationDefaults {
+        &self.inner.defaults
+    }
+
     /// Whether conversations can be rendered.
     pub fn has_chat_template(&self) -> bool {
         self.inner.template.is_some()

@@ -3,7 +3,8 @@
 //! Every protocol is a thin translation to and from [`crate::generation`]; several services can stand over one engine.
 //!
 //! How it ends: [`Server::run`] is given a future that says when. From then on health checks are red and new work is refused
-//! (`UNAVAILABLE` / 503), what was accepted finishes, answers are flushed, and the listeners close. If the engine dies instead, `run`
+//! (`UNAVAILABLE` / 503), what was accepted finishes (or is aborted when [`Server::drain_timeout`] is over), answers are flushed, and the
+//! listeners close. If the engine dies instead, `run`
 //! fails, so that whoever supervises the process starts a new one.
 //!
 //! **Invariant:** a frontend never touches a tensor.
@@ -24,6 +25,7 @@ use tokio::sync::watch;
 use crate::generation::Generator;
 use listener::Protocol;
 
+pub use grpc::TokenizerFiles;
 pub use metrics::{Metrics, step_observer};
 
 /// How long clients may take to read their answers once the last one is computed.
@@ -41,6 +43,8 @@ pub struct Server {
     metrics: Metrics,
     http: TcpListener,
     grpc: TcpListener,
+    tokenizer_files: Option<TokenizerFiles>,
+    drain_timeout: Option<Duration>,
 }
 
 /// Why a server cannot start, or ended by itself.
@@ -90,7 +94,23 @@ impl Server {
             grpc: bind("gRPC", "--grpc", grpc).await?,
             generator,
             metrics,
+            tokenizer_files: None,
+            drain_timeout: None,
         })
+    }
+
+    /// Serves the tokenizer's files to gateways that ask for them.
+    #[must_use]
+    pub fn tokenizer_files(mut self, files: TokenizerFiles) -> Self {
+        self.tokenizer_files = Some(files);
+        self
+    }
+
+    /// How long what was accepted may take to finish once the server is asked to end; `None`: as long as it takes.
+    #[must_use]
+    pub fn drain_timeout(mut self, timeout: Option<Duration>) -> Self {
+        self.drain_timeout = timeout;
+        self
     }
 
     /// Where HTTP listens.
@@ -117,6 +137,7 @@ impl Server {
         let engine = self.generator.engine().clone();
         let (close, closing) = watch::channel(false);
         let health = grpc::Health::new();
+        health.live(true).await;
         health.serving(true).await;
 
         let upkeep = tokio::spawn(self.metrics.clone().upkeep());
@@ -129,7 +150,7 @@ impl Server {
         );
         let grpc = listener::serve(
             self.grpc,
-            grpc::router(self.generator.clone(), health.clone()),
+            grpc::router(self.generator.clone(), health.clone(), self.tokenizer_files),
             Protocol::Grpc,
             closed(closing),
         );
@@ -139,6 +160,7 @@ impl Server {
             () = shutdown => {}
             () = engine.stopped() => {
                 health.serving(false).await;
+                health.live(false).await;
                 return Err(ServeError::EngineStopped);
             }
             // Not before `close` is sent.
@@ -155,6 +177,14 @@ impl Server {
         tokio::select! {
             () = engine.drained() => {}
             _ = &mut listening => {}
+            () = over(self.drain_timeout) => {
+                tracing::warn!(
+                    requests = engine.stats().in_flight,
+                    "the time to drain is over: aborting what is left"
+                );
+                engine.abort_all();
+                engine.drained().await;
+            }
         }
         close.send_replace(true);
         let answered = async {
@@ -183,6 +213,14 @@ struct AbortOnDrop(tokio::task::JoinHandle<()>);
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         self.0.abort();
+    }
+}
+
+/// Resolves when the time is over; never if there is no limit.
+async fn over(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => tokio::time::sleep(limit).await,
+        None => std::future::pending().await,
     }
 }
 

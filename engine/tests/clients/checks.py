@@ -40,7 +40,7 @@ class Suite:
 
     def run(self, module: ModuleType, words: list[str]) -> None:
         """Runs a module's checks in the order in which they are written."""
-        for name, check in vars(module).items():
+        for name, check in list(vars(module).items()):
             ours = inspect.isfunction(check) and check.__module__ == module.__name__ and not name.startswith("_")
             title = f"{module.__name__}: {name.replace('_', ' ')}"
             wanted = not words or any(word in module.__name__ or word in name for word in words)
