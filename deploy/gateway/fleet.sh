@@ -40,7 +40,8 @@ done
 # gets no requests until it answers again.
 "$smg" launch --host 127.0.0.1 --port "$port" --prometheus-host 127.0.0.1 \
   --worker-urls "${urls[@]}" --policy cache_aware \
-  --health-check-interval-secs 2 --health-failure-threshold 2 --health-success-threshold 1 &
+  --health-check-interval-secs 2 --health-failure-threshold 2 --health-success-threshold 1 \
+  --shutdown-grace-period-secs 30 &
 pids+=($!)
 
 # Whoever ends first ends the fleet.
