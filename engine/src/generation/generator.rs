@@ -80,9 +80,14 @@ impl Generator {
         self.inner.template.is_some()
     }
 
+    /// Whether some answer is not read to its end.
+    pub fn has_unread_answers(&self) -> bool {
+        Arc::strong_count(&self.inner.unread) > 1
+    }
+
     /// Resolves when every answer has been read to its end or given up. To be asked while a server ends: it looks again and again.
     pub async fn answered(&self) {
-        while Arc::strong_count(&self.inner.unread) > 1 {
+        while self.has_unread_answers() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }

@@ -30,8 +30,10 @@ pub use metrics::{Metrics, step_observer};
 
 /// How long clients may take to read their answers once the last one is computed.
 const FLUSH: Duration = Duration::from_secs(10);
-/// How long the last bytes may take to leave once nobody has an answer to read.
-const FAREWELL: Duration = Duration::from_millis(500);
+/// How long the last bytes may take to leave once nobody has an answer to read: where somebody had one when the end began, on a busy machine,
+const FAREWELL: Duration = Duration::from_secs(3);
+/// and where nobody had.
+const SHORT_FAREWELL: Duration = Duration::from_millis(500);
 
 /// Largest request body of either protocol, in bytes. Far above any context; what is longer is refused without being read.
 pub(crate) const LARGEST_REQUEST: usize = 8 << 20;
@@ -169,6 +171,11 @@ impl Server {
 
         engine.drain();
         health.serving(false).await;
+        let farewell = if self.generator.has_unread_answers() {
+            FAREWELL
+        } else {
+            SHORT_FAREWELL
+        };
         tracing::info!(
             requests = engine.stats().in_flight,
             "shutting down: finishing what was accepted, refusing what is new"
@@ -189,7 +196,7 @@ impl Server {
         close.send_replace(true);
         let answered = async {
             self.generator.answered().await;
-            tokio::time::sleep(FAREWELL).await;
+            tokio::time::sleep(farewell).await;
         };
         tokio::select! {
             _ = &mut listening => {}
