@@ -182,6 +182,16 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         max_rows: arguments.chunk.max(largest) as usize,
     };
     let decoder = Decoder::load(&checkpoint, backend, options, &mut |_| {})?;
+    let shape = [
+        checkpoint.config.hidden_size,
+        checkpoint.config.intermediate_size,
+    ];
+    let stored = checkpoint
+        .tensors
+        .get("model.layers.0.mlp.down_proj.weight", &shape)?
+        .format;
+    let quantised =
+        arguments.quantize.is_some() || !matches!(stored, Format::F32 | Format::F16 | Format::Bf16);
     let kv_dtype = match arguments.kv_cache_dtype {
         KvCacheDtype::F16 => KvDtype::F16,
         KvCacheDtype::F32 => KvDtype::F32,
@@ -206,7 +216,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let cost = Cost::of(
         decoder.config(),
         decoder.weight_bytes(),
-        arguments.quantize.is_some(),
+        quantised,
         kv_dtype,
     );
     let mut workload = Workload::new(
