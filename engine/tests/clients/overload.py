@@ -94,7 +94,8 @@ def a_lower_priority_number_runs_first(start) -> None:
         next(iter(running))
 
         def run(name: str, priority: int) -> None:
-            client.Generate(text_request("B", 20, priority=priority))
+            # Long enough that the ends are further apart than the moments in which threads of this process learn of them.
+            client.Generate(text_request("B", 600, priority=priority))
             order.append(name)
 
         threads = []
