@@ -184,21 +184,7 @@ impl Tensors {
     /// # Errors
     /// There is none, or it has another shape, or its elements are of a type that is not supported.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>, CheckpointError> {
-        let Some(entry) = self.entries.get(name) else {
-            return Err(CheckpointError::MissingTensor {
-                name: self.spelt(name),
-                shape: shape.to_vec(),
-                hint: self.hint(name),
-            });
-        };
-        if entry.shape != shape {
-            return Err(CheckpointError::Shape {
-                file: self.shards[entry.shard].name.clone(),
-                name: self.spelt(name),
-                found: entry.shape.clone(),
-                expected: shape.to_vec(),
-            });
-        }
+        let entry = self.entry(name, shape)?;
         let format = match &entry.format {
             Ok(format) => *format,
             Err(dtype) => {
@@ -223,6 +209,47 @@ impl Tensors {
                 Some(head) => Cow::Owned(in_halves(data, shape[0], head)),
             },
         })
+    }
+
+    fn entry(&self, name: &str, shape: &[usize]) -> Result<&Entry, CheckpointError> {
+        let Some(entry) = self.entries.get(name) else {
+            return Err(CheckpointError::MissingTensor {
+                name: self.spelt(name),
+                shape: shape.to_vec(),
+                hint: self.hint(name),
+            });
+        };
+        if entry.shape != shape {
+            return Err(CheckpointError::Shape {
+                file: self.shards[entry.shard].name.clone(),
+                name: self.spelt(name),
+                found: entry.shape.clone(),
+                expected: shape.to_vec(),
+            });
+        }
+        Ok(entry)
+    }
+
+    /// The bytes of the tensor `name`, whose elements are unsigned bytes that mean something only with another tensor.
+    ///
+    /// # Errors
+    /// There is none, or it has another shape, or other elements.
+    pub fn bytes(&self, name: &str, shape: &[usize]) -> Result<&[u8], CheckpointError> {
+        let entry = self.entry(name, shape)?;
+        let shard = &self.shards[entry.shard];
+        if entry.format.as_ref().err().map(String::as_str) != Some("U8") {
+            let dtype = match &entry.format {
+                Ok(format) => format.name().to_owned(),
+                Err(dtype) => dtype.clone(),
+            };
+            return Err(CheckpointError::Dtype {
+                file: shard.name.clone(),
+                name: self.spelt(name),
+                dtype,
+                expected: "U8",
+            });
+        }
+        Ok(&shard.bytes.as_slice()[entry.begin..entry.end])
     }
 
     /// The tensors of GGUF files: `(file, bytes, tensors)`. `interleaved`: query and key rows are, in heads of this size.

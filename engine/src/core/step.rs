@@ -18,6 +18,7 @@ pub(super) fn fill(scheduler: &Scheduler, step: &mut Step, copies: &mut Vec<(u32
             rows: scheduled.len,
             start: scheduled.start,
             table: step.block_tables.len() as u32,
+            beyond: false,
         });
         let tokens = scheduler.tokens(scheduled.seq);
         step.tokens.extend(

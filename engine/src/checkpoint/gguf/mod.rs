@@ -144,7 +144,7 @@ impl Gguf {
         let mut tensors = Tensors::from_gguf(parts, interleaved)?;
         let factors = "rope_freqs.weight";
         if tensors.contains(factors) {
-            let view = tensors.get(factors, &[config.head_dim / 2])?;
+            let view = tensors.get(factors, &[config.ropes[0].rotated / 2])?;
             let mut values = Vec::new();
             view.format.dequantize(&view.data, &mut values);
             if let Some(wrong) = values.iter().find(|&&v| !(v > 0.0 && v < 1e9)) {
@@ -153,7 +153,7 @@ impl Gguf {
                     format!("tensor `{factors}` holds {wrong}, expected positive numbers"),
                 ));
             }
-            config.rope.scaling = RopeScaling::Divisors(values);
+            config.ropes[0].scaling = RopeScaling::Divisors(values);
             tensors.leave_out(factors);
         }
         Ok(Checkpoint {
