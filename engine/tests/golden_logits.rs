@@ -42,7 +42,7 @@ fn llama_without_gqa_with_linear_rope_spelt_as_transformers_4_did() {
 }
 
 #[test]
-fn qwen3_moe_with_experts_in_some_layers() {
+fn qwen3_moe_with_more_experts_than_a_token_uses() {
     equals_transformers("qwen3-moe");
 }
 
@@ -108,6 +108,30 @@ fn the_same_checkpoints_as_gguf() {
         let checkpoint = Checkpoint::open(&ModelSource::Path(path)).unwrap();
         assert_eq!(checkpoint.name, name);
         assert_eq!(checkpoint.generation.eos, open(name).generation.eos);
+        compare(name, &checkpoint);
+    }
+}
+
+#[test]
+fn other_families_as_llama_cpp_converts_them() {
+    for name in [
+        "qwen3-moe",
+        "phi3",
+        "phi4-longrope",
+        "gemma2",
+        "gemma3",
+        "bitnet",
+        "gpt-oss",
+        "smollm3",
+        "granite",
+        "olmo2",
+    ] {
+        let path = directory("gguf").join(format!("{name}.gguf"));
+        let mut checkpoint = Checkpoint::open(&ModelSource::Path(path)).unwrap();
+        // The files do not have these; llama.cpp knows those of the published models.
+        let original = open(name).config;
+        checkpoint.config.attention_scale = original.attention_scale;
+        checkpoint.config.activation = original.activation;
         compare(name, &checkpoint);
     }
 }

@@ -102,8 +102,12 @@ fn schedule(
 ) -> (EngineConfig, usize) {
     let block_size = [16, 32][random.below(2)];
     let config = &checkpoint.config;
-    let block_bytes =
-        2 * config.layers.len() * config.kv_heads * config.head_dim * block_size * base.kv_dtype.size();
+    let block_bytes = 2
+        * config.layers.len()
+        * config.kv_heads
+        * config.head_dim
+        * block_size
+        * base.kv_dtype.size();
     // The largest request needs 512 tokens of blocks (4 samples of up to 112 tokens); a few hundred more let a handful run side by side.
     let tokens = 576 + random.below(300);
     let max_batch_tokens = 3 + random.below(if round.is_multiple_of(2) { 40 } else { 400 }) as u32;

@@ -424,6 +424,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::model::{QkNorm, RopeScaling};
 
     fn llama() -> Value {
         json!({
@@ -448,28 +449,110 @@ mod tests {
         new_rules["rope_theta"] = json!(500_000.0);
         let mut json = with("rope_parameters", new_rules);
         json["rope_theta"] = Value::Null;
-        assert_eq!(parse(&json).expect("valid").rope, old.rope);
+        assert_eq!(parse(&json).expect("valid").ropes, old.ropes);
         let older = parse(&with(
             "rope_scaling",
             json!({"type": "linear", "factor": 2.0}),
         ))
         .expect("valid");
-        assert_eq!(older.rope.scaling, RopeScaling::Linear { factor: 2.0 });
+        assert_eq!(older.ropes[0].scaling, RopeScaling::Linear { factor: 2.0 });
     }
 
     #[test]
     fn families_differ_in_norms_and_biases() {
         let biased = parse(&with("attention_bias", json!(true))).expect("valid");
-        assert!(biased.qkv_bias && biased.output_bias && !biased.qk_norm);
+        assert!(biased.qkv_bias && biased.output_bias);
+        assert_eq!(biased.qk_norm, QkNorm::None);
         let mut qwen2 = with("model_type", json!("qwen2"));
         qwen2["attention_bias"] = json!(false);
         let qwen2 = parse(&qwen2).expect("valid");
         assert!(qwen2.qkv_bias && !qwen2.output_bias);
-        assert!(
-            parse(&with("model_type", json!("qwen3")))
-                .expect("valid")
-                .qk_norm
+        let qwen3 = parse(&with("model_type", json!("qwen3"))).expect("valid");
+        assert_eq!(qwen3.qk_norm, QkNorm::Heads);
+    }
+
+    fn windows(json: &Value) -> Vec<Option<u32>> {
+        let layers = parse(json).expect("valid").layers;
+        layers.iter().map(|layer| layer.window).collect()
+    }
+
+    #[test]
+    fn a_family_s_habit_says_which_layers_have_the_window() {
+        let mut json = with("sliding_window", json!(64));
+        json["num_hidden_layers"] = json!(6);
+        assert_eq!(windows(&json), [None; 6], "Llama has none");
+        json["model_type"] = json!("mistral");
+        assert_eq!(windows(&json), [Some(64); 6]);
+        json["sliding_window"] = json!(512);
+        assert_eq!(windows(&json), [None; 6], "as long as the context");
+        json["sliding_window"] = json!(64);
+        json["model_type"] = json!("gemma2");
+        json["hidden_act"] = Value::Null;
+        let alternating = [Some(64), None, Some(64), None, Some(64), None];
+        assert_eq!(windows(&json), alternating);
+        json["model_type"] = json!("gemma3_text");
+        json["sliding_window_pattern"] = json!(3);
+        let two_to_one = [Some(64), Some(64), None, Some(64), Some(64), None];
+        assert_eq!(windows(&json), two_to_one);
+        json["model_type"] = json!("qwen2");
+        json["max_window_layers"] = json!(4);
+        assert_eq!(windows(&json), [None; 6], "not used");
+        json["use_sliding_window"] = json!(true);
+        assert_eq!(windows(&json)[3..], [None, Some(64), Some(64)]);
+        json["layer_types"] = json!([
+            "sliding_attention",
+            "full_attention",
+            "full_attention",
+            "full_attention",
+            "full_attention",
+            "full_attention"
+        ]);
+        assert_eq!(windows(&json)[..2], [Some(64), None]);
+    }
+
+    /// `config.json` of google/gemma-3-4b-it as it was published: most of it is left out.
+    #[test]
+    fn what_authors_leave_out_is_filled_in() {
+        let json = json!({
+            "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "mm_tokens_per_image": 256,
+            "text_config": {
+                "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024
+            },
+            "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"}
+        });
+        let config = parse(&json).expect("valid");
+        assert_eq!(
+            (config.heads, config.kv_heads, config.head_dim),
+            (8, 4, 256)
         );
+        assert_eq!(config.vocab_size, 262_208);
+        assert!(config.tied_head);
+        assert_eq!(config.layers[4].window, Some(1024));
+        assert_eq!(config.layers[5].window, None);
+        let rope = |layer: usize| &config.ropes[config.layers[layer].rope.expect("it has one")];
+        assert_eq!((rope(4).theta, &rope(4).scaling), (1e4, &RopeScaling::None));
+        assert_eq!(rope(5).theta, 1e6);
+        assert_eq!(rope(5).scaling, RopeScaling::Linear { factor: 8.0 });
+        assert!((config.attention_scale - 0.0625).abs() < 1e-7);
+    }
+
+    /// `config.json` of microsoft/Phi-4-mini-instruct, less its 48 divisors.
+    #[test]
+    fn phi_4_mini_switches_at_its_original_context() {
+        let divisors = vec![1.5; 48];
+        let json = json!({
+            "model_type": "phi3", "vocab_size": 200_064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+            "num_attention_heads": 24, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
+            "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75, "rope_theta": 10000.0,
+            "rope_scaling": {"type": "longrope", "short_factor": divisors, "long_factor": divisors},
+            "sliding_window": 262_144, "tie_word_embeddings": true, "attention_bias": false, "hidden_act": "silu"
+        });
+        let config = parse(&json).expect("valid");
+        assert_eq!(config.rope_switch(), Some(4096));
+        assert_eq!(config.ropes[0].rotated, 96);
+        assert!((config.ropes[0].scale - 1.190_238).abs() < 1e-5);
+        assert_eq!(config.layers[0].window, None, "longer than the context");
     }
 
     #[test]
@@ -491,8 +574,8 @@ mod tests {
             ("tie_word_embeddings", json!("yes"), "true or false"),
             (
                 "rope_scaling",
-                json!({"rope_type": "yarn", "factor": 4.0}),
-                "default, linear or llama3",
+                json!({"rope_type": "dynamic", "factor": 4.0}),
+                "default, linear, llama3, yarn or longrope",
             ),
             (
                 "rope_scaling",
@@ -504,8 +587,24 @@ mod tests {
                 json!({"quant_method": "gptq"}),
                 "gptq",
             ),
-            ("use_sliding_window", json!(true), "sliding"),
-            ("partial_rotary_factor", json!(0.5), "1"),
+            ("layer_types", json!(["full_attention"]), "2 times"),
+            (
+                "layer_types",
+                json!(["full_attention", "chunked_attention"]),
+                "sliding_attention",
+            ),
+            (
+                "layer_types",
+                json!(["full_attention", "sliding_attention"]),
+                "the window",
+            ),
+            ("sliding_window", json!(-3), "whole number"),
+            ("partial_rotary_factor", json!(1.5), "share of a head"),
+            (
+                "rope_scaling",
+                json!({"type": "longrope", "short_factor": [1.0], "long_factor": [1.0], "original_max_position_embeddings": 64}),
+                "8 positive numbers",
+            ),
         ];
         for (field, value, expected) in cases {
             let error = parse(&with(field, value)).expect_err(field).to_string();

@@ -24,7 +24,7 @@ pub(super) fn parse(
         let rules = Rules {
             json,
             field,
-            rules,
+            fields: rules,
             head_dim,
             max_position,
         };
@@ -49,34 +49,34 @@ pub(super) fn parse(
 /// One set of rules and what is needed to read it.
 struct Rules<'a> {
     json: &'a Value,
-    /// Where `rules` are found, for errors.
+    /// Where they are found, for errors.
     field: &'a str,
-    rules: &'a Value,
+    fields: &'a Value,
     head_dim: usize,
     max_position: usize,
 }
 
 impl Rules<'_> {
     fn number(&self, name: &str, default: Option<f64>) -> Result<f64, CheckpointError> {
-        positive(self.rules, &format!("{}.", self.field), name, default)
+        positive(self.fields, &format!("{}.", self.field), name, default)
     }
 
     fn wrong(&self, name: &str, expected: &str) -> CheckpointError {
         wrong(
             &format!("{}.{name}", self.field),
-            &self.rules[name],
+            &self.fields[name],
             expected,
         )
     }
 
     /// `theta`: the field outside the rules that has the base where they have none.
     fn parse(&self, theta: &str) -> Result<RopeConfig, CheckpointError> {
-        let theta = match &self.rules["rope_theta"] {
+        let theta = match &self.fields["rope_theta"] {
             Value::Null => positive(self.json, "", theta, Some(10_000.0))?,
             _ => self.number("rope_theta", None)?,
         };
         let rotated = self.rotated()?;
-        let kind = match (&self.rules["rope_type"], &self.rules["type"]) {
+        let kind = match (&self.fields["rope_type"], &self.fields["type"]) {
             (Value::Null, kind) | (kind, _) => kind,
         };
         let (scaling, scale) = match kind.as_str() {
@@ -109,7 +109,7 @@ impl Rules<'_> {
     /// How many elements of a head are rotated.
     fn rotated(&self) -> Result<usize, CheckpointError> {
         const FIELD: &str = "partial_rotary_factor";
-        let (name, value) = match &self.rules[FIELD] {
+        let (name, value) = match &self.fields[FIELD] {
             Value::Null => (FIELD.to_owned(), &self.json[FIELD]),
             value => (format!("{}.{FIELD}", self.field), value),
         };
@@ -166,9 +166,9 @@ impl Rules<'_> {
                 0.1 * of * factor.ln() + 1.0
             }
         };
-        let given = |name: &str| self.rules[name].as_f64().filter(|&value| value != 0.0);
+        let given = |name: &str| self.fields[name].as_f64().filter(|&value| value != 0.0);
         let scale = match (given("mscale"), given("mscale_all_dim")) {
-            _ if !self.rules["attention_factor"].is_null() => {
+            _ if !self.fields["attention_factor"].is_null() => {
                 self.number("attention_factor", None)?
             }
             (Some(one), Some(all)) => magnitude(one) / magnitude(all),
@@ -179,7 +179,7 @@ impl Rules<'_> {
             beta_fast: self.number("beta_fast", Some(32.0))?,
             beta_slow: self.number("beta_slow", Some(1.0))?,
             original_max_position: original,
-            truncate: self.rules["truncate"].as_bool().unwrap_or(true),
+            truncate: self.fields["truncate"].as_bool().unwrap_or(true),
         };
         Ok((scaling, scale))
     }
@@ -187,7 +187,7 @@ impl Rules<'_> {
     fn long_rope(&self, rotated: usize) -> Result<(RopeScaling, f64), CheckpointError> {
         const ORIGINAL: &str = "original_max_position_embeddings";
         // Phi-3 has it beside the rules.
-        let original = match &self.rules[ORIGINAL] {
+        let original = match &self.fields[ORIGINAL] {
             Value::Null => positive(self.json, "", ORIGINAL, None)?,
             _ => self.number(ORIGINAL, None)?,
         };
@@ -198,11 +198,11 @@ impl Rules<'_> {
                 "a whole number of tokens, at least 2",
             ));
         }
-        let factor = match &self.rules["factor"] {
+        let factor = match &self.fields["factor"] {
             Value::Null => self.max_position as f64 / original,
             _ => self.number("factor", None)?,
         };
-        let scale = match &self.rules["attention_factor"] {
+        let scale = match &self.fields["attention_factor"] {
             Value::Null if factor <= 1.0 => 1.0,
             Value::Null => (1.0 + factor.ln() / original.ln()).sqrt(),
             _ => self.number("attention_factor", None)?,
@@ -216,7 +216,7 @@ impl Rules<'_> {
     }
 
     fn divisors(&self, name: &str, count: usize) -> Result<Vec<f32>, CheckpointError> {
-        let list = self.rules[name].as_array();
+        let list = self.fields[name].as_array();
         let divisors: Option<Vec<f32>> = list.and_then(|list| {
             list.iter()
                 .map(|value| value.as_f64().map(|v| v as f32))

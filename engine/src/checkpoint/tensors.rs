@@ -22,7 +22,7 @@ pub struct Tensors {
     shards: Vec<Shard>,
     entries: BTreeMap<String, Entry>,
     /// Names in the file are llama.cpp's.
-    gguf: bool,
+    gguf: Option<gguf::Names>,
 }
 
 #[derive(Debug)]
@@ -59,7 +59,7 @@ impl Tensors {
         let mut tensors = Self {
             shards: Vec::new(),
             entries: BTreeMap::new(),
-            gguf: false,
+            gguf: None,
         };
         if let Some(bytes) = files.map(SINGLE)? {
             tensors.add(SINGLE, bytes)?;
@@ -192,7 +192,7 @@ impl Tensors {
                     file: self.shards[entry.shard].name.clone(),
                     name: self.spelt(name),
                     dtype: dtype.clone(),
-                    expected: if self.gguf {
+                    expected: if self.gguf.is_some() {
                         "F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, TQ1_0, TQ2_0 or MXFP4"
                     } else {
                         "F32, F16 or BF16"
@@ -255,12 +255,13 @@ impl Tensors {
     /// The tensors of GGUF files: `(file, bytes, tensors)`. `interleaved`: query and key rows are, in heads of this size.
     pub(super) fn from_gguf(
         parts: impl Iterator<Item = (String, Bytes, Vec<GgufInfo>)>,
+        names: gguf::Names,
         interleaved: Option<usize>,
     ) -> Result<Self, CheckpointError> {
         let mut tensors = Self {
             shards: Vec::new(),
             entries: BTreeMap::new(),
-            gguf: true,
+            gguf: Some(names),
         };
         for (name, bytes, infos) in parts {
             let shard = tensors.shards.len();
@@ -284,7 +285,7 @@ impl Tensors {
                 };
                 if tensors
                     .entries
-                    .insert(gguf::ours(&info.name), entry)
+                    .insert(names.ours(&info.name), entry)
                     .is_some()
                 {
                     return Err(CheckpointError::file(
@@ -300,10 +301,9 @@ impl Tensors {
 
     /// The tensor's name in the file.
     fn spelt(&self, name: &str) -> String {
-        if self.gguf {
-            gguf::theirs(name)
-        } else {
-            name.to_owned()
+        match self.gguf {
+            Some(names) => names.theirs(name),
+            None => name.to_owned(),
         }
     }
 

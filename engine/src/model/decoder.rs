@@ -7,7 +7,7 @@ use quire_kernels::{
 use crate::checkpoint::Checkpoint;
 
 use super::load::{self, LoadError, LoadOptions, LoadProgress, Mlp, Weights};
-use super::{ModelConfig, PageLayout, rope};
+use super::{ModelConfig, NormPlacement, PageLayout, rope};
 
 /// A loaded model: weights on the device, and buffers for the largest step it will be asked to run.
 pub struct Decoder<B: Backend> {
@@ -89,8 +89,7 @@ impl<B: Backend> Decoder<B> {
             attended: buffer(config.heads * config.head_dim)?,
             gate_up: buffer(2 * config.intermediate_size)?,
             gated: buffer(config.intermediate_size)?,
-            branch: weights
-                .needs_branch(&config)
+            branch: (config.residual_scale != 1.0 || config.norms != NormPlacement::Before)
                 .then(|| buffer(config.hidden_size))
                 .transpose()?,
             rotary: config

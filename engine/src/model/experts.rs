@@ -19,8 +19,8 @@ use crate::checkpoint::{CheckpointError, Tensors};
 /// Elements of an MXFP4 block.
 const BLOCK: usize = 32;
 
-/// Rows of one matrix part, borrowed or made.
-struct Rows<'a> {
+/// A matrix part, borrowed or made.
+struct Part<'a> {
     rows: usize,
     cols: usize,
     format: Format,
@@ -96,7 +96,7 @@ impl<B: Backend> Loader<'_, B> {
         }
     }
 
-    fn pack_rows(&mut self, what: &str, rows: &[Rows<'_>]) -> Result<B::Matrix, LoadError> {
+    fn pack_rows(&mut self, what: &str, rows: &[Part<'_>]) -> Result<B::Matrix, LoadError> {
         let parts: Vec<MatrixPart<'_>> = rows
             .iter()
             .map(|rows| MatrixPart {
@@ -148,7 +148,7 @@ struct Stored<'a> {
 
 impl<'a> Stored<'a> {
     /// Gate and input projections: of each expert in turn its gate's rows, then its input's.
-    fn gate_up(&self, of: &ExpertsConfig, hidden: usize) -> Result<Vec<Rows<'a>>, CheckpointError> {
+    fn gate_up(&self, of: &ExpertsConfig, hidden: usize) -> Result<Vec<Part<'a>>, CheckpointError> {
         let (count, n) = (of.count, of.intermediate_size);
         let experts = &self.experts;
         if self
@@ -186,7 +186,7 @@ impl<'a> Stored<'a> {
     }
 
     /// Output projections, one expert after the other.
-    fn down(&self, of: &ExpertsConfig, hidden: usize) -> Result<Vec<Rows<'a>>, CheckpointError> {
+    fn down(&self, of: &ExpertsConfig, hidden: usize) -> Result<Vec<Part<'a>>, CheckpointError> {
         let (count, n) = (of.count, of.intermediate_size);
         let experts = &self.experts;
         if self
@@ -214,9 +214,9 @@ impl<'a> Stored<'a> {
             .collect()
     }
 
-    fn single(&self, name: &str, rows: usize, cols: usize) -> Result<Rows<'a>, CheckpointError> {
+    fn single(&self, name: &str, rows: usize, cols: usize) -> Result<Part<'a>, CheckpointError> {
         let view = self.tensors.get(name, &[rows, cols])?;
-        Ok(Rows {
+        Ok(Part {
             rows,
             cols,
             format: view.format,
@@ -231,7 +231,7 @@ impl<'a> Stored<'a> {
         count: usize,
         rows: usize,
         cols: usize,
-    ) -> Result<Vec<Rows<'a>>, CheckpointError> {
+    ) -> Result<Vec<Part<'a>>, CheckpointError> {
         let view = self.tensors.get(name, &[count, rows, cols])?;
         let bytes = view.data.len() / count;
         let part = |at: usize| match &view.data {
@@ -239,7 +239,7 @@ impl<'a> Stored<'a> {
             Cow::Owned(data) => Cow::Owned(data[at * bytes..(at + 1) * bytes].to_vec()),
         };
         Ok((0..count)
-            .map(|at| Rows {
+            .map(|at| Part {
                 rows,
                 cols,
                 format: view.format,
@@ -255,7 +255,7 @@ impl<'a> Stored<'a> {
         count: usize,
         cols: usize,
         rows: usize,
-    ) -> Result<Vec<Rows<'a>>, CheckpointError> {
+    ) -> Result<Vec<Part<'a>>, CheckpointError> {
         let parts = self.stacked(name, count, cols, rows)?;
         Ok(parts
             .into_iter()
@@ -268,7 +268,7 @@ impl<'a> Stored<'a> {
                         data.extend_from_slice(&part.data[at..at + size]);
                     }
                 }
-                Rows {
+                Part {
                     rows,
                     cols,
                     format: part.format,
@@ -286,7 +286,7 @@ impl<'a> Stored<'a> {
         count: usize,
         rows: usize,
         cols: usize,
-    ) -> Result<Vec<Rows<'a>>, CheckpointError> {
+    ) -> Result<Vec<Part<'a>>, CheckpointError> {
         let blocks = cols / BLOCK;
         let shape = [count, rows, blocks, BLOCK / 2];
         let elements = self.tensors.bytes(&format!("{name}_blocks"), &shape)?;
@@ -302,7 +302,7 @@ impl<'a> Stored<'a> {
                     let at = |i: usize| pairs[i / 2] >> (4 * (i % 2)) & 15;
                     data.extend((0..BLOCK / 2).map(|i| at(i) | at(i + BLOCK / 2) << 4));
                 }
-                Rows {
+                Part {
                     rows,
                     cols,
                     format: Format::Mxfp4,
@@ -314,7 +314,7 @@ impl<'a> Stored<'a> {
 }
 
 /// The parts of two lists in turn.
-fn in_turn<'a>(first: Vec<Rows<'a>>, second: Vec<Rows<'a>>) -> Vec<Rows<'a>> {
+fn in_turn<'a>(first: Vec<Part<'a>>, second: Vec<Part<'a>>) -> Vec<Part<'a>> {
     first
         .into_iter()
         .zip(second)
@@ -323,14 +323,14 @@ fn in_turn<'a>(first: Vec<Rows<'a>>, second: Vec<Rows<'a>>) -> Vec<Rows<'a>> {
 }
 
 /// Even rows, then odd ones.
-fn halves_apart(part: Rows<'_>) -> Rows<'_> {
+fn halves_apart(part: Part<'_>) -> Part<'_> {
     let bytes = part.data.len() / part.rows;
     let rows = || part.data.chunks_exact(bytes);
     let mut data = Vec::with_capacity(part.data.len());
     for row in rows().step_by(2).chain(rows().skip(1).step_by(2)) {
         data.extend_from_slice(row);
     }
-    Rows {
+    Part {
         data: Cow::Owned(data),
         ..part
     }

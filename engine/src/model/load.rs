@@ -87,13 +87,6 @@ pub(super) struct Weights<B: Backend> {
     pub head: Option<B::Matrix>,
 }
 
-impl<B: Backend> Weights<B> {
-    /// Whether projections are changed before they join the residual stream.
-    pub fn needs_branch(&self, config: &ModelConfig) -> bool {
-        config.residual_scale != 1.0 || config.norms != NormPlacement::Before
-    }
-}
-
 /// Packs all weights of `checkpoint`.
 pub(super) fn weights<B: Backend>(
     checkpoint: &Checkpoint,

@@ -197,6 +197,12 @@ impl std::fmt::Debug for Vector {
     }
 }
 
+impl Vector {
+    fn as_slice(&self) -> &[f32] {
+        self.0.as_slice()
+    }
+}
+
 /// A norm's weights, which must have the length of what is normalised.
 fn weights(vector: &Vector, len: usize) -> Result<&[f32], Error> {
     if vector.0.len() != len {
@@ -631,16 +637,13 @@ impl Backend for CpuBackend {
         out: &mut Activations,
     ) -> Result<(), Error> {
         let (rows, cols) = (self.rows(), x.cols);
-        fn slice(vector: Option<&Vector>) -> Option<&[f32]> {
-            vector.map(|vector| vector.0.as_slice())
-        }
         let mixture = Mixture {
             router: experts.router,
-            router_bias: slice(experts.router_bias),
+            router_bias: experts.router_bias.map(Vector::as_slice),
             gate_up: experts.gate_up,
-            gate_up_bias: slice(experts.gate_up_bias),
+            gate_up_bias: experts.gate_up_bias.map(Vector::as_slice),
             down: experts.down,
-            down_bias: slice(experts.down_bias),
+            down_bias: experts.down_bias.map(Vector::as_slice),
             experts: experts.experts,
             top_k: experts.top_k,
             normalised: experts.normalised,

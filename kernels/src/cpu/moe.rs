@@ -197,7 +197,8 @@ impl Mixture<'_> {
             let begin = s.chosen.len();
             for choice in scores.iter().copied().enumerate() {
                 // Best first, and of equal scores the first; what is not a number comes last.
-                let better = s.chosen[begin..].partition_point(|other| !(choice.1 > other.1));
+                let better = s.chosen[begin..]
+                    .partition_point(|other| other.1 >= choice.1 || choice.1.is_nan());
                 if better < top_k {
                     s.chosen.truncate(begin + top_k - 1);
                     s.chosen.insert(begin + better, choice);
