@@ -112,7 +112,8 @@ fn wrong_values_of_config_json_are_named() {
         ("rms_norm_eps", json!("small"), "\"small\""),
         ("hidden_act", json!("gelu"), "\"gelu\""),
         ("tie_word_embeddings", json!(1), "1"),
-        ("use_sliding_window", json!(true), "true"),
+        ("use_sliding_window", json!(1), "1"),
+        ("sliding_window", json!("wide"), "\"wide\""),
         (
             "layer_types",
             json!(["sliding_attention"]),

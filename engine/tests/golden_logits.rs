@@ -139,7 +139,8 @@ fn other_families_as_llama_cpp_converts_them() {
 /// A golden that another model meets as well would prove nothing.
 #[test]
 fn the_golden_logits_tell_models_apart() {
-    let spoil: [(&str, fn(&mut ModelConfig)); 11] = [
+    type Spoil = fn(&mut ModelConfig);
+    let spoil: [(&str, Spoil); 11] = [
         ("llama3-rope", |c| c.ropes[0].scaling = RopeScaling::None),
         ("llama-linear-rope", |c| {
             c.ropes[0].scaling = RopeScaling::None;

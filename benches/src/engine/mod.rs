@@ -183,9 +183,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     };
     let decoder = Decoder::load(&checkpoint, backend, options, &mut |_| {})?;
     // Every family has it, and experts are stored as it is.
-    const STANDS_FOR_ALL: &str = "model.layers.0.self_attn.o_proj.weight";
-    let shape = checkpoint.tensors.shape(STANDS_FOR_ALL).unwrap_or_default();
-    let stored = checkpoint.tensors.get(STANDS_FOR_ALL, shape)?.format;
+    let stands_for_all = "model.layers.0.self_attn.o_proj.weight";
+    let shape = checkpoint.tensors.shape(stands_for_all).unwrap_or_default();
+    let stored = checkpoint.tensors.get(stands_for_all, shape)?.format;
     let quantised =
         arguments.quantize.is_some() || !matches!(stored, Format::F32 | Format::F16 | Format::Bf16);
     let kv_dtype = match arguments.kv_cache_dtype {

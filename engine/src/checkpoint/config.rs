@@ -558,7 +558,7 @@ mod tests {
     #[test]
     fn values_no_model_can_have_are_named() {
         let cases = [
-            ("model_type", json!("mamba"), "qwen3, qwen2, llama"),
+            ("model_type", json!("mamba"), "qwen2, llama, mistral"),
             ("model_type", Value::Null, "missing"),
             ("vocab_size", json!(0), "whole number"),
             ("vocab_size", json!(-5), "whole number"),

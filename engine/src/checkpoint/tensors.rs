@@ -97,7 +97,7 @@ impl Tensors {
             let bytes = files.map(name)?.ok_or_else(|| files.missing(name))?;
             tensors.add(name, bytes)?;
         }
-        if let Some(absent) = map.keys().find(|name| !tensors.contains(name)) {
+        if let Some(absent) = map.keys().find(|name| !tensors.contains(&of_text(name))) {
             return Err(CheckpointError::file(
                 INDEX,
                 format!("tensor `{absent}` is in none of the shards"),
@@ -163,7 +163,7 @@ impl Tensors {
                 end: begin + to,
                 interleaved: None,
             };
-            if self.entries.insert(tensor.clone(), entry).is_some() {
+            if self.entries.insert(of_text(&tensor), entry).is_some() {
                 return Err(wrong(format!("tensor `{tensor}` is in another shard too")));
             }
         }
@@ -356,6 +356,18 @@ impl Tensors {
         self.names()
             .find(alike)
             .map_or_else(String::new, |other| format!(" (there is `{other}`)"))
+    }
+}
+
+/// A tensor's name in a model of text alone, for one of a model for pictures and text: transformers 4 and 5 put the text part elsewhere.
+fn of_text(name: &str) -> String {
+    match (
+        name.strip_prefix("language_model."),
+        name.strip_prefix("model.language_model."),
+    ) {
+        (Some(rest), _) => rest.to_owned(),
+        (None, Some(rest)) => format!("model.{rest}"),
+        (None, None) => name.to_owned(),
     }
 }
 

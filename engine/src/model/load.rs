@@ -182,6 +182,7 @@ impl<B: Backend> Loader<'_, B> {
             QkNorm::Heads => (true, config.head_dim, config.head_dim),
             QkNorm::Together => (true, q, kv),
         };
+        let attention_norm = norm(self, before, "input_layernorm.weight", hidden)?;
         let mlp = match &config.experts {
             Some(of) if config.layers[layer].experts => self.experts(of, hidden, layer)?,
             _ => Mlp::Dense {
@@ -194,7 +195,7 @@ impl<B: Backend> Loader<'_, B> {
             },
         };
         Ok(Layer {
-            attention_norm: norm(self, before, "input_layernorm.weight", hidden)?,
+            attention_norm,
             qkv: self.matrix(&suffixed(&parts(&qkv), ".weight"), hidden)?,
             qkv_bias: self.vector_if(config.qkv_bias, &suffixed(&parts(&qkv), ".bias"))?,
             q_norm: norm(self, qk_norm, "self_attn.q_norm.weight", q_len)?,
