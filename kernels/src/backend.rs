@@ -225,24 +225,26 @@ pub struct Step {
     pub positions: Vec<u32>,
     /// The sequences, in row order, covering every row once.
     pub spans: Vec<Span>,
-    /// The sequences' block tables, one after the other. A block that the step writes to (that holds the position of one of its rows)
-    /// belongs to one span only. Position `p` of a span lives, in page group `g`, in block `block_tables[table + p / block_size * groups + g]`; of
-    /// a group all of whose layers have windows, entries of blocks that no row of the step sees may be anything.
-    pub block_tables: Vec<u32>,
-    /// Page groups: layers that share block tables. At least 1; kept when the step is cleared.
+    /// Page groups: ids for each `block_size` positions in a block table. Layers are divided into groups of equally many, and a block holds
+    /// the positions of one group's layers.
     pub groups: usize,
+    /// The sequences' block tables, one after the other. A block that the step writes to (that holds the position of one of its rows)
+    /// belongs to one span only. Position `p` of a span lives, for the layers of group `g`, in block
+    /// `block_tables[table + p / block_size * groups + g]`; [`Step::NO_BLOCK`] where no row of the step reads it.
+    pub block_tables: Vec<u32>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
 }
 
 impl Default for Step {
+    /// An empty step of a model with one page group.
     fn default() -> Self {
         Self {
             tokens: Vec::new(),
             positions: Vec::new(),
             spans: Vec::new(),
-            block_tables: Vec::new(),
             groups: 1,
+            block_tables: Vec::new(),
             logit_rows: Vec::new(),
         }
     }
@@ -260,19 +262,22 @@ impl Clone for Step {
         self.tokens.clone_from(&source.tokens);
         self.positions.clone_from(&source.positions);
         self.spans.clone_from(&source.spans);
-        self.block_tables.clone_from(&source.block_tables);
         self.groups = source.groups;
+        self.block_tables.clone_from(&source.block_tables);
         self.logit_rows.clone_from(&source.logit_rows);
     }
 }
 
 impl Step {
+    /// What a block table has where a group's window has passed.
+    pub const NO_BLOCK: u32 = u32::MAX;
+
     /// Rows in the step.
     pub fn rows(&self) -> usize {
         self.tokens.len()
     }
 
-    /// Empties the step and keeps its memory.
+    /// Empties the step and keeps its memory and its groups.
     pub fn clear(&mut self) {
         self.tokens.clear();
         self.positions.clear();

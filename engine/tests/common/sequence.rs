@@ -82,7 +82,7 @@ impl Sequence {
         for (at, block) in block_tables.iter_mut().enumerate() {
             let last = at / groups * BLOCK + BLOCK - 1;
             if windows[at % groups].is_some_and(|window| last + window as usize <= start) {
-                *block = u32::MAX;
+                *block = Step::NO_BLOCK;
             }
         }
         let step = Step {
