@@ -2,7 +2,7 @@
 
 use crate::groups::PageGroup;
 use crate::pool::{Pool, Worth};
-use crate::prefix_cache::{Link, PrefixCache, Realm};
+use crate::prefix_cache::{Link, PrefixCache};
 use crate::{BlockId, Config, TokenId};
 
 /// The blocks of the KV cache: who holds them, and which can be found.
@@ -33,8 +33,11 @@ impl Blocks {
     pub fn take(&mut self) -> Option<BlockId> {
         let block = self.pool.take()?;
         if self.cache.holds(block) {
-            self.cache.evict(block);
             self.cached_free -= 1;
+            let (pool, cached_free) = (&self.pool, &mut self.cached_free);
+            self.cache.evict(block, |lost| {
+                *cached_free -= u32::from(pool.references(lost) == 0);
+            });
         }
         Some(block)
     }
@@ -89,13 +92,11 @@ impl Blocks {
         parent: Link,
         blocks: &[BlockId],
         tokens: &[TokenId],
-        realm: Realm,
+        salt: u64,
     ) -> Link {
         let (pool, cached_free) = (&self.pool, &mut self.cached_free);
-        self.cache.store(parent, blocks, tokens, realm, |lost| {
-            if pool.references(lost) == 0 {
-                *cached_free -= 1;
-            }
+        self.cache.store(parent, blocks, tokens, salt, |lost| {
+            *cached_free -= u32::from(pool.references(lost) == 0);
         })
     }
 
@@ -107,9 +108,9 @@ impl Blocks {
             .partition(|&block| self.pool.references(block) == 0);
         for block in forgotten {
             if held.is_empty() {
-                self.cache.forget(block);
+                self.cache.forget(block, |_| {});
             } else {
-                self.cache.evict(block);
+                self.cache.evict(block, |_| {});
             }
         }
         if held.is_empty() {

@@ -5,9 +5,9 @@
 //! an answer must not: a hit is only one if the tokens are equal and the predecessor is the very node that was found before it. What that
 //! establishes holds for the blocks of every group.
 //!
-//! Where some group attends to everything, a node without blocks is of no use and goes at once. Where all groups have windows, the blocks
-//! at a chain's beginning are the first to be reused and the chain must be walked from there: nodes outlive their blocks, as many as there is
-//! room for, least recently used first.
+//! Where some group attends to everything, a node is of no use without that group's block: it has that block's number, and goes with it. Where
+//! all groups have windows, the blocks at a chain's beginning are the first to be reused and the chain must be walked from there: nodes
+//! have numbers of their own and outlive their blocks, as many as there is room for, least recently used first.
 
 use std::num::NonZeroU64;
 
@@ -33,8 +33,18 @@ pub(crate) struct Realm {
 pub(crate) struct Link {
     /// Chain hash up to and including the block; the realm's hash before the first.
     pub hash: u64,
-    /// The node's serial number; 0 before the first block.
+    /// The node's serial number; before the first block [`SHORT`] or [`BEYOND`].
     serial: u64,
+}
+
+/// What precedes the first node of a chain, by its regime: no node's serial number. A chain of one regime has no node of the other.
+const SHORT: u64 = 0;
+const BEYOND: u64 = u64::MAX;
+
+impl Link {
+    fn is_root(self) -> bool {
+        self.serial == SHORT || self.serial == BEYOND
+    }
 }
 
 /// What is known of a node, beside its tokens and blocks.
@@ -44,7 +54,7 @@ struct Node {
     parent: u64,
     /// Its own; never given twice.
     serial: NonZeroU64,
-    realm: Realm,
+    salt: u64,
 }
 
 /// What a sequence can begin with.
@@ -63,16 +73,14 @@ pub(crate) struct Prefix {
 pub(crate) struct PrefixCache {
     block_size: usize,
     groups: Vec<PageGroup>,
-    /// The group whose blocks events are about.
+    /// The group whose blocks events are about: the first that attends to everything, or group 0.
     told: usize,
     index: NodeIndex<Node>,
-    /// A node is referenced once by each block it has.
-    nodes: Pool<NodeId>,
-    /// Whether a node stays when its last block goes.
-    outlive: bool,
-    /// Each group's block, by node. `[nodes, groups]`
+    /// Nodes with numbers of their own, referenced once by each block they have. `None`: a node has the number of its block of `told`.
+    nodes: Option<Pool<NodeId>>,
+    /// Each group's block, by node; nothing where its number says it. `[nodes, groups]`
     blocks: Vec<BlockId>,
-    /// The node that has it, by block.
+    /// The node that has it, by block; nothing where its number says it.
     node_of: Vec<NodeId>,
     /// Tokens, by node. `[nodes, block_size]`
     tokens: Vec<TokenId>,
@@ -104,22 +112,22 @@ pub(crate) fn chain_hash(parent: u64, tokens: &[TokenId]) -> u64 {
 impl PrefixCache {
     pub fn new(blocks: u32, block_size: u32, groups: &[PageGroup], events: bool) -> Self {
         let full = groups.iter().position(|group| group.is_full());
-        let outlive = full.is_none();
-        // One more than can have blocks while another block waits for its node.
-        let nodes = blocks
-            .saturating_mul(if outlive { OUTLIVING } else { 1 })
-            .saturating_add(1)
-            .min(u32::MAX - 1);
+        let nodes = match full {
+            Some(_) => blocks,
+            // One more than can have blocks while another block waits for its node.
+            None => blocks.saturating_mul(OUTLIVING).min(u32::MAX - 2) + 1,
+        };
         let count = nodes as usize;
+        let numbers_say_all = full.is_some() && groups.len() == 1;
+        let used = |length: usize| if numbers_say_all { 0 } else { length };
         Self {
             block_size: block_size as usize,
             groups: groups.to_vec(),
             told: full.unwrap_or(0),
             index: NodeIndex::new(nodes),
-            nodes: Pool::new(nodes),
-            outlive,
-            blocks: vec![BlockId::NONE; count * groups.len()],
-            node_of: vec![NodeId::NONE; blocks as usize],
+            nodes: full.is_none().then(|| Pool::new(nodes)),
+            blocks: vec![BlockId::NONE; used(count * groups.len())],
+            node_of: vec![NodeId::NONE; used(blocks as usize)],
             tokens: vec![TokenId(0); count * block_size as usize],
             parents: vec![0; count],
             next_serial: NonZeroU64::MIN,
@@ -134,10 +142,14 @@ impl PrefixCache {
 
     /// The chain before the first block of a sequence of this realm.
     pub fn root(realm: Realm) -> Link {
-        let regime = u64::from(realm.beyond) * 0xd6e8_feb8_6659_fd93;
+        let (serial, regime) = if realm.beyond {
+            (BEYOND, 0xd6e8_feb8_6659_fd93)
+        } else {
+            (SHORT, 0)
+        };
         Link {
             hash: mix(realm.salt ^ regime),
-            serial: 0,
+            serial,
         }
     }
 
@@ -154,15 +166,16 @@ impl PrefixCache {
         // By group: how many nodes in a row have its block.
         let mut runs = vec![0_u32; self.groups.len()];
         for (tokens, hash) in blocks {
-            let Some((node, link)) = self.find(walked, hash, tokens, realm) else {
+            let Some((node, link)) = self.find(walked, hash, tokens, realm.salt) else {
                 break;
             };
             nodes.push(node);
             walked = link;
             let reached = nodes.len() as u32;
             let mut usable = true;
-            for ((run, group), block) in runs.iter_mut().zip(&self.groups).zip(self.of(node)) {
-                *run = if *block == BlockId::NONE { 0 } else { *run + 1 };
+            for (at, (run, group)) in runs.iter_mut().zip(&self.groups).enumerate() {
+                let there = self.block(node, at) != BlockId::NONE;
+                *run = if there { *run + 1 } else { 0 };
                 usable &= *run >= reached - group.passed(reached, self.block_size as u32);
             }
             if usable {
@@ -171,10 +184,12 @@ impl PrefixCache {
         }
         let mut blocks = Vec::with_capacity(length as usize * self.groups.len());
         for (at, &node) in (0..length).zip(&nodes) {
-            let groups = self.groups.iter().zip(self.of(node));
-            blocks.extend(groups.map(|(group, &block)| {
-                let passed = group.passed(length, self.block_size as u32);
-                if at < passed { BlockId::NONE } else { block }
+            blocks.extend(self.groups.iter().enumerate().map(|(index, group)| {
+                if at < group.passed(length, self.block_size as u32) {
+                    BlockId::NONE
+                } else {
+                    self.block(node, index)
+                }
             }));
         }
         Prefix {
@@ -186,12 +201,11 @@ impl PrefixCache {
 
     /// The prefix is used: where nodes outlive their blocks its nodes will be kept, the first of them longest.
     pub fn touch(&mut self, prefix: &Prefix) {
-        if !self.outlive {
-            return;
-        }
-        for &node in prefix.nodes.iter().rev() {
-            self.nodes.refer(node);
-            self.nodes.release(node, Worth::Much);
+        if let Some(nodes) = &mut self.nodes {
+            for &node in prefix.nodes.iter().rev() {
+                nodes.refer(node);
+                nodes.release(node, Worth::Much);
+            }
         }
     }
 
@@ -201,11 +215,11 @@ impl PrefixCache {
         parent: Link,
         hash: u64,
         tokens: &[TokenId],
-        realm: Realm,
+        salt: u64,
     ) -> Option<(NodeId, Link)> {
         let (id, node) = self.index.find(hash)?;
         let same =
-            node.parent == parent.serial && node.realm == realm && self.tokens_of(id) == tokens;
+            node.parent == parent.serial && node.salt == salt && self.tokens_of(id) == tokens;
         let serial = node.serial.get();
         same.then_some((id, Link { hash, serial }))
     }
@@ -219,61 +233,69 @@ impl PrefixCache {
         parent: Link,
         blocks: &[BlockId],
         tokens: &[TokenId],
-        realm: Realm,
+        salt: u64,
         lost: impl FnMut(BlockId),
     ) -> Link {
         let hash = chain_hash(parent.hash, tokens);
-        let (node, link) = match self.find(parent, hash, tokens, realm) {
-            Some((node, link)) => {
-                self.nodes.refer(node);
-                (node, link)
+        let occupied = self.index.find(hash).map(|(other, _)| other);
+        let like = occupied.and_then(|_| self.find(parent, hash, tokens, salt));
+        let (node, link) = like.unwrap_or_else(|| {
+            if let Some(other) = occupied {
+                self.give_way(other, lost);
             }
-            None => self.insert(parent, hash, tokens, realm, lost),
-        };
+            self.insert(parent, hash, tokens, salt, blocks[self.told])
+        });
         for (group, &block) in blocks.iter().enumerate() {
-            let place = node.index() * self.groups.len() + group;
-            if self.blocks[place] == BlockId::NONE && !self.holds(block) {
-                self.blocks[place] = block;
+            if self.block(node, group) == BlockId::NONE && self.node_of(block).is_none() {
+                self.blocks[node.index() * self.groups.len() + group] = block;
                 self.node_of[block.index()] = node;
-                self.nodes.refer(node);
+                if let Some(nodes) = &mut self.nodes {
+                    nodes.refer(node);
+                }
                 if group == self.told {
-                    self.tell_stored(node, link, parent, tokens, realm);
+                    self.tell_stored(node, link.hash, parent, tokens, salt);
                 }
             }
         }
-        self.let_go(node);
         link
     }
 
-    /// A node without blocks, referenced once.
+    /// A node without blocks, or with `told` where that is its number.
     fn insert(
         &mut self,
         parent: Link,
         hash: u64,
         tokens: &[TokenId],
-        realm: Realm,
-        lost: impl FnMut(BlockId),
+        salt: u64,
+        told: BlockId,
     ) -> (NodeId, Link) {
-        if let Some((other, _)) = self.index.find(hash) {
-            self.give_way(other, lost);
-        }
-        let id = self
-            .nodes
-            .take()
-            .expect("there are more nodes than blocks, and a node in use has a block");
-        // It may have outlived its blocks.
-        self.index.remove(id);
+        let id = match &mut self.nodes {
+            Some(nodes) => {
+                let id = nodes
+                    .take()
+                    .expect("there are more nodes than blocks, and a node in use has a block");
+                // Free until it has a block, behind all others.
+                nodes.release(id, Worth::Much);
+                // It may have outlived its blocks.
+                self.index.remove(id);
+                id
+            }
+            None => NodeId(told.0),
+        };
         let serial = self.next_serial;
         self.next_serial = serial.saturating_add(1);
         let node = Node {
             parent: parent.serial,
             serial,
-            realm,
+            salt,
         };
         self.index.insert(id, hash, node);
         let at = id.index() * self.block_size;
         self.tokens[at..at + self.block_size].copy_from_slice(tokens);
         self.parents[id.index()] = parent.hash;
+        if self.nodes.is_none() {
+            self.tell_stored(id, hash, parent, tokens, salt);
+        }
         let serial = serial.get();
         (id, Link { hash, serial })
     }
@@ -281,55 +303,43 @@ impl PrefixCache {
     /// Takes a node away, blocks and all.
     fn give_way(&mut self, node: NodeId, mut lost: impl FnMut(BlockId)) {
         for group in 0..self.groups.len() {
-            let block = self.of(node)[group];
+            let block = self.block(node, group);
             if block != BlockId::NONE {
-                self.evict(block);
+                self.evict(block, &mut lost);
                 lost(block);
             }
         }
         self.index.remove(node);
     }
 
-    /// One reference to the node less.
-    fn let_go(&mut self, node: NodeId) {
-        let worth = if self.outlive {
-            Worth::Much
-        } else {
-            Worth::Nothing
-        };
-        if self.nodes.release(node, worth) && !self.outlive {
-            self.index.remove(node);
-        }
-    }
-
     fn tell_stored(
         &mut self,
         node: NodeId,
-        link: Link,
+        hash: u64,
         parent: Link,
         tokens: &[TokenId],
-        realm: Realm,
+        salt: u64,
     ) {
         if let Some(events) = &mut self.events {
             debug_assert_eq!(self.parents[node.index()], parent.hash);
             events.push(KvEvent::Stored {
-                hashes: vec![link.hash],
-                parent: (parent.serial > 0).then_some(parent.hash),
+                hashes: vec![hash],
+                parent: (!parent.is_root()).then_some(parent.hash),
                 tokens: tokens.to_vec(),
                 block_size: self.block_size as u32,
-                salt: realm.salt,
+                salt,
             });
         }
     }
 
     /// Whether the block can be found.
     pub fn holds(&self, block: BlockId) -> bool {
-        self.node_of[block.index()] != NodeId::NONE
+        self.node_of(block).is_some()
     }
 
-    /// The block is about to be reused.
-    pub fn evict(&mut self, block: BlockId) {
-        if let Some(hash) = self.forget(block)
+    /// The block is about to be reused. `lost` is told the blocks of other groups that can be found no more without it.
+    pub fn evict(&mut self, block: BlockId, lost: impl FnMut(BlockId)) {
+        if let Some(hash) = self.forget(block, lost)
             && let Some(events) = &mut self.events
         {
             events.push(KvEvent::Removed { hashes: vec![hash] });
@@ -337,16 +347,34 @@ impl PrefixCache {
     }
 
     /// As [`PrefixCache::evict`], without an event of its own: returns the chain hash of which one would tell.
-    pub fn forget(&mut self, block: BlockId) -> Option<u64> {
-        let node = std::mem::replace(&mut self.node_of[block.index()], NodeId::NONE);
-        if node == NodeId::NONE {
+    pub fn forget(&mut self, block: BlockId, mut lost: impl FnMut(BlockId)) -> Option<u64> {
+        let node = self.node_of(block)?;
+        let hash = self.index.hash(node);
+        let first = node.index() * self.groups.len();
+        if let Some(nodes) = &mut self.nodes {
+            let places = &mut self.blocks[first..first + self.groups.len()];
+            let group = places.iter().position(|&other| other == block)?;
+            places[group] = BlockId::NONE;
+            self.node_of[block.index()] = NodeId::NONE;
+            nodes.release(node, Worth::Much);
+            return (group == self.told).then_some(hash);
+        }
+        if node.0 != block.0 {
+            let places = &mut self.blocks[first..first + self.groups.len()];
+            let group = places.iter().position(|&other| other == block)?;
+            places[group] = BlockId::NONE;
+            self.node_of[block.index()] = NodeId::NONE;
             return None;
         }
-        let group = self.of(node).iter().position(|&other| other == block)?;
-        self.blocks[node.index() * self.groups.len() + group] = BlockId::NONE;
-        let told = (group == self.told).then(|| self.index.hash(node));
-        self.let_go(node);
-        told
+        self.index.remove(node);
+        for place in self.blocks.iter_mut().skip(first).take(self.groups.len()) {
+            let other = std::mem::replace(place, BlockId::NONE);
+            if other != BlockId::NONE {
+                self.node_of[other.index()] = NodeId::NONE;
+                lost(other);
+            }
+        }
+        Some(hash)
     }
 
     /// Notes that everything findable was forgotten by [`PrefixCache::forget`].
@@ -365,7 +393,7 @@ impl PrefixCache {
         let mut nodes: Vec<_> = self
             .index
             .iter()
-            .filter(|&(_, id, _)| self.of(id)[self.told] != BlockId::NONE)
+            .filter(|&(_, id, _)| self.block(id, self.told) != BlockId::NONE)
             .collect();
         // A node is made after its predecessor, and serial numbers grow.
         nodes.sort_unstable_by_key(|(_, _, node)| node.serial);
@@ -373,60 +401,79 @@ impl PrefixCache {
             .into_iter()
             .map(|(hash, id, node)| KvEvent::Stored {
                 hashes: vec![hash],
-                parent: (node.parent > 0).then_some(self.parents[id.index()]),
+                parent: (node.parent != SHORT && node.parent != BEYOND)
+                    .then_some(self.parents[id.index()]),
                 tokens: self.tokens_of(id).to_vec(),
                 block_size: self.block_size as u32,
-                salt: node.realm.salt,
+                salt: node.salt,
             })
             .collect()
     }
 
     /// The findable blocks.
     pub fn findable(&self) -> impl Iterator<Item = BlockId> {
-        let blocks = self.node_of.iter().zip(0..);
-        blocks.filter_map(|(&node, block)| (node != NodeId::NONE).then_some(BlockId(block)))
+        self.index.iter().flat_map(move |(_, node, _)| {
+            (0..self.groups.len())
+                .map(move |group| self.block(node, group))
+                .filter(|&block| block != BlockId::NONE)
+        })
     }
 
     /// Chain hashes of the blocks that events tell about.
     pub fn told_hashes(&self) -> impl Iterator<Item = u64> {
         self.index
             .iter()
-            .filter(|&(_, id, _)| self.of(id)[self.told] != BlockId::NONE)
+            .filter(|&(_, id, _)| self.block(id, self.told) != BlockId::NONE)
             .map(|(hash, _, _)| hash)
     }
 
     /// Panics unless nodes and blocks know each other. Costs time in proportion to everything there is.
     pub fn check(&self) {
-        for number in 0..self.nodes.len() {
-            let node = NodeId(number);
+        for (_, node, _) in self.index.iter() {
             let mut count = 0;
-            for &block in self.of(node) {
+            for group in 0..self.groups.len() {
+                let block = self.block(node, group);
                 if block != BlockId::NONE {
                     count += 1;
-                    assert_eq!(
-                        self.node_of[block.index()],
-                        node,
-                        "{block:?} knows its node"
-                    );
+                    assert_eq!(self.node_of(block), Some(node), "{block:?} knows its node");
                 }
             }
-            assert_eq!(self.nodes.references(node), count, "{node:?}");
-            assert!(count == 0 || self.index.holds(node), "{node:?} is findable");
-            assert!(
-                self.outlive || count > 0 || !self.index.holds(node),
-                "{node:?} went with its last block"
-            );
+            if let Some(nodes) = &self.nodes {
+                assert_eq!(nodes.references(node), count, "{node:?}");
+            }
         }
-        for block in self.findable() {
-            let node = self.node_of[block.index()];
-            assert!(self.of(node).contains(&block), "{node:?} knows {block:?}");
+        for (&node, block) in self
+            .node_of
+            .iter()
+            .zip(0..)
+            .filter(|of| *of.0 != NodeId::NONE)
+        {
+            assert!(
+                self.index.holds(node),
+                "{node:?} has a block and is findable"
+            );
+            let of = |group| self.block(node, group) == BlockId(block);
+            assert!((0..self.groups.len()).any(of), "{node:?} knows {block}");
         }
     }
 
-    /// Each group's block of a node.
-    fn of(&self, node: NodeId) -> &[BlockId] {
-        let at = node.index() * self.groups.len();
-        &self.blocks[at..at + self.groups.len()]
+    /// A group's block of a node in the index.
+    fn block(&self, node: NodeId, group: usize) -> BlockId {
+        if self.nodes.is_none() && group == self.told {
+            BlockId(node.0)
+        } else {
+            self.blocks[node.index() * self.groups.len() + group]
+        }
+    }
+
+    /// The node that has the block.
+    fn node_of(&self, block: BlockId) -> Option<NodeId> {
+        let named = NodeId(block.0);
+        if self.nodes.is_none() && self.index.holds(named) {
+            return Some(named);
+        }
+        let node = self.node_of.get(block.index()).copied();
+        node.filter(|&node| node != NodeId::NONE)
     }
 
     fn tokens_of(&self, node: NodeId) -> &[TokenId] {
@@ -455,7 +502,7 @@ mod tests {
 
     fn store(cache: &mut PrefixCache, parent: Link, blocks: &[u32], ids: [u32; 2]) -> Link {
         let blocks: Vec<_> = blocks.iter().copied().map(BlockId).collect();
-        cache.store(parent, &blocks, &tokens(ids), PLAIN, |_| {})
+        cache.store(parent, &blocks, &tokens(ids), 0, |_| {})
     }
 
     /// The block table of the longest prefix of a sequence of these blocks.
@@ -499,7 +546,7 @@ mod tests {
             assert_eq!(longest(&cache, realm, &[[1, 2]]), []);
             let hash = chain_hash(PrefixCache::root(PLAIN).hash, &tokens([1, 2]));
             let root = PrefixCache::root(realm);
-            let found = cache.find(root, hash, &tokens([1, 2]), realm);
+            let found = cache.find(root, hash, &tokens([1, 2]), realm.salt);
             assert_eq!(found, None, "even if the hash is the same");
         }
     }
@@ -510,7 +557,7 @@ mod tests {
         let root = PrefixCache::root(PLAIN);
         store(&mut cache, root, &[0], [1, 2]);
         let hash = chain_hash(root.hash, &tokens([1, 2]));
-        assert_eq!(cache.find(root, hash, &tokens([5, 6]), PLAIN), None);
+        assert_eq!(cache.find(root, hash, &tokens([5, 6]), 0), None);
     }
 
     #[test]
@@ -519,10 +566,10 @@ mod tests {
         let root = PrefixCache::root(PLAIN);
         let old = store(&mut cache, root, &[0], [1, 2]);
         store(&mut cache, old, &[1], [3, 4]);
-        cache.evict(BlockId(0));
+        cache.evict(BlockId(0), |_| {});
         let new = store(&mut cache, root, &[2], [1, 2]);
         let mut lost = Vec::new();
-        cache.store(new, &[BlockId(3)], &tokens([3, 4]), PLAIN, |b| lost.push(b));
+        cache.store(new, &[BlockId(3)], &tokens([3, 4]), 0, |b| lost.push(b));
         assert_eq!(lost, [BlockId(1)]);
         assert_eq!(longest(&cache, PLAIN, &[[1, 2], [3, 4]]), [2, 3]);
         assert!(!cache.holds(BlockId(1)));
@@ -565,12 +612,12 @@ mod tests {
     fn the_longest_prefix_that_all_groups_have_is_taken() {
         let mut cache = cache(&[None, Some(4)]);
         let ids = chain_of_five(&mut cache, 2);
-        cache.evict(BlockId(9));
+        cache.evict(BlockId(9), |_| {});
         let expected = [0, NONE, 2, NONE, 4, 5, 6, 7];
         assert_eq!(longest(&cache, PLAIN, &ids), expected);
-        cache.evict(BlockId(5));
+        cache.evict(BlockId(5), |_| {});
         assert_eq!(longest(&cache, PLAIN, &ids), [0, 1, 2, 3]);
-        cache.evict(BlockId(2));
+        cache.evict(BlockId(2), |_| {});
         assert_eq!(longest(&cache, PLAIN, &ids), [0, 1]);
         cache.check();
     }
@@ -579,14 +626,26 @@ mod tests {
     fn a_block_that_was_missing_comes_back_and_what_follows_is_found_again() {
         let mut cache = cache(&[None, Some(4)]);
         let ids = chain_of_five(&mut cache, 2);
-        cache.evict(BlockId(8));
-        let root = PrefixCache::root(PLAIN);
-        let mut chain = root;
-        for (i, ids) in (10..).zip(ids) {
-            chain = store(&mut cache, chain, &[2 * i - 10, 2 * i - 9], ids);
+        cache.evict(BlockId(7), |_| {});
+        assert_eq!(longest(&cache, PLAIN, &ids).len(), 6);
+        let mut chain = PrefixCache::root(PLAIN);
+        for (i, ids) in (5..).zip(ids) {
+            chain = store(&mut cache, chain, &[2 * i, 2 * i + 1], ids);
         }
-        assert!(cache.holds(BlockId(18)) && !cache.holds(BlockId(19)));
-        assert_eq!(longest(&cache, PLAIN, &ids)[8..], [18, 9]);
+        assert!(cache.holds(BlockId(17)) && !cache.holds(BlockId(16)));
+        assert_eq!(longest(&cache, PLAIN, &ids)[6..], [6, 17, 8, 9]);
+        cache.check();
+    }
+
+    #[test]
+    fn without_the_block_of_a_full_group_those_of_the_others_are_lost() {
+        let mut cache = cache(&[None, Some(4)]);
+        let ids = chain_of_five(&mut cache, 2);
+        let mut lost = Vec::new();
+        cache.evict(BlockId(8), |block| lost.push(block));
+        assert_eq!(lost, [BlockId(9)]);
+        assert!(!cache.holds(BlockId(9)));
+        assert_eq!(longest(&cache, PLAIN, &ids).len(), 8);
         cache.check();
     }
 
@@ -595,7 +654,7 @@ mod tests {
         let mut cache = cache(&[Some(4)]);
         let ids = chain_of_five(&mut cache, 1);
         for block in 0..3 {
-            cache.evict(BlockId(block));
+            cache.evict(BlockId(block), |_| {});
         }
         assert_eq!(longest(&cache, PLAIN, &ids), [NONE, NONE, NONE, 3, 4]);
         cache.check();
@@ -606,9 +665,9 @@ mod tests {
         let mut cache = cache(&[Some(4), None]);
         chain_of_five(&mut cache, 2);
         assert_eq!(cache.take_events().len(), 5);
-        cache.evict(BlockId(0));
+        cache.evict(BlockId(0), |_| {});
         assert_eq!(cache.take_events(), [], "of a windowed group");
-        cache.evict(BlockId(1));
+        cache.evict(BlockId(1), |_| {});
         assert_eq!(cache.take_events().len(), 1);
         assert_eq!(cache.stored().len(), 4);
     }
