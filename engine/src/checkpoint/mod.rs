@@ -8,9 +8,11 @@
 
 mod config;
 mod error;
+mod families;
 mod files;
 mod generation;
 mod gguf;
+mod rope;
 mod summary;
 mod tensors;
 
