@@ -8,6 +8,7 @@
 //! stream and not as many as it has rows.
 
 mod blocks;
+mod groups;
 
 use super::matrix::{Matrix, PANEL, Q4_0_QUANTS, Q8_0_QUANTS, SCALES, Segment};
 use super::memory::{Buffer, Shared};
@@ -34,7 +35,7 @@ pub(crate) enum Output {
 
 /// Activation rows laid out for the tiles of a product. `T` rows are interleaved — as many as a tile takes, or one if there is only one.
 pub(crate) struct Rows {
-    /// Float products: `[rows / T][k][T]`
+    /// Float products: `[rows / T][k][T]`. Integer products with a matrix whose columns are sorted: rows sorted alike, `[rows][k]`
     floats: Buffer<f32>,
     /// Integer products: `[rows / T][k / 32][T][32]`, in `-127..=127`
     quants: Buffer<i8>,
@@ -74,16 +75,19 @@ impl Linear<'_> {
         let (n, k) = (self.matrix.rows, self.matrix.cols);
         assert!(self.x.len() >= self.rows * k && y.len() >= self.rows * n);
         assert!(self.bias.is_none_or(|bias| bias.len() >= n));
-        // The layout depends on whether products are integer ones; segments mostly agree.
+        // The layout depends on whether products are integer ones, and on the order of columns; segments mostly agree.
         let mut laid_out = None;
         let y = Shared::new(y);
         for segment in &self.matrix.segments {
-            let quantised = segment.format.is_quantised();
+            let layout = (
+                segment.format.multiplies_integers(),
+                segment.order.as_deref(),
+            );
             let interleave = match laid_out {
-                Some((as_quants, interleave)) if as_quants == quantised => interleave,
-                _ => self.lay_out(quantised, rows, pool, isa)?,
+                Some((as_before, interleave)) if as_before == layout => interleave,
+                _ => self.lay_out(layout, rows, pool, isa)?,
             };
-            laid_out = Some((quantised, interleave));
+            laid_out = Some((layout, interleave));
             let rows = &*rows;
             let panels = segment.rows.div_ceil(PANEL);
             pool.each(panels.div_ceil(TASK_PANELS), &|task| {
@@ -106,7 +110,7 @@ impl Linear<'_> {
     /// Brings the activations into the layout the tiles want; how many rows are interleaved in it.
     fn lay_out(
         &self,
-        quantised: bool,
+        (quantised, order): (bool, Option<&[u32]>),
         rows: &mut Rows,
         pool: &Pool,
         isa: Isa,
@@ -125,6 +129,10 @@ impl Linear<'_> {
             rows.scales.reserve(padded * blocks, what)?;
             rows.sums.reserve(padded * blocks, what)?;
             rows.first_sums.reserve(padded * blocks, what)?;
+            if order.is_some() {
+                rows.floats.reserve(padded * k, what)?;
+            }
+            let ordered = Shared::new(rows.floats.as_mut_slice());
             let quants = Shared::new(rows.quants.as_mut_slice());
             let scales = Shared::new(rows.scales.as_mut_slice());
             let sums = Shared::new(rows.sums.as_mut_slice());
@@ -142,6 +150,15 @@ impl Linear<'_> {
                     }
                 };
                 let x = &self.x[at * k..(at + interleave).min(self.rows) * k];
+                let x = match order {
+                    None => x,
+                    Some(order) => {
+                        // SAFETY: each tile is written by one task.
+                        let out = unsafe { ordered.range(at * k, x.len()) };
+                        in_order(x, order, out);
+                        out
+                    }
+                };
                 dispatch!(isa, quantize_tile(x: &[f32], k: usize, out: Quantised<'_>));
             });
         } else if interleave > 1 {
@@ -160,6 +177,16 @@ impl Linear<'_> {
             });
         }
         Ok(interleave)
+    }
+}
+
+/// Brings each row's elements into the order of a matrix's columns.
+fn in_order(x: &[f32], order: &[u32], out: &mut [f32]) {
+    let rows = x.chunks_exact(order.len());
+    for (x, out) in rows.zip(out.chunks_exact_mut(order.len())) {
+        for (out, &from) in out.iter_mut().zip(order) {
+            *out = x[from as usize];
+        }
     }
 }
 
@@ -287,6 +314,10 @@ macro_rules! walk {
     }};
 }
 
+mod float8;
+
+use float8::panels_f8;
+
 // No closures in what follows: a closure is a function of its own, and one that is not inlined does not have the instructions enabled.
 
 /// A format whose elements are widened to f32.
@@ -302,6 +333,8 @@ trait FloatFormat {
 trait QuantFormat {
     /// Bytes of a panel's quants for one block.
     const QUANTS: usize;
+    /// What a quant is too large by.
+    const OFFSET: i32;
 
     /// The exact dot products of a block of a vector's rows with `T` blocks of activations; see [`Simd::dot_i8`].
     ///
@@ -395,6 +428,66 @@ unsafe fn quant_tile<F: QuantFormat, S: Simd, const P: usize, const T: usize>(
     }
 }
 
+/// A kernel of integer products whose tiles [`panels`] walks.
+trait Tile {
+    /// What it needs to know of the format at run time.
+    type Format: Copy;
+
+    /// Integer products of `T` activation rows from `row` with `P` panels from `panel`.
+    ///
+    /// # Safety
+    /// The share's panels are in the kernel's format, and the processor has the instructions of `S`.
+    unsafe fn tile<S: Simd, const P: usize, const T: usize>(
+        share: &Share<'_>,
+        format: Self::Format,
+        panel: usize,
+        row: usize,
+    );
+}
+
+/// Walks a share: single rows several panels at a time, others in the tiles they are laid out for.
+///
+/// # Safety
+/// The processor has the instructions of `S`, and the share's rows are laid out for it.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise
+unsafe fn panels<K: Tile, S: Simd>(share: &Share<'_>, format: K::Format) {
+    unsafe {
+        let rows = share.linear.rows;
+        if rows == 1 {
+            let mut panel = share.first;
+            while panel + SINGLE_PANELS <= share.last {
+                K::tile::<S, SINGLE_PANELS, 1>(share, format, panel, 0);
+                panel += SINGLE_PANELS;
+            }
+            while panel < share.last {
+                K::tile::<S, 1, 1>(share, format, panel, 0);
+                panel += 1;
+            }
+            return;
+        }
+        let cached = share.cached_rows(share.segment.cols);
+        let mut begin = 0;
+        while begin < rows {
+            let end = (begin + cached).min(rows);
+            for panel in share.first..share.last {
+                let mut row = begin;
+                while row < end {
+                    match (end - row).min(S::QUANT_ROWS) {
+                        1 => K::tile::<S, 1, 1>(share, format, panel, row),
+                        2 => K::tile::<S, 1, 2>(share, format, panel, row),
+                        3 | 4 => K::tile::<S, 1, 4>(share, format, panel, row),
+                        _ if S::QUANT_ROWS > 4 => K::tile::<S, 1, 8>(share, format, panel, row),
+                        _ => unreachable!("tiles have 4 or 8 rows"),
+                    }
+                    row += S::QUANT_ROWS;
+                }
+            }
+            begin = end;
+        }
+    }
+}
+
 /// Where `P` panels begin.
 #[inline(always)]
 fn panels_at<const P: usize>(segment: &Segment, first: usize) -> [*const u8; P] {
@@ -465,11 +558,12 @@ float_kernel!(panels_bf16, Bf16, u16, vload_bf16);
 
 /// Makes an integer format's kernel: its dot product, and the walk over a share.
 macro_rules! quant_kernel {
-    ($panels:ident, $format:ident, $quants:ident, $dot:ident) => {
+    ($panels:ident, $format:ident, $quants:ident, $offset:literal, $dot:ident) => {
         struct $format;
 
         impl QuantFormat for $format {
             const QUANTS: usize = $quants;
+            const OFFSET: i32 = $offset;
 
             #[inline(always)]
             unsafe fn dots<S: Simd, const T: usize>(
@@ -493,8 +587,8 @@ macro_rules! quant_kernel {
     };
 }
 
-quant_kernel!(panels_q8_0, Q8_0, Q8_0_QUANTS, dot_i8);
-quant_kernel!(panels_q4_0, Q4_0, Q4_0_QUANTS, dot_q4);
+quant_kernel!(panels_q8_0, Q8_0, Q8_0_QUANTS, 128, dot_i8);
+quant_kernel!(panels_q4_0, Q4_0, Q4_0_QUANTS, 8, dot_q4);
 
 /// Multiplies a share with the kernel of its format.
 fn multiply(share: &Share<'_>, isa: Isa) {
@@ -517,6 +611,8 @@ fn multiply(share: &Share<'_>, isa: Isa) {
         Format::Tq1_0 => blocks::tq1_0(share, isa),
         Format::Tq2_0 => blocks::tq2_0(share, isa),
         Format::Mxfp4 => blocks::mxfp4(share, isa),
+        Format::Grouped(grouped) => groups::multiply(share, grouped, isa),
+        Format::F8E4m3 { .. } => dispatch!(isa, panels_f8(share: &Share<'_>)),
     }
 }
 
