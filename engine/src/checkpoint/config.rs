@@ -132,14 +132,6 @@ fn refuse_unsupported(json: &Value) -> Result<(), CheckpointError> {
             "full_attention in every layer",
         ));
     }
-    if !json["quantization_config"].is_null() {
-        let method = &json["quantization_config"]["quant_method"];
-        return Err(wrong(
-            "quantization_config.quant_method",
-            method,
-            "none: only f32, f16 and bf16 weights are supported yet",
-        ));
-    }
     let partial = &json["partial_rotary_factor"];
     if !partial.is_null() && partial.as_f64() != Some(1.0) {
         return Err(wrong("partial_rotary_factor", partial, "1"));
@@ -266,7 +258,7 @@ fn flag(json: &Value, field: &str) -> Result<bool, CheckpointError> {
     }
 }
 
-fn wrong(field: &str, value: &Value, expected: &str) -> CheckpointError {
+pub(super) fn wrong(field: &str, value: &Value, expected: &str) -> CheckpointError {
     CheckpointError::Field {
         file: FILE.into(),
         field: field.to_owned(),
@@ -358,11 +350,6 @@ mod tests {
                 "rope_scaling",
                 json!({"rope_type": "linear", "factor": -4.0}),
                 "positive",
-            ),
-            (
-                "quantization_config",
-                json!({"quant_method": "gptq"}),
-                "gptq",
             ),
             ("use_sliding_window", json!(true), "sliding"),
             ("partial_rotary_factor", json!(0.5), "1"),

@@ -168,6 +168,7 @@ impl<B: Backend> Loader<'_, B> {
                 cols,
                 format: view.format,
                 data: &view.data,
+                order: view.order.as_deref(),
             })
             .collect();
         let matrix = self
