@@ -173,10 +173,19 @@ impl<B: Backend> Loader<'_, B> {
             .collect();
         let matrix = self
             .backend
-            .matrix(&views, self.quantize)
+            .matrix(&views, self.quantize_to(parts))
             .map_err(|source| device(parts, source))?;
         self.advance(views.iter().map(|view| view.data.len()).sum());
         Ok(matrix)
+    }
+
+    /// What these tensors are quantised to. A ternary model is so in its layers: its embedding and its head stay as they are.
+    fn quantize_to<S: AsRef<str>>(&self, parts: &[(S, usize)]) -> Option<Format> {
+        let in_layers = parts
+            .iter()
+            .any(|part| part.0.as_ref().contains(".layers."));
+        self.quantize
+            .filter(|&format| in_layers || format != Format::Tq2_0)
     }
 
     /// One vector made of the named tensors, one after the other.
