@@ -10,7 +10,7 @@ mod common;
 use std::time::Duration;
 
 use common::{Answer, Random, answers, demo_checkpoint, submit};
-use quire::checkpoint::Checkpoint;
+use quire::checkpoint::{Checkpoint, ModelSource};
 use quire::core::{Engine, EngineConfig, Request};
 use quire::sampling::SamplingParams;
 use quire_kernels::{Format, KvDtype};
@@ -36,6 +36,27 @@ fn q8_0_weights() {
 #[test]
 fn q4_0_weights() {
     same_bits(&demo_checkpoint(), Some(Format::Q4_0), KvDtype::F16, 4);
+}
+
+/// One for each kernel: groups with biases and with zeros of 4 and 8 bits, sorted columns, two bits, E4M3.
+#[test]
+fn weights_of_other_formats() {
+    let names = [
+        "mlx-4bit",
+        "mlx-8bit-f16",
+        "gptq-4bit-g32-act-order",
+        "gptq-8bit-g64-v2",
+        "awq-g128",
+        "bitnet",
+        "fp8-blocks",
+    ];
+    for (seed, name) in (5..).zip(names) {
+        let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/golden/formats")
+            .join(name);
+        let checkpoint = Checkpoint::open(&ModelSource::Path(directory)).unwrap();
+        same_bits(&checkpoint, None, KvDtype::F16, seed);
+    }
 }
 
 fn same_bits(checkpoint: &Checkpoint, quantize: Option<Format>, kv_dtype: KvDtype, seed: u64) {

@@ -12,6 +12,8 @@ use super::{Found, Layout, Plan, Section, floats, gcd, matrix, misshapen, module
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::tensors::Tensors;
 
+const METHOD: &str = "fp8";
+
 pub(super) fn find(
     tensors: &Tensors,
     section: &Section<'_>,
@@ -21,7 +23,7 @@ pub(super) fn find(
         "weight_block_size",
         &section.0["weight_block_size"],
     )?;
-    matrices(tensors, block, "fp8")
+    matrices(tensors, block, METHOD)
 }
 
 /// Rows and columns of a block, where there are blocks.
@@ -68,10 +70,13 @@ fn one(
     let raw = part(tensors, &name, &["F8_E4M3"], "F8_E4M3", &[])?;
     let [rows, cols] = matrix(&name, &raw)?;
     let inverse = format!("{module}.weight_scale_inv");
-    let scales = if tensors.contains(&inverse) {
+    let scales = format!("{module}.weight_scale");
+    // Where there is neither, blocks ask for the one, all others for the other.
+    let neither = !tensors.contains(&scales) && method == METHOD && block.is_some();
+    let scales = if tensors.contains(&inverse) || neither {
         inverse
     } else {
-        format!("{module}.weight_scale")
+        scales
     };
     let of_blocks = block.map(|[r, c]| [rows.div_ceil(r), cols.div_ceil(c)]);
     if !tensors.contains(&scales) {
