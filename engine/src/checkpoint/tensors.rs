@@ -325,8 +325,10 @@ impl Tensors {
             description: found.description,
             layout: found.layout,
         };
-        self.combined
-            .insert(format!("{}.weight", found.module), combined);
+        let name = format!("{}.weight", found.module);
+        // Floats beside them would be the same matrix once more.
+        self.entries.remove(&name);
+        self.combined.insert(name, combined);
     }
 
     /// The tensors of GGUF files: `(file, bytes, tensors)`. `interleaved`: query and key rows are, in heads of this size.

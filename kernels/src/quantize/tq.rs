@@ -74,7 +74,8 @@ impl BlockFormat for Tq2_0 {
 
 /// Stores 256 weights that are minus something, zero and plus something as a TQ2_0 block: nothing is lost.
 ///
-/// `Err` has a weight that does not fit, and the largest magnitude.
+/// # Errors
+/// Not ternary: a weight that does not fit, and the largest magnitude.
 pub fn tq2_0(x: &[f32; LARGEST_BLOCK]) -> Result<[u8; Tq2_0::BYTES], (f32, f32)> {
     let largest = x.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
     let scale = f16::from_f32(largest);

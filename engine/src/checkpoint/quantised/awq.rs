@@ -49,7 +49,7 @@ pub(super) fn find(
             module,
             spent: Vec::new(),
             shape: vec![rows, cols],
-            description: format!("awq 4-bit, {}", plural(group_size)),
+            description: format!("awq 4-bit ({})", plural(group_size)),
             layout: Box::new(Integers {
                 bits,
                 rows,

@@ -62,7 +62,7 @@ pub(super) fn find(
                 parts: vec![name],
                 spent: Vec::new(),
                 shape: vec![rows, cols],
-                description: format!("{}, ternary online", float(kind).name()),
+                description: format!("bitnet ternary (from {})", float(kind).name()),
                 layout: Box::new(Online { cols, kind }),
             });
         }

@@ -123,7 +123,11 @@ fn packed(
     Ok(Found {
         parts,
         spent: vec![name("weight_shape")],
-        description: format!("{METHOD} {}-bit, groups of {}", bits.count(), cols / groups),
+        description: format!(
+            "{METHOD} {}-bit (groups of {})",
+            bits.count(),
+            cols / groups
+        ),
         module,
         shape: vec![rows, cols],
         layout: Box::new(Integers {
@@ -158,7 +162,7 @@ fn bytes(tensors: &Tensors, module: String) -> Result<Found, CheckpointError> {
     Ok(Found {
         parts,
         spent: Vec::new(),
-        description: format!("{METHOD} 8-bit, groups of {}", cols / groups),
+        description: format!("{METHOD} 8-bit (groups of {})", cols / groups),
         module,
         shape: vec![rows, cols],
         layout: Box::new(Integers {

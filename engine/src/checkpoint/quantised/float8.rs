@@ -86,7 +86,7 @@ fn one(
     let (stored, kind) = floats(tensors, &scales, &[])?;
     let (block, what) = match (stored.shape, block, of_blocks) {
         (&[a, b], Some(block), Some(shape)) if [a, b] == shape => {
-            (block, format!("blocks of {} × {}", block[0], block[1]))
+            (block, format!("{}x{} blocks", block[0], block[1]))
         }
         ([] | [1] | [1, 1], ..) => ([rows, cols], "a scale a matrix".to_owned()),
         (&([n] | [n, 1]), ..) if n == rows => ([1, cols], "a scale a row".to_owned()),
@@ -100,7 +100,7 @@ fn one(
         parts: vec![name, scales],
         spent: Vec::new(),
         shape: vec![rows, cols],
-        description: format!("{method} e4m3, {what}"),
+        description: format!("{method} e4m3 ({what})"),
         layout: Box::new(Float8 { cols, block, kind }),
     })
 }

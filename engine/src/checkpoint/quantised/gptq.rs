@@ -20,7 +20,11 @@ pub(super) fn find(
 ) -> Result<Vec<Found>, CheckpointError> {
     let bits = section.bits("bits", &[Bits::Four, Bits::Eight])?;
     let group_size = section.group_size("group_size")?;
-    section.flag("desc_act", false)?;
+    let sorted = if section.flag("desc_act", false)? {
+        ", desc_act"
+    } else {
+        ""
+    };
     let dynamic = &section.0["dynamic"];
     if dynamic.as_object().is_some_and(|rules| {
         // Rules that begin with a minus only say what is not quantised, which the tensors say as well.
@@ -56,7 +60,7 @@ pub(super) fn find(
             parts,
             spent: Vec::new(),
             shape: vec![rows, cols],
-            description: format!("gptq {}-bit, {}", bits.count(), plural(group_size)),
+            description: format!("gptq {}-bit ({}{sorted})", bits.count(), plural(group_size)),
             layout: Box::new(Integers {
                 bits,
                 rows,

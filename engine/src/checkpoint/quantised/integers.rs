@@ -287,3 +287,53 @@ fn word(packed: &[u8], at: usize) -> u32 {
     let bytes = &packed[4 * at..4 * at + 4];
     u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
 }
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+
+    /// compressed-tensors' `actorder: group`: columns stand as the model has them, and each says its group.
+    #[test]
+    fn columns_that_are_not_beside_their_group_are_sorted() {
+        let integers = Integers {
+            bits: Bits::Four,
+            rows: 1,
+            cols: 64,
+            quants: Quants::Rows,
+            scales: Scales::Stored {
+                kind: Scale::F16,
+                row_stride: 2,
+                group_stride: 1,
+            },
+            zeros: Zeros::Constant(8),
+            group: 32,
+            groups: 2,
+            group_of_column: true,
+        };
+        let mut quants = [0; 32];
+        for k in 0..64 {
+            Bits::Four.put(&mut quants, k, (k * 7 % 16) as u8);
+        }
+        let scales = [0.5, -2.0].map(|s| f16::from_f32(s).to_le_bytes());
+        let scales = scales.concat();
+        let groups: Vec<u8> = (0..64)
+            .flat_map(|k| (k * 5 % 2_i32).to_le_bytes())
+            .collect();
+        let parts = [&quants[..], &scales, &groups];
+
+        let plan = integers.plan(&parts).expect("two groups of 32");
+        let mut row = vec![0; plan.format.row_bytes(64).expect("whole groups")];
+        integers
+            .row(&parts, &plan, 0, &mut Vec::new(), &mut row)
+            .expect("it is whole");
+        let mut values = Vec::new();
+        plan.format.dequantize(&row, &mut values);
+        let order = plan.order.expect("they are not in order");
+        for (value, column) in values.into_iter().zip(order) {
+            let scale = [0.5, -2.0][column as usize % 2];
+            assert_eq!(value, scale * ((column * 7 % 16) as f32 - 8.0), "{column}");
+        }
+    }
+}

@@ -63,7 +63,7 @@ pub(super) fn find(
         found.push(Found {
             spent: Vec::new(),
             shape: [before, &[cols]].concat(),
-            description: format!("mlx {}-bit, groups of {group}", bits.count()),
+            description: format!("mlx {}-bit (groups of {group})", bits.count()),
             layout: Box::new(Integers {
                 bits,
                 rows,

@@ -4,15 +4,23 @@
 
 use super::super::groups::f8_unit_bytes;
 use super::super::simd::{PANEL, Simd};
-use super::{SINGLE_PANELS, Share, panels_at, store};
+use super::{FloatFormat, SINGLE_PANELS, Share, panels_at, store};
 
-/// The size of a group; its kernel needs no more to be known.
+/// A 256th of what the bytes are worth; scales have the rest.
 struct E4m3;
+
+impl FloatFormat for E4m3 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(panel: *const u8, at: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::vload_f8(panel.add(at)) }
+    }
+}
 
 /// `T` activation rows from `row` times `P` panels from `panel`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
-unsafe fn f8_tile<F, S: Simd, const P: usize, const T: usize>(
+unsafe fn scaled_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
     share: &Share<'_>,
     panel: usize,
     row: usize,
@@ -40,10 +48,10 @@ unsafe fn f8_tile<F, S: Simd, const P: usize, const T: usize>(
             for i in 0..group {
                 let mut w = [[zero; 2]; P];
                 for p in 0..P {
-                    let bytes = units[p].add(4 * PANEL + i * PANEL);
+                    let elements = units[p].add(4 * PANEL);
                     for half in 0..S::HALVES {
-                        let byte = S::vload_f8(bytes.add(half * S::WIDE));
-                        w[p][half] = S::vmul(byte, scales[p][half]);
+                        let element = F::load::<S>(elements, i * PANEL + half * S::WIDE);
+                        w[p][half] = S::vmul(element, scales[p][half]);
                     }
                 }
                 for t in 0..T {
@@ -69,6 +77,13 @@ pub(super) unsafe fn panels_f8<S: Simd>(share: &Share<'_>) {
     let bytes = 4 * share.linear.matrix.cols;
     // SAFETY: panels hold `cols / group` units; the rest is the caller's promise.
     unsafe {
-        walk!(share, f8_tile, E4m3, bytes, 3 - S::HALVES, S::FLOAT_ROWS);
+        walk!(
+            share,
+            scaled_tile,
+            E4m3,
+            bytes,
+            3 - S::HALVES,
+            S::FLOAT_ROWS
+        );
     }
 }
