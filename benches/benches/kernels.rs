@@ -91,6 +91,7 @@ fn step(sequences: u32, start: u32, rows: u32) -> Step {
             rows,
             start,
             table: step.block_tables.len() as u32,
+            beyond: false,
         });
         step.tokens.resize(step.tokens.len() + rows as usize, 0);
         step.positions.extend(start..start + rows);

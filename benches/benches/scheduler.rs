@@ -7,7 +7,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput};
-use quire_scheduler::{Config, NewSequence, Policy, Sampled, Scheduler, SeqId, Time, TokenId};
+use quire_scheduler::{
+    Config, NewSequence, PageGroup, Policy, Sampled, Scheduler, SeqId, Time, TokenId,
+};
 
 const BLOCK: u32 = 16;
 /// Steps that are measured before the running sequences are replaced by new ones.
@@ -20,11 +22,13 @@ const URGENT: i32 = -1_000_000;
 fn config(max_seqs: u32, max_batch_tokens: u32, num_blocks: u32) -> Config {
     Config {
         block_size: BLOCK,
+        groups: vec![PageGroup::FULL],
         num_blocks,
         max_batch_tokens,
         max_chunk_tokens: 256,
         max_seqs,
         max_model_len: 1 << 16,
+        recompute_beyond: None,
         max_waiting: 1 << 18,
         prefix_cache: true,
         policy: Policy::Priority,

@@ -98,6 +98,7 @@ fn packed(part: &MatrixPart<'_>) -> Vec<f32> {
             rows,
             start: 0,
             table: 0,
+            beyond: false,
         }],
         ..Step::default()
     };

@@ -46,6 +46,7 @@ fn fill(step: &mut Step, position: u32, chunk_start: u32) {
             rows,
             start,
             table: step.block_tables.len() as u32,
+            beyond: false,
         });
         step.tokens.extend((start..start + rows).map(|p| p % 1000));
         step.positions.extend(start..start + rows);

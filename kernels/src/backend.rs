@@ -146,12 +146,14 @@ pub struct Span {
     pub start: u32,
     /// Where the sequence's block table begins in [`Step::block_tables`].
     pub table: u32,
+    /// The sequence is longer than the rotary tables' switch; see [`Backend::rotary`].
+    pub beyond: bool,
 }
 
 /// One forward pass over rows of many sequences: what a device needs to know beside the weights.
 ///
 /// Kept and refilled from step to step by its owner, so that it allocates only while it grows.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Step {
     /// Token id of each row. `[rows]`
     pub tokens: Vec<u32>,
@@ -159,11 +161,29 @@ pub struct Step {
     pub positions: Vec<u32>,
     /// The sequences, in row order, covering every row once.
     pub spans: Vec<Span>,
+    /// Page groups: ids for each `block_size` positions in a block table. Layers are divided into groups of equally many, and a block holds
+    /// the positions of one group's layers.
+    pub groups: usize,
     /// The sequences' block tables, one after the other. A block that the step writes to (that holds the position of one of its rows)
-    /// belongs to one span only. Position `p` of a span lives in block `block_tables[table + p / block_size]`.
+    /// belongs to one span only. Position `p` of a span lives, for the layers of group `g`, in block
+    /// `block_tables[table + p / block_size * groups + g]`; [`Step::NO_BLOCK`] where no row of the step reads it.
     pub block_tables: Vec<u32>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
+}
+
+impl Default for Step {
+    /// An empty step of a model with one page group.
+    fn default() -> Self {
+        Self {
+            tokens: Vec::new(),
+            positions: Vec::new(),
+            spans: Vec::new(),
+            groups: 1,
+            block_tables: Vec::new(),
+            logit_rows: Vec::new(),
+        }
+    }
 }
 
 impl Clone for Step {
@@ -178,18 +198,22 @@ impl Clone for Step {
         self.tokens.clone_from(&source.tokens);
         self.positions.clone_from(&source.positions);
         self.spans.clone_from(&source.spans);
+        self.groups = source.groups;
         self.block_tables.clone_from(&source.block_tables);
         self.logit_rows.clone_from(&source.logit_rows);
     }
 }
 
 impl Step {
+    /// What a block table has where a group's window has passed.
+    pub const NO_BLOCK: u32 = u32::MAX;
+
     /// Rows in the step.
     pub fn rows(&self) -> usize {
         self.tokens.len()
     }
 
-    /// Empties the step and keeps its memory.
+    /// Empties the step and keeps its memory and its groups.
     pub fn clear(&mut self) {
         self.tokens.clear();
         self.positions.clear();

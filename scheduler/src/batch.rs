@@ -15,6 +15,8 @@ pub struct Scheduled {
     pub logits: u32,
     /// Prompt tokens found in the prefix cache; present the first time the sequence is scheduled after it was admitted.
     pub cached: Option<u32>,
+    /// The sequence knows more than [`crate::Config::recompute_beyond`] tokens, and all its keys are computed accordingly.
+    pub beyond: bool,
 }
 
 /// A block to be copied because somebody is about to write into it while others read it.

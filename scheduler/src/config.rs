@@ -1,5 +1,7 @@
 //! [`Config`]: the budgets, and what they rule out for ever.
 
+use crate::groups::{PageGroup, blocks_needed};
+
 /// Who runs first when not everybody can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Policy {
@@ -16,7 +18,9 @@ pub enum Policy {
 pub struct Config {
     /// Tokens of one KV-cache block.
     pub block_size: u32,
-    /// Blocks of the KV cache.
+    /// The groups of layers that have blocks of their own; at least one. See [`PageGroup`].
+    pub groups: Vec<PageGroup>,
+    /// Blocks of the KV cache, of all groups together.
     pub num_blocks: u32,
     /// Most tokens of one step, prefill and decode together.
     pub max_batch_tokens: u32,
@@ -26,6 +30,10 @@ pub struct Config {
     pub max_seqs: u32,
     /// Longest prompt plus generation, in tokens.
     pub max_model_len: u32,
+    /// A sequence that comes to know more than so many tokens gives its blocks back and is computed anew, from its beginning and as one that was
+    /// so long from the start: for models whose keys depend on the length of what they are part of. It keeps its place; its stream does not
+    /// notice. What is computed for a sequence up to this length and for one beyond it is never shared.
+    pub recompute_beyond: Option<u32>,
     /// Most sequences that wait.
     pub max_waiting: u32,
     /// Keep computed blocks findable for prompts that begin alike.
@@ -82,7 +90,7 @@ pub enum AddError {
         "the request needs {needed} KV-cache blocks of {block_size} tokens, the cache has {available}"
     )]
     CacheTooSmall {
-        /// Blocks all samples need at full length.
+        /// Blocks all samples hold at once, at most.
         needed: u32,
         /// Blocks there are.
         available: u32,
@@ -110,7 +118,13 @@ impl Config {
             ("max_model_len", self.max_model_len),
             ("max_waiting", self.max_waiting),
         ];
-        match at_least_one.into_iter().find(|field| field.1 == 0) {
+        let groups = [("groups", self.groups.len() as u32)];
+        let windows = self
+            .groups
+            .iter()
+            .filter_map(|group| Some(("window", group.window?)));
+        let mut fields = at_least_one.into_iter().chain(groups).chain(windows);
+        match fields.find(|field| field.1 == 0) {
             Some((field, _)) => Err(ConfigError::Invalid {
                 field,
                 value: 0,
@@ -147,7 +161,8 @@ impl Config {
                 max_model_len: self.max_model_len,
             });
         }
-        let needed = tokens.div_ceil(u64::from(self.block_size)) * u64::from(samples);
+        // No more than `max_model_len`.
+        let needed = self.blocks_needed(tokens as u32, samples);
         if needed > u64::from(self.num_blocks) {
             return Err(AddError::CacheTooSmall {
                 needed: u32::try_from(needed).unwrap_or(u32::MAX),
@@ -156,5 +171,11 @@ impl Config {
             });
         }
         Ok(())
+    }
+
+    /// See [`blocks_needed`].
+    fn blocks_needed(&self, tokens: u32, samples: u32) -> u64 {
+        let chunk = self.max_batch_tokens;
+        blocks_needed(&self.groups, self.block_size, chunk, tokens, samples)
     }
 }

@@ -1,4 +1,6 @@
 //! [`KvEvent`]: what the prefix cache can find, as it changes, for gateways that route by it.
+//!
+//! With several page groups each block of tokens is told once, about one group: see [`crate::Scheduler::record_events`].
 
 use crate::TokenId;
 

@@ -19,8 +19,50 @@ impl SeqId {
 pub struct BlockId(pub u32);
 
 impl BlockId {
+    /// No block: where a block table has it, nothing will be read or written.
+    pub const NONE: Self = Self(u32::MAX);
+
     pub(crate) fn index(self) -> usize {
         self.0 as usize
+    }
+}
+
+/// A node of the prefix cache: a full block's tokens after everything before them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct NodeId(pub u32);
+
+impl NodeId {
+    /// No node.
+    pub const NONE: Self = Self(u32::MAX);
+
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// An id that is nothing but a number below some count.
+pub(crate) trait Numbered: Copy {
+    fn new(number: u32) -> Self;
+    fn number(self) -> u32;
+}
+
+impl Numbered for BlockId {
+    fn new(number: u32) -> Self {
+        Self(number)
+    }
+
+    fn number(self) -> u32 {
+        self.0
+    }
+}
+
+impl Numbered for NodeId {
+    fn new(number: u32) -> Self {
+        Self(number)
+    }
+
+    fn number(self) -> u32 {
+        self.0
     }
 }
 

@@ -2,14 +2,14 @@
 
 use std::collections::HashSet;
 
-use crate::sequence::State;
+use crate::sequence::{Sequence, State};
 use crate::{BlockId, Scheduler};
 
 impl Scheduler {
     /// Panics unless every invariant holds. Costs time in proportion to everything there is.
     #[doc(hidden)]
     pub fn check_invariants(&self) {
-        let mut references = vec![0; self.pool.len() as usize];
+        let mut references = vec![0; self.blocks.pool.len() as usize];
         let (mut running, mut waiting, mut forks) = (0, 0, 0);
         for (seq, sequence) in self.slots.iter() {
             assert!(
@@ -37,22 +37,24 @@ impl Scheduler {
                         self.running.contains(&seq),
                         "a running sequence is in the list"
                     );
-                    let capacity = sequence.blocks.len() as u32 * self.config.block_size;
+                    let groups = self.config.groups.len();
+                    assert!(sequence.blocks.len().is_multiple_of(groups));
+                    let capacity = (sequence.blocks.len() / groups) as u32 * self.config.block_size;
                     assert!(
                         sequence.computed + sequence.scheduled <= capacity,
                         "what is computed has a place"
                     );
-                    assert!(sequence.chain.blocks * self.config.block_size <= sequence.computed);
-                    let distinct: HashSet<&BlockId> = sequence.blocks.iter().collect();
-                    assert_eq!(
-                        distinct.len(),
-                        sequence.blocks.len(),
-                        "a table names a block once"
-                    );
+                    assert!(sequence.filled * self.config.block_size <= sequence.computed);
+                    self.check_windows(sequence);
+                    let held = || sequence.blocks.iter().filter(|&&b| b != BlockId::NONE);
+                    let distinct: HashSet<&BlockId> = held().collect();
+                    assert_eq!(distinct.len(), held().count(), "a table names a block once");
                 }
             }
             for block in &sequence.blocks {
-                references[block.index()] += 1;
+                if *block != BlockId::NONE {
+                    references[block.index()] += 1;
+                }
             }
         }
         assert_eq!(waiting, self.waiting.len());
@@ -62,30 +64,36 @@ impl Scheduler {
             "too many sequences run"
         );
         let mut free = 0;
-        for block in self.pool.free_blocks() {
+        for block in self.blocks.pool.free_ids() {
             assert_eq!(references[block.index()], 0, "{block:?} is free and held");
             free += 1;
         }
-        assert_eq!(free, self.pool.free());
+        assert_eq!(free, self.blocks.pool.free());
         let mut held = 0;
         for (block, &count) in references.iter().enumerate() {
             let block = BlockId(block as u32);
             assert_eq!(
-                self.pool.references(block),
+                self.blocks.pool.references(block),
                 count,
                 "references of {block:?}"
             );
             held += u32::from(count > 0);
         }
-        assert_eq!(held + free, self.pool.len(), "every block is held or free");
+        assert_eq!(
+            held + free,
+            self.blocks.pool.len(),
+            "every block is held or free"
+        );
         let cached_free = self
+            .blocks
             .cache
             .findable()
-            .filter(|&(_, block)| references[block.index()] == 0)
+            .filter(|block| references[block.index()] == 0)
             .count();
-        assert_eq!(cached_free as u32, self.cached_free);
+        assert_eq!(cached_free as u32, self.blocks.cached_free);
+        self.blocks.cache.check();
         if !self.config.prefix_cache {
-            assert_eq!(self.cache.findable().count(), 0);
+            assert_eq!(self.blocks.cache.findable().count(), 0);
         }
         assert!(
             self.batch.tokens <= self.config.max_batch_tokens,
@@ -93,9 +101,28 @@ impl Scheduler {
         );
     }
 
-    /// Chain hashes of the findable blocks.
+    /// A group's table has nothing where its window has passed, and blocks everywhere else.
+    fn check_windows(&self, sequence: &Sequence) {
+        let groups = &self.config.groups;
+        for (at, group) in groups.iter().enumerate() {
+            let passed = group.passed(sequence.filled, self.config.block_size) as usize;
+            for (index, &block) in sequence.blocks[at..]
+                .iter()
+                .step_by(groups.len())
+                .enumerate()
+            {
+                assert_eq!(
+                    block == BlockId::NONE,
+                    index < passed,
+                    "{index} of group {at}"
+                );
+            }
+        }
+    }
+
+    /// Chain hashes of the findable blocks that events tell about.
     #[doc(hidden)]
     pub fn findable_hashes(&self) -> HashSet<u64> {
-        self.cache.findable().map(|(hash, _)| hash).collect()
+        self.blocks.cache.told_hashes().collect()
     }
 }

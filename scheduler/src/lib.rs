@@ -11,13 +11,15 @@
 #![forbid(unsafe_code)]
 
 mod batch;
-mod block_index;
-mod block_pool;
+mod blocks;
 mod config;
 mod events;
+mod groups;
 mod ids;
 mod invariants;
+mod node_index;
 mod policy;
+mod pool;
 mod prefix_cache;
 mod scheduler;
 mod sequence;
@@ -26,5 +28,6 @@ mod step;
 pub use batch::{Batch, BlockCopy, Sampled, Scheduled};
 pub use config::{AddError, Config, ConfigError, Policy};
 pub use events::KvEvent;
+pub use groups::{PageGroup, blocks_needed};
 pub use ids::{BlockId, SeqId, Time, TokenId};
 pub use scheduler::{NewSequence, Scheduler, Stats};

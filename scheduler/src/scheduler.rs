@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::block_pool::BlockPool;
+use crate::blocks::Blocks;
 use crate::policy::{Key, Ranking};
-use crate::prefix_cache::{PrefixCache, chain_hash};
+use crate::prefix_cache::{PrefixCache, Realm, chain_hash};
 use crate::sequence::{Sequence, Slots, State};
 use crate::{
     AddError, Batch, BlockId, Config, ConfigError, KvEvent, Sampled, Scheduled, SeqId, Time,
@@ -45,7 +45,7 @@ pub struct Stats {
     pub prefix_queries: u64,
     /// Tokens found there.
     pub prefix_hits: u64,
-    /// Times a sequence lost its blocks to another.
+    /// Times a sequence lost its blocks to another; beginning anew beyond [`Config::recompute_beyond`] is none.
     pub preemptions: u64,
 }
 
@@ -60,8 +60,7 @@ pub struct Scheduler {
     pub(crate) running_count: u32,
     /// Samples of running sequences that are still to be forked.
     pub(crate) pending_forks: u32,
-    pub(crate) pool: BlockPool,
-    pub(crate) cache: PrefixCache,
+    pub(crate) blocks: Blocks,
     pub(crate) ranking: Ranking,
     pub(crate) batch: Batch,
     /// Sequences forked since the batch was made.
@@ -73,7 +72,6 @@ pub struct Scheduler {
     pub(crate) prefix_queries: u64,
     pub(crate) prefix_hits: u64,
     pub(crate) preemptions: u64,
-    pub(crate) cached_free: u32,
 }
 
 impl Scheduler {
@@ -89,8 +87,7 @@ impl Scheduler {
             running: Vec::new(),
             running_count: 0,
             pending_forks: 0,
-            pool: BlockPool::new(config.num_blocks),
-            cache: PrefixCache::new(config.num_blocks, config.block_size, config.kv_events),
+            blocks: Blocks::new(&config),
             ranking: Ranking::new(&config),
             batch: Batch::default(),
             forked: Vec::new(),
@@ -99,7 +96,6 @@ impl Scheduler {
             prefix_queries: 0,
             prefix_hits: 0,
             preemptions: 0,
-            cached_free: 0,
             config,
         })
     }
@@ -122,15 +118,20 @@ impl Scheduler {
         }
         let cost = u64::from(prompt) + u64::from(new.max_tokens) * u64::from(new.samples);
         let key = self.ranking.key(new.priority, new.tenant, cost, now);
+        let realm = Realm {
+            salt: new.salt,
+            beyond: self.is_beyond(prompt),
+        };
         let sequence = Sequence {
             state: State::Waiting,
             key,
-            salt: new.salt,
+            realm,
             tokens: new.prompt,
             longest: prompt + new.max_tokens,
             computed: 0,
             blocks: Vec::new(),
-            chain: PrefixCache::root(new.salt),
+            filled: 0,
+            chain: PrefixCache::root(realm),
             pending_forks: new.samples - 1,
             scheduled: 0,
             awaiting: false,
@@ -152,7 +153,7 @@ impl Scheduler {
         };
         sequence.hashes.clear();
         if self.config.prefix_cache {
-            let mut hash = PrefixCache::root(sequence.salt).hash;
+            let mut hash = PrefixCache::root(sequence.realm).hash;
             let blocks = sequence
                 .tokens
                 .chunks_exact(self.config.block_size as usize);
@@ -161,6 +162,13 @@ impl Scheduler {
                 hash
             }));
         }
+    }
+
+    /// Whether a sequence that knows so many tokens is computed as one beyond [`Config::recompute_beyond`].
+    fn is_beyond(&self, known: u32) -> bool {
+        self.config
+            .recompute_beyond
+            .is_some_and(|limit| known > limit)
     }
 
     /// The plan [`Scheduler::schedule`] made last.
@@ -173,7 +181,8 @@ impl Scheduler {
         self.slots.get(seq).map_or(&[], |s| &s.tokens)
     }
 
-    /// The blocks of a live sequence, in order of position. Empty for one that is not.
+    /// The blocks of a live sequence, in order of position: one of each group for every [`Config::block_size`] positions, interleaved
+    /// (see [`crate::PageGroup`]). Empty for a sequence that is not live.
     pub fn block_table(&self, seq: SeqId) -> &[BlockId] {
         self.slots.get(seq).map_or(&[], |s| &s.blocks)
     }
@@ -201,11 +210,12 @@ impl Scheduler {
         let child = Sequence {
             state: State::Running,
             key: sequence.key.of_fork(sequence.pending_forks + 1),
-            salt: sequence.salt,
+            realm: sequence.realm,
             tokens,
             longest: sequence.longest,
             computed: sequence.computed + sequence.scheduled,
             blocks,
+            filled: sequence.filled,
             chain: sequence.chain,
             pending_forks: 0,
             scheduled: 0,
@@ -216,7 +226,9 @@ impl Scheduler {
             hashes: Vec::new(),
         };
         for &block in &child.blocks {
-            self.pool.refer(block);
+            if block != BlockId::NONE {
+                self.blocks.share(block);
+            }
         }
         self.pending_forks -= 1;
         self.running_count += 1;
@@ -237,7 +249,7 @@ impl Scheduler {
             if let Some(sequence) = self.slots.get_mut(seq) {
                 sequence.computed += std::mem::take(&mut sequence.scheduled);
                 if !sequence.awaiting && sequence.has_filled_a_block(size) {
-                    self.store_blocks(seq);
+                    self.settle_blocks(seq);
                 }
             }
         }
@@ -257,11 +269,14 @@ impl Scheduler {
             if !finished {
                 sequence.tokens.push(token);
             }
+            let (known, realm) = (sequence.known(), sequence.realm);
             if sequence.has_filled_a_block(size) {
-                self.store_blocks(seq);
+                self.settle_blocks(seq);
             }
             if finished {
                 self.remove(seq);
+            } else if self.is_beyond(known) && !realm.beyond {
+                self.begin_anew(seq);
             }
         }
         if unanswered > 0 {
@@ -282,7 +297,7 @@ impl Scheduler {
                 && std::mem::take(&mut sequence.awaiting)
             {
                 sequence.computed = sequence.known() - 1;
-                self.store_blocks(seq);
+                self.settle_blocks(seq);
             }
         }
     }
@@ -299,38 +314,24 @@ impl Scheduler {
 
     /// Forgets every cached block that no sequence holds.
     pub fn clear_prefix_cache(&mut self) {
-        let forgotten: Vec<(u64, BlockId)> = self
-            .cache
-            .findable()
-            .filter(|&(_, block)| self.pool.references(block) == 0)
-            .collect();
-        let all = forgotten.len() == self.cache.findable().count();
-        for (_, block) in forgotten {
-            if all {
-                self.cache.forget(block);
-            } else {
-                self.cache.evict(block);
-            }
-        }
-        if all {
-            self.cache.cleared();
-        }
-        self.cached_free = 0;
+        self.blocks.clear();
     }
 
-    /// Records [`KvEvent`]s from now on, as [`Config::kv_events`] does from the beginning.
+    /// Records [`KvEvent`]s from now on, as [`Config::kv_events`] does from the beginning. Events and [`Scheduler::cached_blocks`] tell each block
+    /// of tokens once: they are about the blocks of the first group without a window, or of group 0 where all have one. What they say is there
+    /// may still have to be computed again where another group's blocks have gone.
     pub fn record_events(&mut self) {
-        self.cache.record_events();
+        self.blocks.cache.record_events();
     }
 
     /// Everything the prefix cache can find, as the `Stored` events that would bring an empty one here: predecessors first.
     pub fn cached_blocks(&self) -> Vec<KvEvent> {
-        self.cache.stored()
+        self.blocks.cache.stored()
     }
 
     /// What happened to the prefix cache since the last call; nothing unless [`Config::kv_events`] or [`Scheduler::record_events`].
     pub fn take_events(&mut self) -> Vec<KvEvent> {
-        self.cache.take_events()
+        self.blocks.cache.take_events()
     }
 
     /// Whether anything runs or waits.
@@ -343,36 +344,68 @@ impl Scheduler {
         Stats {
             running: self.running_count,
             waiting: self.waiting.len() as u32,
-            blocks_used: self.pool.len() - self.pool.free(),
-            blocks_cached: self.cached_free,
-            blocks_total: self.pool.len(),
+            blocks_used: self.blocks.pool.len() - self.blocks.pool.free(),
+            blocks_cached: self.blocks.cached_free,
+            blocks_total: self.blocks.pool.len(),
             prefix_queries: self.prefix_queries,
             prefix_hits: self.prefix_hits,
             preemptions: self.preemptions,
         }
     }
 
-    /// Makes the blocks a sequence has filled findable.
-    fn store_blocks(&mut self, seq: SeqId) {
-        if !self.config.prefix_cache {
-            return;
-        }
+    /// Makes the blocks a sequence has filled findable, and gives back those that no later query reads.
+    fn settle_blocks(&mut self, seq: SeqId) {
         let size = self.config.block_size;
+        let groups = &self.config.groups;
         let Some(sequence) = self.slots.get_mut(seq) else {
             return;
         };
+        let before = sequence.filled;
         while sequence.has_filled_a_block(size) {
-            let at = sequence.chain.blocks as usize;
-            let tokens = &sequence.tokens[at * size as usize..(at + 1) * size as usize];
-            let block = sequence.blocks[at];
-            let (chain, displaced) = self
-                .cache
-                .store(sequence.chain, block, tokens, sequence.salt);
-            sequence.chain = chain;
-            if displaced.is_some_and(|block| self.pool.references(block) == 0) {
-                self.cached_free -= 1;
+            let at = sequence.filled as usize;
+            if self.config.prefix_cache {
+                let tokens = &sequence.tokens[at * size as usize..(at + 1) * size as usize];
+                let blocks = &sequence.blocks[at * groups.len()..(at + 1) * groups.len()];
+                sequence.chain =
+                    self.blocks
+                        .store(sequence.chain, blocks, tokens, sequence.realm.salt);
             }
+            sequence.filled += 1;
         }
+        let after = sequence.filled;
+        self.blocks
+            .release_passed(&mut sequence.blocks, groups, size, before, after);
+    }
+
+    /// A running sequence has grown beyond what its keys were computed for: it waits at its place to be computed from its beginning.
+    fn begin_anew(&mut self, seq: SeqId) {
+        if let Some(sequence) = self.slots.get_mut(seq) {
+            sequence.realm.beyond = true;
+            self.requeue(seq);
+        }
+    }
+
+    /// Takes a running sequence's blocks and lets it wait again at its old place.
+    pub(crate) fn requeue(&mut self, seq: SeqId) {
+        let sequence = self
+            .slots
+            .get_mut(seq)
+            .expect("only running sequences are queued again");
+        let blocks = std::mem::take(&mut sequence.blocks);
+        sequence.state = State::Waiting;
+        sequence.computed = 0;
+        sequence.filled = 0;
+        sequence.scheduled = 0;
+        sequence.cached = None;
+        sequence.awaiting = false;
+        sequence.tail_may_be_shared = false;
+        sequence.chain = PrefixCache::root(sequence.realm);
+        let (key, forks) = (sequence.key, sequence.pending_forks);
+        self.blocks.release_all(&blocks);
+        self.running_count -= 1;
+        self.pending_forks -= forks;
+        self.waiting.insert(key, seq);
+        self.hash_known(seq);
     }
 
     /// Takes a sequence out, wherever it is.
@@ -389,36 +422,7 @@ impl Scheduler {
                 self.pending_forks -= sequence.pending_forks;
             }
         }
-        self.release(&sequence.blocks);
+        self.blocks.release_all(&sequence.blocks);
         true
-    }
-
-    /// Gives blocks back, last first: a chain's beginning is worth more than its end.
-    pub(crate) fn release(&mut self, blocks: &[BlockId]) {
-        for &block in blocks.iter().rev() {
-            let keep = self.cache.holds(block);
-            self.pool.release(block, keep);
-            if keep && self.pool.references(block) == 0 {
-                self.cached_free += 1;
-            }
-        }
-    }
-
-    /// A block for writing; what it held is no longer findable.
-    pub(crate) fn take_block(&mut self) -> Option<BlockId> {
-        let block = self.pool.take()?;
-        if self.cache.holds(block) {
-            self.cache.evict(block);
-            self.cached_free -= 1;
-        }
-        Some(block)
-    }
-
-    /// One more reference to a block that was found.
-    pub(crate) fn share_block(&mut self, block: BlockId) {
-        if self.pool.references(block) == 0 {
-            self.cached_free -= 1;
-        }
-        self.pool.refer(block);
     }
 }

@@ -1,7 +1,7 @@
 //! [`Sequence`]: one prompt and what was generated after it; and the slots sequences live in.
 
 use crate::policy::Key;
-use crate::prefix_cache::Link;
+use crate::prefix_cache::{Link, Realm};
 use crate::{BlockId, SeqId, TokenId};
 
 /// Where a sequence is.
@@ -18,15 +18,19 @@ pub(crate) enum State {
 pub(crate) struct Sequence {
     pub state: State,
     pub key: Key,
-    pub salt: u64,
+    /// Whom it may share blocks with. Beyond: it knows more tokens than [`crate::Config::recompute_beyond`].
+    pub realm: Realm,
     /// Known tokens: the prompt, then what was generated.
     pub tokens: Vec<TokenId>,
     /// Most tokens it can come to know: once it runs, its lists have room for them, so that no step of its generation allocates.
     pub longest: u32,
     /// Tokens whose keys and values are in its blocks.
     pub computed: u32,
+    /// Interleaved: `groups` entries for each `block_size` positions. [`BlockId::NONE`] where a group's window has passed.
     pub blocks: Vec<BlockId>,
-    /// The chain of its full, computed blocks in the prefix cache.
+    /// Of its full, computed blocks, those that were made findable and that windows were moved over.
+    pub filled: u32,
+    /// Their chain in the prefix cache.
     pub chain: Link,
     /// Samples still to be forked off.
     pub pending_forks: u32,
@@ -49,9 +53,9 @@ impl Sequence {
         self.tokens.len() as u32
     }
 
-    /// Whether there is a full, computed block that is not in its chain yet.
+    /// Whether there is a full, computed block that [`Sequence::filled`] does not count yet.
     pub fn has_filled_a_block(&self, block_size: u32) -> bool {
-        (self.chain.blocks + 1) * block_size <= self.computed
+        (self.filled + 1) * block_size <= self.computed
     }
 
     /// Known tokens not computed yet.

@@ -1,6 +1,8 @@
 //! One step's plan: decodes first, then prompts in key order, one token budget for both.
 
-use crate::prefix_cache::Link;
+use crate::groups::most_blocks;
+use crate::pool::Worth;
+use crate::prefix_cache::Prefix;
 use crate::sequence::State;
 use crate::{Batch, BlockCopy, BlockId, Scheduled, Scheduler, SeqId, Time};
 
@@ -137,34 +139,45 @@ impl Scheduler {
             return false;
         }
         let known = sequence.known();
-        let (found, chain) = self.find_prefix(seq);
-        let idle = found
-            .iter()
-            .filter(|&&block| self.pool.references(block) == 0)
-            .count() as u32;
-        let needed = known.div_ceil(self.config.block_size) - found.len() as u32;
+        let prefix = self.find_prefix(seq);
+        let Self { config, blocks, .. } = self;
+        let groups = config.groups.len();
+        let found = || prefix.blocks.iter().filter(|&&b| b != BlockId::NONE);
+        let cached = (prefix.blocks.len() / groups) as u32 * config.block_size;
+        let all = most_blocks(
+            &config.groups,
+            config.block_size,
+            config.max_batch_tokens,
+            cached,
+            known,
+        );
+        // Those of the prefix that others hold cost nothing.
+        let held = found().filter(|&&b| blocks.pool.references(b) > 0).count() as u64;
         // A little room for the others to grow, or they would be preempted at once. Alone there are no others.
         let spare = if self.running_count == 0 {
             0
         } else {
-            self.config.num_blocks / 100 + 1
+            u64::from(config.num_blocks) / 100 + groups as u64
         };
-        if needed + idle + spare > self.pool.free() {
+        if all - held + spare > u64::from(blocks.pool.free()) {
             return false;
         }
-        for &block in &found {
-            self.share_block(block);
+        for &block in found() {
+            blocks.share(block);
         }
-        let cached = found.len() as u32 * self.config.block_size;
-        let block_size = self.config.block_size;
+        blocks.cache.touch(&prefix);
+        let block_size = config.block_size;
         let sequence = self.slots.get_mut(seq).expect("looked up above");
         sequence.state = State::Running;
         let room = sequence.longest - sequence.known();
         sequence.tokens.reserve_exact(room as usize);
-        sequence.blocks = found;
-        let room = sequence.longest.div_ceil(block_size) as usize - sequence.blocks.len();
-        sequence.blocks.reserve_exact(room);
-        sequence.chain = chain;
+        sequence.blocks = prefix.blocks;
+        let entries = sequence.longest.div_ceil(block_size) as usize * groups;
+        sequence
+            .blocks
+            .reserve_exact(entries - sequence.blocks.len());
+        sequence.chain = prefix.chain;
+        sequence.filled = cached / block_size;
         sequence.computed = cached;
         sequence.cached = Some(cached);
         let (key, forks) = (sequence.key, sequence.pending_forks);
@@ -181,25 +194,15 @@ impl Scheduler {
     }
 
     /// The cached blocks a waiting sequence can begin with. At least its last token is left to compute: its logits are wanted.
-    fn find_prefix(&self, seq: SeqId) -> (Vec<BlockId>, Link) {
+    fn find_prefix(&self, seq: SeqId) -> Prefix {
         let sequence = self.slots.get(seq).expect("the caller has looked it up");
-        let mut chain = crate::prefix_cache::PrefixCache::root(sequence.salt);
-        let mut found = Vec::new();
         let size = self.config.block_size as usize;
         let most = (sequence.tokens.len() - 1) / size;
-        for (tokens, &hash) in sequence
-            .tokens
-            .chunks_exact(size)
-            .zip(&sequence.hashes)
-            .take(most)
-        {
-            let Some((block, link)) = self.cache.find(chain, hash, tokens, sequence.salt) else {
-                break;
-            };
-            found.push(block);
-            chain = link;
-        }
-        (found, chain)
+        let blocks = sequence.tokens.chunks_exact(size);
+        let hashes = sequence.hashes.iter().copied();
+        self.blocks
+            .cache
+            .longest(sequence.realm, blocks.zip(hashes).take(most))
     }
 
     /// Schedules `tokens` more tokens of a running sequence. Preempts whoever has the largest key, itself
@@ -212,23 +215,16 @@ impl Scheduler {
             .expect("only running sequences compute");
         let first = sequence.computed + sequence.scheduled;
         let end = first + tokens;
+        let groups = self.config.groups.len();
         if std::mem::take(&mut sequence.tail_may_be_shared) && !first.is_multiple_of(size) {
-            let at = (first / size) as usize;
-            let shared = sequence.blocks[at];
-            if self.pool.references(shared) > 1 {
-                let Some(own) = self.block_for(seq) else {
+            let tail = (first / size) as usize * groups;
+            for at in tail..tail + groups {
+                if !self.own(seq, at) {
                     return;
-                };
-                // Preemption may have taken the other holders away; the copy is then merely unneeded.
-                self.batch.copies.push(BlockCopy {
-                    from: shared,
-                    to: own,
-                });
-                self.slots.get_mut(seq).expect("still running").blocks[at] = own;
-                self.release(&[shared]);
+                }
             }
         }
-        let wanted = end.div_ceil(size) as usize;
+        let wanted = end.div_ceil(size) as usize * groups;
         while self.slots.get(seq).expect("still running").blocks.len() < wanted {
             let Some(block) = self.block_for(seq) else {
                 return;
@@ -246,16 +242,36 @@ impl Scheduler {
                 len: 1,
                 logits: u32::from(sequence.awaiting),
                 cached: sequence.cached.take(),
+                beyond: sequence.realm.beyond,
             });
         }
         sequence.scheduled += tokens;
         self.batch.tokens += tokens;
     }
 
+    /// Makes the block at an entry of a sequence's table its own, by a copy where others hold it. False: the sequence was preempted for want of one.
+    fn own(&mut self, seq: SeqId, at: usize) -> bool {
+        let shared = self.slots.get(seq).expect("still running").blocks[at];
+        if self.blocks.pool.references(shared) == 1 {
+            return true;
+        }
+        let Some(own) = self.block_for(seq) else {
+            return false;
+        };
+        // Preemption may have taken the other holders away; the copy is then merely unneeded.
+        self.batch.copies.push(BlockCopy {
+            from: shared,
+            to: own,
+        });
+        self.slots.get_mut(seq).expect("still running").blocks[at] = own;
+        self.blocks.release(shared, Worth::Much);
+        true
+    }
+
     /// A free block for `seq`, if need be by preempting sequences with larger keys; `None`: `seq` itself was the one to go.
     fn block_for(&mut self, seq: SeqId) -> Option<BlockId> {
         loop {
-            if let Some(block) = self.take_block() {
+            if let Some(block) = self.blocks.take() {
                 return Some(block);
             }
             let victim = self
@@ -278,23 +294,12 @@ impl Scheduler {
     fn preempt(&mut self, seq: SeqId) {
         let sequence = self
             .slots
-            .get_mut(seq)
+            .get(seq)
             .expect("only running sequences are preempted");
-        let blocks = std::mem::take(&mut sequence.blocks);
-        sequence.state = State::Waiting;
-        sequence.computed = 0;
-        sequence.cached = None;
-        sequence.awaiting = false;
-        self.batch.tokens -= std::mem::take(&mut sequence.scheduled);
-        sequence.chain = crate::prefix_cache::PrefixCache::root(sequence.salt);
-        let (key, forks) = (sequence.key, sequence.pending_forks);
-        self.release(&blocks);
-        self.running_count -= 1;
-        self.pending_forks -= forks;
+        self.batch.tokens -= sequence.scheduled;
         self.preemptions += 1;
-        self.waiting.insert(key, seq);
         self.batch.preempted.push(seq);
-        self.hash_known(seq);
+        self.requeue(seq);
     }
 
     /// Fills in the lengths of prompts, which are known only when the whole plan is.

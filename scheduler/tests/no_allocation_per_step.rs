@@ -3,7 +3,9 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use quire_scheduler::{Config, NewSequence, Policy, Sampled, Scheduler, Time, TokenId};
+use quire_scheduler::{
+    Config, NewSequence, PageGroup, Policy, Sampled, Scheduler, Time, TokenId, blocks_needed,
+};
 
 /// The system's allocator, counting.
 struct Counting;
@@ -33,13 +35,30 @@ const GENERATED: u32 = 500;
 
 #[test]
 fn steps_of_running_sequences_allocate_nothing() {
+    // One test: what other threads allocate would be counted.
+    let window = |window| PageGroup {
+        window: Some(window),
+    };
+    for groups in [
+        vec![PageGroup::FULL],
+        vec![PageGroup::FULL, window(40), window(200)],
+        vec![window(40)],
+    ] {
+        run(groups);
+    }
+}
+
+fn run(groups: Vec<PageGroup>) {
+    let blocks = blocks_needed(&groups, 16, PROMPT, PROMPT + GENERATED, SEQUENCES) as u32;
     let config = Config {
         block_size: 16,
-        num_blocks: SEQUENCES * (PROMPT + GENERATED).div_ceil(16) + 100,
+        num_blocks: blocks + 100,
+        groups,
         max_batch_tokens: 4096,
         max_chunk_tokens: 4096,
         max_seqs: SEQUENCES,
         max_model_len: 2048,
+        recompute_beyond: None,
         max_waiting: SEQUENCES,
         prefix_cache: true,
         policy: Policy::Priority,

@@ -1,15 +1,17 @@
 //! Random workloads under random configurations, a million steps of them, with every invariant checked after every step.
 //!
 //! Beside the scheduler runs a model of the KV cache that knows, for every slot of every block, which token at which position after which
-//! prefix was computed into it. Each scheduled token must see exactly its own prefix through its block table. Wrong sharing, a missed
-//! copy, a block reused too early: all of them show here without any arithmetic.
+//! prefix was computed into it, for which page group and in which regime. Each scheduled token must see exactly its own prefix through its block
+//! table, or as much of it as the group's window shows. Wrong sharing, a missed copy, a block reused too early: all of them show here
+//! without any arithmetic.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use quire_scheduler::{
-    AddError, Config, KvEvent, NewSequence, Policy, Sampled, Scheduler, SeqId, Time, TokenId,
+    AddError, BlockId, Config, KvEvent, NewSequence, PageGroup, Policy, Sampled, Scheduler, SeqId,
+    Time, TokenId,
 };
 
 const STEPS: u64 = 1_000_000;
@@ -41,6 +43,27 @@ fn extend(prefix: u64, token: TokenId) -> u64 {
     random.next()
 }
 
+/// What is computed for `group` at the end of this prefix, in a sequence that is so long or not.
+fn content(prefix: u64, group: usize, beyond: bool) -> u64 {
+    extend(
+        prefix,
+        TokenId(1_000_000 + 2 * group as u32 + u32::from(beyond)),
+    )
+}
+
+/// Windows of the groups of a model; 0: attends to everything.
+const GROUPS: [&[u32]; 9] = [
+    &[0],
+    &[0],
+    &[0],
+    &[0, 5],
+    &[7],
+    &[0, 16, 16],
+    &[1, 0],
+    &[12, 3],
+    &[0, 0, 9],
+];
+
 struct Live {
     seq: SeqId,
     salt: u64,
@@ -56,7 +79,7 @@ struct World {
     scheduler: Scheduler,
     random: Random,
     live: Vec<Live>,
-    /// The prefix that ends in each slot. `[blocks · block_size]`
+    /// What was computed into each slot. `[blocks · block_size]`
     slots: Vec<u64>,
     /// What the KV events say is findable.
     told: HashSet<u64>,
@@ -66,6 +89,10 @@ struct World {
     preemptions: u64,
     copies: u64,
     hits: u64,
+    /// Entries of hits that are empty: a window had passed.
+    passed_hits: u64,
+    /// Sequences computed anew beyond the switch.
+    switched: u64,
     refused: u64,
     unanswered: u64,
     /// Of every batch so far, in order.
@@ -77,15 +104,23 @@ impl World {
         let mut random = Random(seed);
         let r = &mut random;
         let block_size = 1 + r.below(8) as u32;
-        let num_blocks = 4 + r.below(60) as u32;
+        let groups: Vec<PageGroup> = GROUPS[r.below(GROUPS.len() as u64) as usize]
+            .iter()
+            .map(|&window| PageGroup {
+                window: (window > 0).then_some(window),
+            })
+            .collect();
+        let num_blocks = (4 + r.below(60) as u32) * groups.len() as u32;
         let max_batch_tokens = 1 + r.below(60) as u32;
         let config = Config {
             block_size,
+            groups,
             num_blocks,
             max_batch_tokens,
             max_chunk_tokens: 1 + r.below(u64::from(max_batch_tokens)) as u32,
             max_seqs: 1 + r.below(16) as u32,
             max_model_len: 10 + r.below(u64::from(block_size * num_blocks)) as u32,
+            recompute_beyond: r.chance(3).then(|| 1 + r.below(70) as u32),
             max_waiting: 1 + r.below(20) as u32,
             prefix_cache: !r.chance(4),
             policy: [Policy::Fcfs, Policy::Priority, Policy::FairShare][r.below(3) as usize],
@@ -104,6 +139,8 @@ impl World {
             preemptions: 0,
             copies: 0,
             hits: 0,
+            passed_hits: 0,
+            switched: 0,
             refused: 0,
             unanswered: 0,
             trace: DefaultHasher::new(),
@@ -169,7 +206,8 @@ impl World {
         if !self.live.is_empty() && self.random.chance(40) {
             let at = self.random.below(self.live.len() as u64) as usize;
             let gone = self.live.swap_remove(at);
-            let held = self.scheduler.block_table(gone.seq).to_vec();
+            let mut held = self.scheduler.block_table(gone.seq).to_vec();
+            held.retain(|block| *block != BlockId::NONE);
             let before = self.scheduler.stats().blocks_used;
             let shared = held
                 .iter()
@@ -231,32 +269,77 @@ impl World {
         let mut holders = vec![0; self.config.num_blocks as usize];
         for live in &self.live {
             for block in self.scheduler.block_table(live.seq) {
-                holders[block.0 as usize] += 1;
+                if *block != BlockId::NONE {
+                    holders[block.0 as usize] += 1;
+                }
             }
         }
+        let groups = &self.config.groups;
         // All keys of a step are stored before any is read: so it is in the kernels, layer by layer.
         for scheduled in &batch.sequences {
             let prefixes = self.prefixes(by_seq[&scheduled.seq]);
             let table = self.scheduler.block_table(scheduled.seq);
             assert!(scheduled.len > 0);
+            let known = prefixes.len() as u32;
+            let beyond = self.config.recompute_beyond.is_some_and(|l| known > l);
+            assert_eq!(scheduled.beyond, beyond, "{known} tokens");
             for p in scheduled.start as usize..(scheduled.start + scheduled.len) as usize {
-                let block = table[p / size].0 as usize;
-                assert_eq!(holders[block], 1, "a step writes only to a sequence's own");
-                self.slots[block * size + p % size] = prefixes[p];
+                for g in 0..groups.len() {
+                    let block = table[p / size * groups.len() + g].0 as usize;
+                    assert_eq!(holders[block], 1, "a step writes only to a sequence's own");
+                    self.slots[block * size + p % size] = content(prefixes[p], g, beyond);
+                }
             }
-            self.hits += u64::from(scheduled.cached.unwrap_or(0));
+            let cached = scheduled.cached.unwrap_or(0);
+            self.hits += u64::from(cached);
+            self.passed_hits += table[..cached as usize / size * groups.len()]
+                .iter()
+                .filter(|block| **block == BlockId::NONE)
+                .count() as u64;
         }
         for scheduled in &batch.sequences {
             let prefixes = self.prefixes(by_seq[&scheduled.seq]);
             let table = self.scheduler.block_table(scheduled.seq);
             let end = (scheduled.start + scheduled.len) as usize;
             assert_eq!(scheduled.logits, u32::from(end == prefixes.len()));
-            for (p, prefix) in prefixes[..end].iter().enumerate() {
-                let slot = table[p / size].0 as usize * size + p % size;
-                assert_eq!(
-                    self.slots[slot], *prefix,
-                    "position {p} of {scheduled:?} holds another prefix"
-                );
+            for (g, group) in groups.iter().enumerate() {
+                // What the first query reads and all after it.
+                let first = group
+                    .window
+                    .map_or(0, |w| (scheduled.start + 1).saturating_sub(w));
+                for p in first as usize..end {
+                    let block = table[p / size * groups.len() + g];
+                    assert_ne!(
+                        block,
+                        BlockId::NONE,
+                        "position {p} of {scheduled:?} is read"
+                    );
+                    assert_eq!(
+                        self.slots[block.0 as usize * size + p % size],
+                        content(prefixes[p], g, scheduled.beyond),
+                        "position {p} of group {g} of {scheduled:?} holds another prefix"
+                    );
+                }
+            }
+        }
+        let chunks: HashMap<SeqId, u32> = batch.sequences.iter().map(|s| (s.seq, s.len)).collect();
+        self.check_windows(|seq| chunks.get(&seq).copied().unwrap_or(1));
+    }
+
+    /// A group with a window holds no more blocks than the window and so many positions after it can touch.
+    fn check_windows(&self, chunk: impl Fn(SeqId) -> u32) {
+        let groups = &self.config.groups;
+        for live in &self.live {
+            let table = self.scheduler.block_table(live.seq);
+            for (g, group) in groups.iter().enumerate() {
+                let Some(window) = group.window else {
+                    continue;
+                };
+                let entries = table.iter().skip(g).step_by(groups.len());
+                let held = entries.filter(|block| **block != BlockId::NONE).count() as u32;
+                let size = self.config.block_size;
+                let most = (window - 1).div_ceil(size) + (chunk(live.seq) - 1).div_ceil(size) + 1;
+                assert!(held <= most, "{held} blocks of group {g}, {most} would do");
             }
         }
     }
@@ -298,6 +381,9 @@ impl World {
                 self.live[at].left -= 1;
                 self.live[at].added = self.now;
                 let finished = self.live[at].left == 0 || self.random.chance(30);
+                let known = self.scheduler.tokens(seq).len() as u32;
+                self.switched +=
+                    u64::from(!finished && self.config.recompute_beyond == Some(known));
                 if finished {
                     self.live.swap_remove(at);
                 }
@@ -381,6 +467,7 @@ impl World {
         self.abort_some();
         self.sample();
         self.scheduler.check_invariants();
+        self.check_windows(|_| 1);
         self.hear();
         if self.random.chance(200) {
             self.scheduler.clear_prefix_cache();
@@ -409,7 +496,8 @@ impl World {
 #[test]
 fn a_million_random_steps_keep_every_invariant() {
     let (mut steps, mut preemptions, mut copies) = (0, 0, 0);
-    let (mut hits, mut refused, mut unanswered) = (0, 0, 0);
+    let (mut hits, mut passed_hits, mut switched) = (0, 0, 0);
+    let (mut refused, mut unanswered) = (0, 0);
     let mut seed = 1;
     while steps < STEPS {
         let mut world = World::new(seed);
@@ -418,18 +506,23 @@ fn a_million_random_steps_keep_every_invariant() {
         preemptions += world.preemptions;
         copies += world.copies;
         hits += world.hits;
+        passed_hits += world.passed_hits;
+        switched += world.switched;
         refused += world.refused;
         unanswered += world.unanswered;
         seed += 1;
     }
     println!(
-        "{steps} steps, {seed} configurations: {preemptions} preemptions, {copies} copies on write, {hits} cached tokens, {refused} refusals, {unanswered} steps in vain"
+        "{steps} steps, {seed} configurations: {preemptions} preemptions, {copies} copies on write, {hits} cached tokens, {passed_hits} blocks \
+         that windows had passed, {switched} sequences computed anew, {refused} refusals, {unanswered} steps in vain"
     );
     assert!(steps >= STEPS);
     assert!(
         preemptions > 10_000
             && copies > 1000
             && hits > 10_000
+            && passed_hits > 10_000
+            && switched > 10_000
             && refused > 1000
             && unanswered > 1000,
         "the workloads were to force all of it"

@@ -205,6 +205,7 @@ impl Workload {
             rows,
             start,
             table: step.block_tables.len() as u32,
+            beyond: false,
         });
         let tokens = &mut self.tokens;
         step.tokens

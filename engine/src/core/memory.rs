@@ -1,5 +1,6 @@
 //! How large the KV cache is: from what was asked for, or from the memory that is left.
 
+use quire_scheduler::{PageGroup, blocks_needed};
 use sysinfo::System;
 
 use super::config::{EngineConfig, StartError};
@@ -21,19 +22,20 @@ pub fn available() -> u64 {
 /// The sizes an engine runs with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Sizes {
-    /// Blocks of the KV cache.
+    /// Blocks of the KV cache, of all page groups together.
     pub blocks: u32,
     /// Longest prompt plus generation, in tokens.
     pub max_model_len: u32,
 }
 
-/// Chooses the sizes. `block_bytes`: bytes of one block over all layers; `max_position`: the checkpoint's longest context;
-/// `available`: bytes left in memory.
+/// Chooses the sizes. `groups`: the model's page groups; `block_bytes`: bytes of one block, which holds the layers of one group;
+/// `max_position`: the checkpoint's longest context; `available`: bytes left in memory.
 ///
 /// # Errors
 /// A context longer than the checkpoint allows, or a cache that cannot hold one.
 pub(super) fn sizes(
     config: &EngineConfig,
+    groups: &[PageGroup],
     max_position: usize,
     block_bytes: usize,
     available: u64,
@@ -50,26 +52,29 @@ pub(super) fn sizes(
     }
     let wanted = config.max_model_len.unwrap_or(max_position);
     let bytes = config.kv_cache_memory.unwrap_or(available / 2);
-    let block_size = u64::from(config.block_size);
     let fitting = bytes / block_bytes as u64;
-    let per_sequence = u64::from(wanted).div_ceil(block_size);
+    // By the rule the scheduler refuses requests by.
+    let needed = |tokens| {
+        let chunk = config.max_batch_tokens;
+        blocks_needed(groups, config.block_size, chunk, tokens, 1)
+    };
     // More blocks than every running sequence at full length could hold would never be touched.
-    let useful = per_sequence.saturating_mul(u64::from(config.max_seqs));
+    let useful = needed(wanted).saturating_mul(u64::from(config.max_seqs));
     let blocks = match config.kv_cache_memory {
         Some(_) => fitting,
         None => fitting.min(useful),
     };
-    let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
-    let tokens = u64::from(blocks) * block_size;
+    let blocks = u32::try_from(blocks).unwrap_or(u32::MAX - 1);
+    let tokens = longest(wanted, |tokens| needed(tokens) <= u64::from(blocks));
     let max_model_len = match config.max_model_len {
-        None if tokens > 0 => wanted.min(u32::try_from(tokens).unwrap_or(u32::MAX)),
-        _ if tokens >= u64::from(wanted) => wanted,
+        None if tokens > 0 => tokens,
+        _ if tokens == wanted => wanted,
         _ => {
             return Err(StartError::CacheTooSmall {
                 bytes,
-                tokens,
+                tokens: u64::from(tokens),
                 max_model_len: wanted,
-                needed_bytes: per_sequence * block_bytes as u64,
+                needed_bytes: needed(wanted) * block_bytes as u64,
             });
         }
     };
@@ -79,9 +84,26 @@ pub(super) fn sizes(
     })
 }
 
+/// The longest context up to `most` that fits, given that a shorter one fits where a longer one does; 0 if none does.
+fn longest(most: u32, fits: impl Fn(u32) -> bool) -> u32 {
+    let (mut fitting, mut too_long) = (0, u64::from(most) + 1);
+    while too_long - u64::from(fitting) > 1 {
+        // Between two numbers of 32 bits.
+        let middle = u64::from(fitting).midpoint(too_long) as u32;
+        if fits(middle) {
+            fitting = middle;
+        } else {
+            too_long = u64::from(middle);
+        }
+    }
+    fitting
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const FULL: &[PageGroup] = &[PageGroup::FULL];
 
     fn config(max_model_len: Option<u32>, kv_cache_memory: Option<u64>) -> EngineConfig {
         EngineConfig {
@@ -94,7 +116,7 @@ mod tests {
 
     #[test]
     fn by_default_the_cache_takes_half_of_what_is_available() {
-        let sizes = sizes(&config(None, None), 2048, 1000, 200_000).unwrap();
+        let sizes = sizes(&config(None, None), FULL, 2048, 1000, 200_000).unwrap();
         assert_eq!(sizes.blocks, 100);
         assert_eq!(
             sizes.max_model_len, 1600,
@@ -104,20 +126,20 @@ mod tests {
 
     #[test]
     fn by_default_the_cache_is_no_larger_than_all_sequences_need() {
-        let sizes = sizes(&config(None, None), 2048, 1000, 1 << 40).unwrap();
+        let sizes = sizes(&config(None, None), FULL, 2048, 1000, 1 << 40).unwrap();
         assert_eq!(sizes.blocks, 4 * 128);
         assert_eq!(sizes.max_model_len, 2048);
     }
 
     #[test]
     fn memory_that_was_asked_for_is_taken_whole() {
-        let sizes = sizes(&config(None, Some(1_000_000)), 2048, 1000, 0).unwrap();
+        let sizes = sizes(&config(None, Some(1_000_000)), FULL, 2048, 1000, 0).unwrap();
         assert_eq!(sizes.blocks, 1000);
     }
 
     #[test]
     fn a_context_that_does_not_fit_the_cache_is_refused_with_the_numbers() {
-        let error = sizes(&config(Some(2048), Some(100_000)), 2048, 1000, 0).unwrap_err();
+        let error = sizes(&config(Some(2048), Some(100_000)), FULL, 2048, 1000, 0).unwrap_err();
         let text = error.to_string();
         assert!(text.contains("1600 tokens"), "{text}");
         assert!(text.contains("128000 bytes"), "{text}");
@@ -125,12 +147,31 @@ mod tests {
 
     #[test]
     fn a_context_longer_than_the_checkpoint_was_made_for_is_refused() {
-        let error = sizes(&config(Some(4096), None), 2048, 1000, 1 << 30).unwrap_err();
+        let error = sizes(&config(Some(4096), None), FULL, 2048, 1000, 1 << 30).unwrap_err();
         assert!(error.to_string().contains("1 to 2048"), "{error}");
     }
 
     #[test]
     fn no_memory_at_all_is_an_error_not_an_empty_cache() {
-        assert!(sizes(&config(None, Some(10)), 2048, 1000, 0).is_err());
+        assert!(sizes(&config(None, Some(10)), FULL, 2048, 1000, 0).is_err());
+    }
+
+    #[test]
+    fn a_group_with_a_window_takes_its_window_and_a_step_not_the_context() {
+        let window = PageGroup { window: Some(256) };
+        let groups = [PageGroup::FULL, window];
+        let config = EngineConfig {
+            max_seqs: 1,
+            max_batch_tokens: 512,
+            ..config(None, None)
+        };
+        let all = sizes(&config, &groups, 1 << 16, 1000, 1 << 40).unwrap();
+        assert_eq!(all.max_model_len, 1 << 16);
+        assert_eq!(all.blocks, 4096 + 16 + 32 + 1);
+        let half = sizes(&config, &groups, 1 << 16, 1000, 4_194_000).unwrap();
+        assert_eq!(half.blocks, 2097);
+        assert_eq!(half.max_model_len, (2097 - 49) * 16);
+        let windowed = sizes(&config, &[window], 1 << 16, 1000, 100_000).unwrap();
+        assert_eq!(windowed.max_model_len, 1 << 16, "it runs in a fixed space");
     }
 }

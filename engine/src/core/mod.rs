@@ -9,6 +9,7 @@
 
 mod config;
 mod engine_loop;
+mod groups;
 mod handle;
 mod kv_events;
 mod memory;

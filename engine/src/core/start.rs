@@ -14,7 +14,7 @@ use crate::model::{Decoder, LoadOptions, LoadProgress};
 use super::config::{EngineConfig, StartError, StepReport};
 use super::engine_loop::EngineLoop;
 use super::handle::{Engine, ModelInfo, Shared};
-use super::memory;
+use super::{groups, memory};
 
 impl Engine {
     /// [`Engine::start`] on this machine's CPU. `threads`: how many compute; `None`: the cores this process may use.
@@ -59,14 +59,23 @@ impl Engine {
         let block_size = config.block_size as usize;
         let block_bytes =
             Decoder::<B>::kv_shape(model, 1, block_size, config.kv_dtype).block_bytes();
-        let sizes = memory::sizes(config, model.max_position, block_bytes, memory::available())?;
+        let groups = groups::page_groups(model);
+        let sizes = memory::sizes(
+            config,
+            &groups,
+            model.max_position,
+            block_bytes,
+            memory::available(),
+        )?;
         let scheduling = Config {
             block_size: config.block_size,
+            groups,
             num_blocks: sizes.blocks,
             max_batch_tokens: config.max_batch_tokens,
             max_chunk_tokens: config.max_chunk_tokens.min(config.max_batch_tokens),
             max_seqs: config.max_seqs,
             max_model_len: sizes.max_model_len,
+            recompute_beyond: groups::recompute_beyond(model),
             // The handle bounds what waits to be admitted; preempted sequences wait beside those.
             max_waiting: config.max_waiting.saturating_add(config.max_seqs),
             prefix_cache: config.prefix_cache,

@@ -1,7 +1,9 @@
 //! Turns a scheduler's plan into what the decoder runs.
 
 use quire_kernels::{Span, Step};
-use quire_scheduler::Scheduler;
+use quire_scheduler::{BlockId, Scheduler};
+
+const _: () = assert!(BlockId::NONE.0 == Step::NO_BLOCK);
 
 /// Fills `step` and `copies` from the batch the scheduler has just planned; both keep their memory from step to step.
 pub(super) fn fill(scheduler: &Scheduler, step: &mut Step, copies: &mut Vec<(u32, u32)>) {
@@ -10,6 +12,7 @@ pub(super) fn fill(scheduler: &Scheduler, step: &mut Step, copies: &mut Vec<(u32
     let batch = scheduler.batch();
     copies.extend(batch.copies.iter().map(|copy| (copy.from.0, copy.to.0)));
     let block_size = scheduler.config().block_size;
+    step.groups = scheduler.config().groups.len();
     for scheduled in &batch.sequences {
         let end = scheduled.start + scheduled.len;
         let row = step.tokens.len() as u32;
@@ -18,6 +21,7 @@ pub(super) fn fill(scheduler: &Scheduler, step: &mut Step, copies: &mut Vec<(u32
             rows: scheduled.len,
             start: scheduled.start,
             table: step.block_tables.len() as u32,
+            beyond: scheduled.beyond,
         });
         let tokens = scheduler.tokens(scheduled.seq);
         step.tokens.extend(
@@ -26,10 +30,11 @@ pub(super) fn fill(scheduler: &Scheduler, step: &mut Step, copies: &mut Vec<(u32
                 .map(|token| token.0),
         );
         step.positions.extend(scheduled.start..end);
-        let blocks = end.div_ceil(block_size) as usize;
+        // Interleaved, as the scheduler keeps it: `BlockId::NONE` is `Step::NO_BLOCK`.
+        let entries = end.div_ceil(block_size) as usize * step.groups;
         let table = scheduler.block_table(scheduled.seq);
         step.block_tables
-            .extend(table[..blocks].iter().map(|block| block.0));
+            .extend(table[..entries].iter().map(|block| block.0));
         step.logit_rows
             .extend(row + scheduled.len - scheduled.logits..row + scheduled.len);
     }

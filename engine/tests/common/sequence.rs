@@ -56,9 +56,11 @@ impl Sequence {
                 rows: count,
                 start: self.known,
                 table: 0,
+                beyond: false,
             }],
             block_tables: self.blocks.clone(),
             logit_rows: (count - rows as u32..count).collect(),
+            ..Step::default()
         };
         let mut logits = Vec::new();
         self.decoder

@@ -212,6 +212,7 @@ pub fn step(spans: &[(usize, usize)], block_size: usize) -> Step {
             rows: rows as u32,
             start: start as u32,
             table: step.block_tables.len() as u32,
+            beyond: false,
         });
         step.block_tables.extend(block..block + blocks);
         block += blocks;

@@ -1,0 +1,15 @@
+//! Which layers of a model share pages, and where its keys change.
+
+use quire_scheduler::PageGroup;
+
+use crate::model::ModelConfig;
+
+/// The page groups of a model, each of equally many layers: layers of one group keep the same positions.
+pub(super) fn page_groups(_model: &ModelConfig) -> Vec<PageGroup> {
+    vec![PageGroup::FULL]
+}
+
+/// The length beyond which a sequence's keys are computed with other rotary frequencies, if the model has such a switch.
+pub(super) fn recompute_beyond(_model: &ModelConfig) -> Option<u32> {
+    None
+}
