@@ -113,14 +113,15 @@ fn wrong_values_of_config_json_are_named() {
         ("rms_norm_eps", json!("small"), "\"small\""),
         ("hidden_act", json!("gelu"), "\"gelu\""),
         ("tie_word_embeddings", json!(1), "1"),
-        ("use_sliding_window", json!(true), "true"),
+        ("use_sliding_window", json!(1), "1"),
+        ("sliding_window", json!("wide"), "\"wide\""),
         (
             "layer_types",
             json!(["sliding_attention"]),
             "sliding_attention",
         ),
         ("layer_types", json!("full_attention"), "full_attention"),
-        ("partial_rotary_factor", json!(0.5), "0.5"),
+        ("partial_rotary_factor", json!(1.5), "1.5"),
         ("eos_token_id", json!(301), "301"),
         ("eos_token_id", json!([2, -1]), "-1"),
         ("eos_token_id", json!("</s>"), "</s>"),
@@ -132,7 +133,11 @@ fn wrong_values_of_config_json_are_named() {
         ("quantization_config", json!({"bits": 3}), "is 3"),
         ("quantization_config", json!("awq"), "missing"),
         ("rope_parameters", json!("yarn"), "\"yarn\""),
-        ("rope_parameters", json!({"rope_type": "yarn"}), "\"yarn\""),
+        (
+            "rope_parameters",
+            json!({"rope_type": "dynamic"}),
+            "\"dynamic\"",
+        ),
         ("rope_parameters", json!({"rope_type": 3}), "3"),
         ("rope_parameters", json!({"rope_theta": 0}), "0"),
         ("rope_parameters", json!({"rope_theta": "1e4"}), "1e4"),
@@ -153,8 +158,18 @@ fn wrong_values_of_config_json_are_named() {
         ),
         (
             "rope_parameters",
-            json!({"partial_rotary_factor": 0.25}),
-            "0.25",
+            json!({"partial_rotary_factor": -0.25}),
+            "-0.25",
+        ),
+        (
+            "rope_parameters",
+            json!({"rope_type": "yarn"}),
+            "factor` is missing",
+        ),
+        (
+            "rope_parameters",
+            json!({"rope_type": "longrope", "original_max_position_embeddings": 64, "short_factor": [1, 0], "long_factor": 2}),
+            "short_factor` is [1,0]",
         ),
         (
             "rope_parameters",
@@ -639,7 +654,7 @@ fn a_model_that_is_not_ternary_is_not_quantised_to_tq2_0() {
     };
     ternary(|i| 0.5 * (i * i % 3) as f32 - 0.5).unwrap();
     let error = ternary(|i| (i % 5) as f32).unwrap_err();
-    for word in ["q_proj", "TQ2_0", "row 0", "1 beside 4", "ternary"] {
+    for word in ["gate_proj", "TQ2_0", "row 0", "1 beside 4", "ternary"] {
         assert!(error.contains(word), "{word}: {error}");
     }
 }

@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 use common::{Random, backend, backends, bits, encode, error, filled, formats, part, plain_step};
 use quire_kernels::cpu::{CpuBackend, Isa};
 use quire_kernels::quantize::{Bits, Grouped, Scale, Zero};
-use quire_kernels::{Backend, Error, Format, MatrixPart, Step};
+use quire_kernels::{Backend, Error, Format, LogitsRule, MatrixPart, Norm, Step};
 
 /// `[rows, n]` of `x · wᵀ + bias`.
 fn product(
@@ -469,9 +469,17 @@ fn logits_are_the_normalised_rows_times_the_head_for_the_asked_rows_only() {
     step.logit_rows = vec![2, 6];
     backend.begin(&step).unwrap();
     let weight = backend.vector(&norm).unwrap();
+    let norm_ = Norm {
+        weight: &weight,
+        eps: 1e-6,
+    };
+    let plain = LogitsRule {
+        scale: 1.0,
+        softcap: None,
+    };
     let mut logits = Vec::new();
     backend
-        .logits(&input, &weight, 1e-6, &head, &mut logits)
+        .logits(&input, &norm_, &head, plain, &mut logits)
         .unwrap();
     let mut expected = Vec::new();
     for row in [2, 6] {
@@ -485,6 +493,18 @@ fn logits_are_the_normalised_rows_times_the_head_for_the_asked_rows_only() {
                     .sum(),
             );
         }
+    }
+    assert!(error(&logits, &expected) < 1e-5);
+
+    let capped = LogitsRule {
+        scale: 0.5,
+        softcap: Some(1.5),
+    };
+    backend
+        .logits(&input, &norm_, &head, capped, &mut logits)
+        .unwrap();
+    for x in &mut expected {
+        *x = 1.5 * (0.5 * *x / 1.5).tanh();
     }
     assert!(error(&logits, &expected) < 1e-5);
 }

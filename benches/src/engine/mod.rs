@@ -187,21 +187,18 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         max_rows: arguments.chunk.max(largest) as usize,
     };
     let decoder = Decoder::load(&checkpoint, backend, options, &mut |_| {})?;
-    let shape = [
-        checkpoint.config.hidden_size,
-        checkpoint.config.intermediate_size,
-    ];
-    let stored = checkpoint
-        .tensors
-        .get("model.layers.0.mlp.down_proj.weight", &shape)?
-        .format;
+    // Every family has it, and experts are stored as it is.
+    let stands_for_all = "model.layers.0.self_attn.o_proj.weight";
+    let shape = checkpoint.tensors.shape(stands_for_all).unwrap_or_default();
+    let stored = checkpoint.tensors.get(stands_for_all, shape)?.format;
     let quantised = arguments.quantize.is_some() || stored.multiplies_integers();
     let kv_dtype = match arguments.kv_cache_dtype {
         KvCacheDtype::F16 => KvDtype::F16,
         KvCacheDtype::F32 => KvDtype::F32,
     };
     // One more sequence than the largest batch: the prompt that is read while the others generate.
-    let blocks = (largest as usize + 1) * context.div_ceil(BLOCK) as usize;
+    let blocks =
+        (largest as usize + 1) * context.div_ceil(BLOCK) as usize * decoder.pages().windows.len();
     let kv = decoder
         .kv_cache(blocks, BLOCK as usize, kv_dtype)
         .context("the KV cache")?;

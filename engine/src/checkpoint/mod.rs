@@ -8,10 +8,12 @@
 
 mod config;
 mod error;
+mod families;
 mod files;
 mod generation;
 mod gguf;
 mod quantised;
+mod rope;
 mod summary;
 mod tensors;
 

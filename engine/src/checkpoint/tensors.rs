@@ -25,7 +25,7 @@ pub struct Tensors {
     /// Matrices that several tensors make up, by the names they would have as one.
     combined: BTreeMap<String, Combined>,
     /// Names in the file are llama.cpp's.
-    gguf: bool,
+    gguf: Option<gguf::Names>,
 }
 
 #[derive(Debug)]
@@ -85,7 +85,7 @@ impl Tensors {
             shards: Vec::new(),
             entries: BTreeMap::new(),
             combined: BTreeMap::new(),
-            gguf: false,
+            gguf: None,
         };
         if let Some(bytes) = files.map(SINGLE)? {
             tensors.add(SINGLE, bytes)?;
@@ -123,7 +123,7 @@ impl Tensors {
             let bytes = files.map(name)?.ok_or_else(|| files.missing(name))?;
             tensors.add(name, bytes)?;
         }
-        if let Some(absent) = map.keys().find(|name| !tensors.contains(name)) {
+        if let Some(absent) = map.keys().find(|name| !tensors.contains(&of_text(name))) {
             return Err(CheckpointError::file(
                 INDEX,
                 format!("tensor `{absent}` is in none of the shards"),
@@ -189,7 +189,7 @@ impl Tensors {
                 end: begin + to,
                 interleaved: None,
             };
-            if self.entries.insert(tensor.clone(), entry).is_some() {
+            if self.entries.insert(of_text(&tensor), entry).is_some() {
                 return Err(wrong(format!("tensor `{tensor}` is in another shard too")));
             }
         }
@@ -213,21 +213,7 @@ impl Tensors {
         if let Some(combined) = self.combined.get(name) {
             return self.get_combined(name, combined, shape);
         }
-        let Some(entry) = self.entries.get(name) else {
-            return Err(CheckpointError::MissingTensor {
-                name: self.spelt(name),
-                shape: shape.to_vec(),
-                hint: self.hint(name),
-            });
-        };
-        if entry.shape != shape {
-            return Err(CheckpointError::Shape {
-                file: self.shards[entry.shard].name.clone(),
-                name: self.spelt(name),
-                found: entry.shape.clone(),
-                expected: shape.to_vec(),
-            });
-        }
+        let entry = self.entry(name, shape)?;
         let format = match &entry.format {
             Ok(format) => *format,
             Err(dtype) => {
@@ -235,7 +221,7 @@ impl Tensors {
                     file: self.shards[entry.shard].name.clone(),
                     name: self.spelt(name),
                     dtype: dtype.clone(),
-                    expected: if self.gguf {
+                    expected: if self.gguf.is_some() {
                         "F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, TQ1_0, TQ2_0 or MXFP4"
                     } else {
                         "F32, F16 or BF16"
@@ -277,7 +263,7 @@ impl Tensors {
         let parts: Vec<&[u8]> = combined
             .parts
             .iter()
-            .map(|(_, entry)| self.bytes(entry))
+            .map(|(_, entry)| self.bytes_of(entry))
             .collect();
         let layout = &*combined.layout;
         let plan: Plan = layout.plan(&parts).map_err(wrong)?;
@@ -290,7 +276,7 @@ impl Tensors {
         })
     }
 
-    fn bytes(&self, entry: &Entry) -> &[u8] {
+    fn bytes_of(&self, entry: &Entry) -> &[u8] {
         &self.shards[entry.shard].bytes.as_slice()[entry.begin..entry.end]
     }
 
@@ -308,7 +294,7 @@ impl Tensors {
             file: &self.shards[entry.shard].name,
             dtype,
             shape: &entry.shape,
-            data: self.bytes(entry),
+            data: self.bytes_of(entry),
         })
     }
 
@@ -331,16 +317,58 @@ impl Tensors {
         self.combined.insert(name, combined);
     }
 
+    fn entry(&self, name: &str, shape: &[usize]) -> Result<&Entry, CheckpointError> {
+        let Some(entry) = self.entries.get(name) else {
+            return Err(CheckpointError::MissingTensor {
+                name: self.spelt(name),
+                shape: shape.to_vec(),
+                hint: self.hint(name),
+            });
+        };
+        if entry.shape != shape {
+            return Err(CheckpointError::Shape {
+                file: self.shards[entry.shard].name.clone(),
+                name: self.spelt(name),
+                found: entry.shape.clone(),
+                expected: shape.to_vec(),
+            });
+        }
+        Ok(entry)
+    }
+
+    /// The bytes of the tensor `name`, whose elements are unsigned bytes that mean something only with another tensor.
+    ///
+    /// # Errors
+    /// There is none, or it has another shape, or other elements.
+    pub fn bytes(&self, name: &str, shape: &[usize]) -> Result<&[u8], CheckpointError> {
+        let entry = self.entry(name, shape)?;
+        let shard = &self.shards[entry.shard];
+        if entry.format.as_ref().err().map(String::as_str) != Some("U8") {
+            let dtype = match &entry.format {
+                Ok(format) => format.name().to_owned(),
+                Err(dtype) => dtype.clone(),
+            };
+            return Err(CheckpointError::Dtype {
+                file: shard.name.clone(),
+                name: self.spelt(name),
+                dtype,
+                expected: "U8",
+            });
+        }
+        Ok(self.bytes_of(entry))
+    }
+
     /// The tensors of GGUF files: `(file, bytes, tensors)`. `interleaved`: query and key rows are, in heads of this size.
     pub(super) fn from_gguf(
         parts: impl Iterator<Item = (String, Bytes, Vec<GgufInfo>)>,
+        names: gguf::Names,
         interleaved: Option<usize>,
     ) -> Result<Self, CheckpointError> {
         let mut tensors = Self {
             shards: Vec::new(),
             entries: BTreeMap::new(),
             combined: BTreeMap::new(),
-            gguf: true,
+            gguf: Some(names),
         };
         for (name, bytes, infos) in parts {
             let shard = tensors.shards.len();
@@ -364,7 +392,7 @@ impl Tensors {
                 };
                 if tensors
                     .entries
-                    .insert(gguf::ours(&info.name), entry)
+                    .insert(names.ours(&info.name), entry)
                     .is_some()
                 {
                     return Err(CheckpointError::file(
@@ -380,10 +408,9 @@ impl Tensors {
 
     /// The tensor's name in the file.
     fn spelt(&self, name: &str) -> String {
-        if self.gguf {
-            gguf::theirs(name)
-        } else {
-            name.to_owned()
+        match self.gguf {
+            Some(names) => names.theirs(name),
+            None => name.to_owned(),
         }
     }
 
@@ -452,6 +479,18 @@ impl Tensors {
         self.names()
             .find(alike)
             .map_or_else(String::new, |other| format!(" (there is `{other}`)"))
+    }
+}
+
+/// A tensor's name in a model of text alone, for one of a model for pictures and text: transformers 4 and 5 put the text part elsewhere.
+fn of_text(name: &str) -> String {
+    match (
+        name.strip_prefix("language_model."),
+        name.strip_prefix("model.language_model."),
+    ) {
+        (Some(rest), _) => rest.to_owned(),
+        (None, Some(rest)) => format!("model.{rest}"),
+        (None, None) => name.to_owned(),
     }
 }
 

@@ -8,7 +8,7 @@
 //! | f32, f16, bf16 | `[k][PANEL]` elements | each k: one element of every row |
 //! | Q8_0 | `[k/32]` × 8 groups of 64 bytes, then `[k/32][PANEL]` f16 scales | see [`super::simd::Simd::dot_i8`] |
 //! | Q4_0 | `[k/32]` × 4 groups of 64 bytes, then `[k/32][PANEL]` f16 scales | see [`super::simd::Simd::dot_q4`] |
-//! | grouped, E4M3 | one unit a group, see [`super::groups`] | `groups` and `float8` of [`super::linear`] |
+//! | grouped, E4M3 | one unit a group, see [`super::groups`] | `integers` and `float8` of [`super::linear`] |
 //! | other quantised ones | one unit a block, see [`super::planes`] | [`super::linear`]'s blocks |
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -36,6 +36,8 @@ pub struct Matrix {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) segments: Vec<Segment>,
+    /// Orders of columns, each the input feature of every column. `[cols]`
+    orders: Vec<Vec<u32>>,
 }
 
 /// Consecutive rows of a matrix, packed in one format.
@@ -45,9 +47,18 @@ pub(crate) struct Segment {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) format: Format,
-    /// The input feature of each column, where they are not in order. `[cols]`
-    pub(crate) order: Option<Vec<u32>>,
+    /// Which of the matrix's orders its columns are in, where they are sorted.
+    order: Option<usize>,
     pub(crate) data: Buffer<u8>,
+}
+
+/// What a segment wants of the activations it is multiplied with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Layout {
+    /// Integers, or floats.
+    pub(crate) integers: bool,
+    /// Which of the matrix's orders they are in.
+    pub(crate) order: Option<usize>,
 }
 
 impl std::fmt::Debug for Matrix {
@@ -95,6 +106,7 @@ impl Matrix {
             .iter()
             .map(|part| target(part, quantize))
             .collect::<Result<Vec<_>, _>>()?;
+        let mut orders: Vec<Vec<u32>> = Vec::new();
         let mut segments = Vec::new();
         let (mut begin, mut first) = (0, 0);
         while begin < parts.len() {
@@ -103,7 +115,14 @@ impl Matrix {
             let same = targets[begin..].iter().zip(&parts[begin..]);
             let same = same.take_while(|&(&target, part)| target == format && part.order == order);
             let end = begin + same.count();
-            let segment = Segment::pack(&parts[begin..end], format, first, pool)?;
+            let order = order.map(|order| {
+                let known = orders.iter().position(|known| known == order);
+                known.unwrap_or_else(|| {
+                    orders.push(order.to_vec());
+                    orders.len() - 1
+                })
+            });
+            let segment = Segment::pack(&parts[begin..end], format, order, first, pool)?;
             first += segment.rows;
             begin = end;
             segments.push(segment);
@@ -112,6 +131,20 @@ impl Matrix {
             rows,
             cols,
             segments,
+            orders,
+        })
+    }
+
+    /// The input feature of each column of segments with this layout, where they are sorted.
+    pub(crate) fn order(&self, layout: Layout) -> Option<&[u32]> {
+        layout.order.map(|order| &self.orders[order][..])
+    }
+
+    /// Whether a panel has rows of two parts, where every part is `features` rows.
+    pub(crate) fn parts_share_a_panel(&self, features: usize) -> bool {
+        self.segments.iter().any(|segment| {
+            let left = features - segment.first % features;
+            segment.rows > left && !left.is_multiple_of(PANEL)
         })
     }
 
@@ -125,7 +158,8 @@ impl Matrix {
     pub(crate) fn row(&self, row: usize, scale: f32, out: &mut [f32]) {
         let last = self.segments.partition_point(|s| s.first <= row) - 1;
         let segment = &self.segments[last];
-        segment.row(row - segment.first, scale, out);
+        let order = self.order(segment.layout());
+        segment.row(row - segment.first, scale, order, out);
     }
 }
 
@@ -134,6 +168,7 @@ impl Segment {
     fn pack(
         parts: &[MatrixPart<'_>],
         format: Format,
+        order: Option<usize>,
         first: usize,
         pool: &Pool,
     ) -> Result<Self, Error> {
@@ -173,7 +208,6 @@ impl Segment {
         if let Some((part, row)) = locate(parts, lossy.into_inner()) {
             return Err(not_ternary(part, row));
         }
-        let order = parts[0].order.map(<[u32]>::to_vec);
         Ok(Self {
             first,
             rows,
@@ -184,14 +218,22 @@ impl Segment {
         })
     }
 
+    /// What it wants of activations.
+    pub(crate) fn layout(&self) -> Layout {
+        Layout {
+            integers: self.format.multiplies_integers(),
+            order: self.order,
+        }
+    }
+
     /// One packed panel's bytes.
     pub(crate) fn panel(&self, panel: usize) -> &[u8] {
         let bytes = panel_bytes(self.format, self.cols);
         &self.data.as_slice()[panel * bytes..(panel + 1) * bytes]
     }
 
-    /// Widens row `row` to `out`, times `scale`. `[cols]`
-    fn row(&self, row: usize, scale: f32, out: &mut [f32]) {
+    /// Widens row `row` to `out`, times `scale`; column `k` goes to `order[k]`. `[cols]`
+    fn row(&self, row: usize, scale: f32, order: Option<&[u32]>, out: &mut [f32]) {
         let panel = self.panel(row / PANEL);
         let lane = row % PANEL;
         let at16 = |k: usize| {
@@ -225,7 +267,7 @@ impl Segment {
                 }
             }
             Format::Grouped(grouped) => {
-                groups::read_row(grouped, panel, lane, scale, self.order.as_deref(), out);
+                groups::read_row(grouped, panel, lane, scale, order, out);
             }
             Format::F8E4m3 { group } => groups::read_f8_row(group, panel, lane, scale, out),
             _ => with_block_format!(self.format, F => read_row::<F>(panel, lane, scale, out), ()),

@@ -20,6 +20,7 @@ mod kv;
 mod linear;
 mod matrix;
 mod memory;
+mod moe;
 mod planes;
 mod pool;
 pub mod rows;

@@ -87,12 +87,14 @@ pub(super) fn assemble(tensors: &mut Tensors, json: &Value) -> Result<(), Checkp
         (Some("bitnet"), _) => bitnet::find(tensors, &Section(quantisation))?,
         (Some("fp8"), _) => float8::find(tensors, &Section(quantisation))?,
         (Some("compressed-tensors"), _) => compressed::find(tensors, &Section(quantisation))?,
+        // gpt-oss: its experts are read as they are, in `model/experts.rs`.
+        (Some("mxfp4"), _) => return Ok(()),
         _ if quantisation.is_null() => return Ok(()),
         _ => {
             return Err(config::wrong(
                 "quantization_config.quant_method",
                 method,
-                "gptq, awq, bitnet, fp8 or compressed-tensors, or the fields that MLX writes",
+                "gptq, awq, bitnet, fp8, compressed-tensors or mxfp4, or the fields that MLX writes",
             ));
         }
     };

@@ -187,10 +187,11 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
         let blocks = share.segment.cols / BLOCK;
         let stride = share.interleave;
         let weights = panels_at::<P>(share.segment, panel);
-        let mut q = share.rows.quants.as_slice()[row * blocks * BLOCK..].as_ptr();
-        let mut scales = share.rows.scales.as_slice()[row * blocks..].as_ptr();
-        let mut row_sums = share.rows.sums.as_slice()[row * blocks..].as_ptr();
-        let mut first_sums = share.rows.first_sums.as_slice()[row * blocks..].as_ptr();
+        let at = share.linear.at + row;
+        let mut q = share.rows.quants.as_slice()[at * blocks * BLOCK..].as_ptr();
+        let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();
+        let mut row_sums = share.rows.sums.as_slice()[at * blocks..].as_ptr();
+        let mut first_sums = share.rows.first_sums.as_slice()[at * blocks..].as_ptr();
         // One sub-block of 32, or two of 16.
         let subs = BLOCK.div_ceil(F::SUB);
         let per_unit = F::SIZE / BLOCK;

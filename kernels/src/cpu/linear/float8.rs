@@ -34,7 +34,7 @@ unsafe fn scaled_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
         let mut x = if stride == 1 {
             linear.x.as_ptr()
         } else {
-            share.rows.floats.as_slice()[row * k..].as_ptr()
+            share.rows.floats.as_slice()[(linear.at + row) * k..].as_ptr()
         };
         let zero = S::vsplat(0.0);
         let mut sums = [[[zero; 2]; T]; P];

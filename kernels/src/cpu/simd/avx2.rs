@@ -169,6 +169,10 @@ impl Simd for Avx2 {
         unsafe { Self::exp2_int(n) }
     }
     #[inline(always)]
+    unsafe fn vdiv(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { _mm256_div_ps(a, b) }
+    }
+    #[inline(always)]
     unsafe fn vmul(a: Self::V, b: Self::V) -> Self::V {
         unsafe { Self::mul(a, b) }
     }

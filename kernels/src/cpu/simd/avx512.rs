@@ -159,6 +159,10 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn vdiv(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
     unsafe fn vmul(a: Self::V, b: Self::V) -> Self::V {
         unsafe { _mm512_mul_ps(a, b) }
     }

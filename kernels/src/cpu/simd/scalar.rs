@@ -154,6 +154,10 @@ impl Simd for Scalar {
         n.map(|n| f32::from_bits((n.wrapping_add(127) << 23) as u32))
     }
     #[inline(always)]
+    unsafe fn vdiv(a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
     unsafe fn vmul(a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, |a, b| a * b)
     }

@@ -75,9 +75,10 @@ impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
             let per_unit = grouped.group / BLOCK;
             let stride = share.interleave;
             let mut units = panels_at::<P>(share.segment, panel);
-            let mut q = share.rows.quants.as_slice()[row * blocks * BLOCK..].as_ptr();
-            let mut scales = share.rows.scales.as_slice()[row * blocks..].as_ptr();
-            let mut row_sums = share.rows.sums.as_slice()[row * blocks..].as_ptr();
+            let at = share.linear.at + row;
+            let mut q = share.rows.quants.as_slice()[at * blocks * BLOCK..].as_ptr();
+            let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();
+            let mut row_sums = share.rows.sums.as_slice()[at * blocks..].as_ptr();
             let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
             for _ in 0..blocks / per_unit {
                 let mut side = [[[S::vsplat(0.0); 2]; 2]; P];
