@@ -29,7 +29,7 @@ use files::Files;
 
 pub use error::CheckpointError;
 pub use generation::GenerationDefaults;
-pub use summary::{KindSummary, Summary};
+pub use summary::{ExpertsSummary, KindSummary, RopeSummary, Summary, WindowSummary};
 pub use tensors::{TensorView, Tensors};
 
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
