@@ -19,10 +19,13 @@ use super::simd::{Isa, LANES, Simd, dispatch};
 use crate::quantize::BLOCK;
 use crate::{Error, Format};
 
-/// Panels multiplied at once when there is a single activation row: enough independent chains to hide an addition's latency.
+/// Panels multiplied at once when there is a single activation row and float weights: enough independent chains to hide an addition's latency.
+/// (Integer products have chains enough in one panel, and read it as one stream.)
 const SINGLE_PANELS: usize = 4;
-/// Panels a thread takes at a time.
+/// Panels a thread takes at a time, at least.
 const TASK_PANELS: usize = 4;
+/// Tasks for each thread when there is a single activation row: enough for balance, and each a long stretch of memory.
+const SINGLE_TASKS: usize = 8;
 /// Bytes of activations that stay in a core's cache while the panels of a task pass over them.
 const CACHED_ROWS: usize = 256 << 10;
 
@@ -117,8 +120,13 @@ impl<'a> Linear<'a> {
             laid_out = Some((quantised, interleave));
             let rows = &*rows;
             let panels = segment.rows.div_ceil(PANEL);
-            pool.each(panels.div_ceil(TASK_PANELS), &|task| {
-                let first = task * TASK_PANELS;
+            let at_once = if self.rows == 1 {
+                (panels / (SINGLE_TASKS * pool.threads())).max(TASK_PANELS)
+            } else {
+                TASK_PANELS
+            };
+            pool.each(panels.div_ceil(at_once), &|task| {
+                let first = task * at_once;
                 let share = Share {
                     linear: self,
                     segment,
@@ -126,7 +134,7 @@ impl<'a> Linear<'a> {
                     interleave,
                     y,
                     first,
-                    last: (first + TASK_PANELS).min(panels),
+                    last: (first + at_once).min(panels),
                 };
                 multiply(&share, isa);
             });
@@ -310,13 +318,13 @@ impl Share<'_> {
 /// Walks a share. `$body::<$format, S, P, T>(share, panel, row)` computes `P` panels times `T` rows; tiles of `$rows` rows come first, what is left over is
 /// computed in the smallest tile that holds it, and rows that are not there are not stored.
 macro_rules! walk {
-    ($share:ident, $body:ident, $format:ident, $bytes:expr, $panels:expr, $rows:expr) => {{
+    ($share:ident, $body:ident, $format:ident, $bytes:expr, $single:expr, $panels:expr, $rows:expr) => {{
         let rows = $share.linear.rows;
         if rows == 1 {
             let mut panel = $share.first;
-            while panel + SINGLE_PANELS <= $share.last {
-                $body::<$format, S, SINGLE_PANELS, 1>($share, panel, 0);
-                panel += SINGLE_PANELS;
+            while panel + $single <= $share.last {
+                $body::<$format, S, { $single }, 1>($share, panel, 0);
+                panel += $single;
             }
             while panel < $share.last {
                 $body::<$format, S, 1, 1>($share, panel, 0);
@@ -451,7 +459,11 @@ unsafe fn quant_tile<F: QuantFormat, S: Simd, const P: usize, const T: usize>(
         let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();
         let mut row_sums = share.rows.sums.as_slice()[at * blocks..].as_ptr();
         let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
+        let bytes = F::QUANTS + SCALES;
         for block in 0..blocks {
+            if T == 1 && P == 1 {
+                ahead::<S>(weights[0].add(block * bytes), bytes);
+            }
             for p in 0..P {
                 let weight_scales = weights[p]
                     .add(blocks * F::QUANTS + block * SCALES)
@@ -471,6 +483,20 @@ unsafe fn quant_tile<F: QuantFormat, S: Simd, const P: usize, const T: usize>(
             row_sums = row_sums.add(stride);
         }
         store::<S, P, T>(share, panel, row, &sums);
+    }
+}
+
+/// How far ahead of the multiplication a single row's weights are asked for, in bytes.
+const AHEAD: usize = 12 << 10;
+
+/// Asks for what will be read a little after the `bytes` at `at`. Panels follow each other in memory, so this runs into the next one.
+///
+/// Nothing but memory bounds the product with a single row, and processors do not look far enough ahead by themselves.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // a prefetch may name any address
+unsafe fn ahead<S: Simd>(at: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        unsafe { S::prefetch(at.wrapping_add(AHEAD + line)) };
     }
 }
 
@@ -530,6 +556,7 @@ macro_rules! float_kernel {
                     float_tile,
                     $format,
                     bytes,
+                    SINGLE_PANELS,
                     3 - S::HALVES,
                     S::FLOAT_ROWS
                 );
@@ -566,7 +593,7 @@ macro_rules! quant_kernel {
             let bytes = share.linear.matrix.cols;
             // SAFETY: a panel holds all its blocks' quants and then their scales; the rest is the caller's promise.
             unsafe {
-                walk!(share, quant_tile, $format, bytes, 1, S::QUANT_ROWS);
+                walk!(share, quant_tile, $format, bytes, 1, 1, S::QUANT_ROWS);
             }
         }
     };

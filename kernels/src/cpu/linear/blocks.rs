@@ -8,7 +8,7 @@ use super::super::planes::{
     unit_bytes,
 };
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
-use super::{SINGLE_PANELS, Share, panels_at, store};
+use super::{Share, ahead, panels_at, store};
 use crate::quantize::{
     BLOCK, BlockFormat, Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q3K, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Tq1_0,
     Tq2_0,
@@ -180,6 +180,10 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
         let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
         for block in 0..blocks {
             let within = block % per_unit;
+            if T == 1 {
+                let bytes = unit_bytes::<F>() / per_unit;
+                ahead::<S>(weights[0].add(block * bytes), bytes);
+            }
             for p in 0..P {
                 let unit = weights[p].add(block / per_unit * unit_bytes::<F>());
                 for h in 0..S::HALVES {
@@ -232,7 +236,7 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
     }
 }
 
-/// Walks a share: single rows several panels at a time, others in the tiles they are laid out for.
+/// Walks a share: single rows a panel at a time, others in the tiles they are laid out for.
 ///
 /// # Safety
 /// The processor has the instructions of `S`, and the share's rows are laid out for it.
@@ -242,14 +246,8 @@ unsafe fn panels<F: Scales, S: Simd>(share: &Share<'_>) {
     unsafe {
         let rows = share.linear.rows;
         if rows == 1 {
-            let mut panel = share.first;
-            while panel + SINGLE_PANELS <= share.last {
-                tile::<F, S, SINGLE_PANELS, 1>(share, panel, 0);
-                panel += SINGLE_PANELS;
-            }
-            while panel < share.last {
+            for panel in share.first..share.last {
                 tile::<F, S, 1, 1>(share, panel, 0);
-                panel += 1;
             }
             return;
         }
