@@ -71,6 +71,7 @@ fn matrix(backend: &CpuBackend, rows: usize, cols: usize, format: Format) -> Mat
         cols,
         format: stored,
         data: &data,
+        order: None,
     };
     backend
         .matrix(&[part], quantize)

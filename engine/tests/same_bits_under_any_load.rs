@@ -39,6 +39,24 @@ fn q4_0_weights() {
     same_bits(&demo_checkpoint(), Some(Format::Q4_0), KvDtype::F16, 4);
 }
 
+/// One for each kernel: groups with biases and with zeros of 4 and 8 bits, sorted columns, two bits, E4M3.
+#[test]
+fn weights_of_other_formats() {
+    let names = [
+        "mlx-4bit",
+        "mlx-8bit-f16",
+        "gptq-4bit-g32-act-order",
+        "gptq-8bit-g64-v2",
+        "awq-g128",
+        "bitnet",
+        "fp8-blocks",
+    ];
+    for (seed, name) in (9..).zip(names) {
+        let checkpoint = golden(&format!("formats/{name}"));
+        same_bits(&checkpoint, None, KvDtype::F16, seed);
+    }
+}
+
 #[test]
 fn a_window_in_every_layer() {
     same_bits(&golden("mistral"), None, KvDtype::F16, 5);

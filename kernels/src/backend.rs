@@ -6,6 +6,7 @@
 //! loaded: no operation allocates in steady state.
 
 use crate::Error;
+use crate::quantize::Grouped;
 
 /// The number format of a stored matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,6 +47,13 @@ pub enum Format {
     Tq2_0,
     /// OCP MXFP4: blocks of 32, a power of two, four-bit floats.
     Mxfp4,
+    /// Integers in groups along k: what MLX, GPTQ, AWQ, BitNet and compressed-tensors checkpoints hold.
+    Grouped(Grouped),
+    /// OCP E4M3 floats in groups along k, each group under an f32 scale: what FP8 checkpoints hold. See [`crate::quantize::e4m3`].
+    F8E4m3 {
+        /// Elements that share a scale.
+        group: usize,
+    },
 }
 
 /// Rows of a matrix as a checkpoint stores them: row-major `[rows, cols]`, little-endian, in `format`.
@@ -59,6 +67,9 @@ pub struct MatrixPart<'a> {
     pub format: Format,
     /// The encoded rows; exactly as long as `rows`, `cols` and `format` demand.
     pub data: &'a [u8],
+    /// The input feature of each column, where columns do not stand in order: GPTQ sorts them so that a group has columns of like importance.
+    /// A permutation of `0..cols`; only for [`Format::Grouped`]. `[cols]`
+    pub order: Option<&'a [u32]>,
 }
 
 /// The precision in which keys and values are kept.
@@ -325,7 +336,8 @@ pub trait Backend: Send + 'static {
     /// Packs a matrix whose rows are the parts' rows, one part after the other. Float parts are quantised first where `quantize` says so.
     ///
     /// # Errors
-    /// Data that does not match the shape, a shape the format cannot hold (Q8_0 and Q4_0 need `cols % 32 == 0`), no memory.
+    /// Data that does not match the shape, a shape the format cannot hold (Q8_0 and Q4_0 need `cols % 32 == 0`), TQ2_0 asked for weights that are not
+    /// ternary, no memory.
     fn matrix(
         &self,
         parts: &[MatrixPart<'_>],

@@ -5,7 +5,8 @@ mod common;
 
 use common::{Random, backend, backends, bits, encode, error, filled, part, plain_step, step};
 use quire_kernels::cpu::CpuBackend;
-use quire_kernels::{Activation, Backend, Error, Experts, Format, Norm, Rotary};
+use quire_kernels::quantize::{Bits, Grouped, Scale, Zero};
+use quire_kernels::{Activation, Backend, Error, Experts, Format, MatrixPart, Norm, Rotary};
 
 const ACTIVATIONS: [Activation; 4] = [
     Activation::Silu,
@@ -169,6 +170,13 @@ fn sequences_beyond_the_switch_have_frequencies_of_their_own() {
     assert!(error(out.as_slice(), expected.as_flattened()) < 1e-6);
 }
 
+const GPTQ: Format = Format::Grouped(Grouped {
+    bits: Bits::Four,
+    group: 32,
+    scale: Scale::F16,
+    zero: Zero::Point,
+});
+
 /// A mixture of experts with its weights as numbers.
 struct Mixture {
     hidden: usize,
@@ -178,6 +186,8 @@ struct Mixture {
     normalised: bool,
     activation: Activation,
     format: Format,
+    /// Columns of each projection of each expert are in an order of their own, as in GPTQ's files.
+    sorted: bool,
     router: Vec<f32>,
     gate_up: Vec<f32>,
     down: Vec<f32>,
@@ -202,6 +212,7 @@ impl Mixture {
             normalised: random.below(2) == 0,
             activation: ACTIVATIONS[random.below(4)],
             format,
+            sorted: matches!(format, Format::Grouped(_)),
             router: random.floats(experts * hidden),
             gate_up: random.floats(experts * 2 * n * hidden),
             down: random.floats(experts * hidden * n),
@@ -209,6 +220,29 @@ impl Mixture {
                 [experts, experts * 2 * n, experts * hidden].map(|len| random.floats(len))
             }),
         }
+    }
+
+    /// The order of a part's columns: another one for each, but for every third.
+    fn order(&self, part: usize, cols: usize) -> Option<Vec<u32>> {
+        let shift = |k: usize| ((k + 7 * part + 1) % cols) as u32;
+        (self.sorted && part % 3 != 2).then(|| (0..cols).map(shift).collect())
+    }
+
+    /// What the stored values of parts of `rows` rows are with their columns in order.
+    fn in_order(&self, values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+        let mut out = values.to_vec();
+        for (i, out) in out.chunks_mut(rows * cols).enumerate() {
+            let Some(order) = self.order(i, cols) else {
+                continue;
+            };
+            for row in out.chunks_mut(cols) {
+                let stored = row.to_vec();
+                for (value, &column) in stored.into_iter().zip(&order) {
+                    row[column as usize] = value;
+                }
+            }
+        }
+        out
     }
 
     /// What the backend adds to `before`.
@@ -222,8 +256,24 @@ impl Mixture {
                 .unwrap()
         };
         let router = matrix(backend, &self.router, self.hidden, Format::F32);
-        let gate_up = matrix(backend, &self.gate_up, self.hidden, self.format);
-        let down = matrix(backend, &self.down, self.n, self.format);
+        let of_parts = |backend: &CpuBackend, values: &[f32], rows: usize, cols: usize| {
+            let encoded: Vec<_> = values
+                .chunks(rows * cols)
+                .map(|values| encode(self.format, values).0)
+                .collect();
+            let orders: Vec<_> = (0..encoded.len()).map(|i| self.order(i, cols)).collect();
+            let parts: Vec<_> = encoded
+                .iter()
+                .zip(&orders)
+                .map(|(bytes, order)| MatrixPart {
+                    order: order.as_deref(),
+                    ..part(rows, cols, self.format, bytes)
+                })
+                .collect();
+            backend.matrix(&parts, None).unwrap()
+        };
+        let gate_up = of_parts(backend, &self.gate_up, self.n, self.hidden);
+        let down = of_parts(backend, &self.down, self.hidden, self.n);
         let biases = self
             .biases
             .as_ref()
@@ -251,6 +301,8 @@ impl Mixture {
         let (hidden, n) = (self.hidden, self.n);
         let (_, gate_up) = encode(self.format, &self.gate_up);
         let (_, down) = encode(self.format, &self.down);
+        let gate_up = self.in_order(&gate_up, n, hidden);
+        let down = self.in_order(&down, hidden, n);
         let dot =
             |w: &[f32], x: &[f64]| -> f64 { w.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum() };
         let bias =
@@ -298,7 +350,14 @@ impl Mixture {
 #[test]
 fn a_mixture_of_experts_equals_its_definition() {
     let mut random = Random(4);
-    for format in [Format::F32, Format::Bf16, Format::Q8_0, Format::Q4K] {
+    for format in [
+        Format::F32,
+        Format::Bf16,
+        Format::Q8_0,
+        Format::Q4K,
+        GPTQ,
+        Format::F8E4m3 { group: 32 },
+    ] {
         for _ in 0..12 {
             let mixture = Mixture::random(&mut random, format);
             let rows = 1 + random.below(40);
@@ -312,7 +371,11 @@ fn a_mixture_of_experts_equals_its_definition() {
                 continue;
             }
             let got = mixture.run(&mut backend(2, None), &x, &before);
-            let allowed = if format.is_quantised() { 0.03 } else { 1e-5 };
+            let allowed = if format.multiplies_integers() {
+                0.03
+            } else {
+                1e-5
+            };
             let error = error(&got, &expected);
             assert!(error < allowed, "{format:?}: {error}");
         }
@@ -328,6 +391,8 @@ fn a_row_has_the_same_bits_from_its_experts_alone_and_among_others() {
         Format::Q4_0,
         Format::Q5K,
         Format::Mxfp4,
+        GPTQ,
+        Format::F8E4m3 { group: 32 },
     ] {
         for _ in 0..4 {
             let mixture = Mixture::random(&mut random, format);
@@ -349,6 +414,37 @@ fn a_row_has_the_same_bits_from_its_experts_alone_and_among_others() {
             }
         }
     }
+}
+
+/// A panel that belongs to two experts could be multiplied for neither.
+#[test]
+fn experts_that_share_a_panel_are_refused() {
+    let (hidden, n, count) = (32, 8, 2);
+    let mut backend = backend(1, None);
+    backend.begin(&plain_step(1)).unwrap();
+    let bytes = vec![0; 4 * hidden * 2 * n * count];
+    let f32s = |rows: usize, cols: usize| part(rows, cols, Format::F32, &bytes[..4 * rows * cols]);
+    let f16s = |rows: usize, cols: usize| part(rows, cols, Format::F16, &bytes[..2 * rows * cols]);
+    let router = backend.matrix(&[f32s(count, hidden)], None).unwrap();
+    let down = backend.matrix(&[f32s(count * hidden, n)], None).unwrap();
+    let parts = [f32s(n, hidden), f16s(2 * n, hidden), f32s(n, hidden)];
+    let gate_up = backend.matrix(&parts, None).unwrap();
+    let experts = Experts {
+        router: &router,
+        router_bias: None,
+        gate_up: &gate_up,
+        gate_up_bias: None,
+        down: &down,
+        down_bias: None,
+        experts: count,
+        top_k: 2,
+        normalised: true,
+        activation: Activation::Silu,
+    };
+    let input = backend.activations(1, hidden).unwrap();
+    let mut out = backend.activations(1, hidden).unwrap();
+    let refused = backend.experts(&input, &experts, &mut out);
+    assert!(matches!(refused, Err(Error::Shape(_))), "{refused:?}");
 }
 
 #[test]

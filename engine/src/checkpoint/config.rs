@@ -336,14 +336,6 @@ fn refuse_unsupported(json: &Value) -> Result<(), CheckpointError> {
         let value = &json["use_bidirectional_attention"];
         return Err(wrong("use_bidirectional_attention", value, "false"));
     }
-    if !json["quantization_config"].is_null() {
-        let method = &json["quantization_config"]["quant_method"];
-        return Err(wrong(
-            "quantization_config.quant_method",
-            method,
-            "none: only f32, f16 and bf16 weights are supported yet",
-        ));
-    }
     Ok(())
 }
 
@@ -581,11 +573,6 @@ mod tests {
                 "rope_scaling",
                 json!({"rope_type": "linear", "factor": -4.0}),
                 "positive",
-            ),
-            (
-                "quantization_config",
-                json!({"quant_method": "gptq"}),
-                "gptq",
             ),
             ("layer_types", json!(["full_attention"]), "2 times"),
             (

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use super::CheckpointError;
 use super::files::{Bytes, Files};
 use super::gguf::{self, TensorInfo as GgufInfo};
+use super::quantised::{self, Found, Layout, Plan};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -21,6 +22,8 @@ const LONGEST_HEADER: u64 = 100_000_000;
 pub struct Tensors {
     shards: Vec<Shard>,
     entries: BTreeMap<String, Entry>,
+    /// Matrices that several tensors make up, by the names they would have as one.
+    combined: BTreeMap<String, Combined>,
     /// Names in the file are llama.cpp's.
     gguf: Option<gguf::Names>,
 }
@@ -43,6 +46,26 @@ struct Entry {
     interleaved: Option<usize>,
 }
 
+/// A matrix that several tensors make up.
+#[derive(Debug)]
+struct Combined {
+    /// The tensors, in the order the layout wants them.
+    parts: Vec<(String, Entry)>,
+    shape: Vec<usize>,
+    description: String,
+    layout: Box<dyn Layout>,
+}
+
+/// A tensor as it is in the file, whatever its type.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Raw<'a> {
+    pub file: &'a str,
+    /// As safetensors spells it.
+    pub dtype: &'a str,
+    pub shape: &'a [usize],
+    pub data: &'a [u8],
+}
+
 /// One tensor's bytes, little-endian, row-major.
 #[derive(Debug, Clone)]
 pub struct TensorView<'a> {
@@ -52,6 +75,8 @@ pub struct TensorView<'a> {
     pub shape: &'a [usize],
     /// Exactly as many bytes as type and shape demand.
     pub data: Cow<'a, [u8]>,
+    /// The input feature of each column of a matrix, where they are sorted. `[cols]`
+    pub order: Option<Vec<u32>>,
 }
 
 impl Tensors {
@@ -59,6 +84,7 @@ impl Tensors {
         let mut tensors = Self {
             shards: Vec::new(),
             entries: BTreeMap::new(),
+            combined: BTreeMap::new(),
             gguf: None,
         };
         if let Some(bytes) = files.map(SINGLE)? {
@@ -184,6 +210,9 @@ impl Tensors {
     /// # Errors
     /// There is none, or it has another shape, or its elements are of a type that is not supported.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>, CheckpointError> {
+        if let Some(combined) = self.combined.get(name) {
+            return self.get_combined(name, combined, shape);
+        }
         let entry = self.entry(name, shape)?;
         let format = match &entry.format {
             Ok(format) => *format,
@@ -208,7 +237,84 @@ impl Tensors {
                 None => Cow::Borrowed(data),
                 Some(head) => Cow::Owned(in_halves(data, shape[0], head)),
             },
+            order: None,
         })
+    }
+
+    /// A matrix that several tensors make up, its rows brought into the form of one format.
+    fn get_combined<'a>(
+        &'a self,
+        name: &str,
+        combined: &'a Combined,
+        shape: &[usize],
+    ) -> Result<TensorView<'a>, CheckpointError> {
+        let (first, entry) = &combined.parts[0];
+        let file = &self.shards[entry.shard].name;
+        if combined.shape != shape {
+            return Err(CheckpointError::Shape {
+                file: file.clone(),
+                name: name.to_owned(),
+                found: combined.shape.clone(),
+                expected: shape.to_vec(),
+            });
+        }
+        let wrong =
+            |problem: String| CheckpointError::file(file, format!("tensor `{first}`: {problem}"));
+        let parts: Vec<&[u8]> = combined
+            .parts
+            .iter()
+            .map(|(_, entry)| self.bytes_of(entry))
+            .collect();
+        let layout = &*combined.layout;
+        let plan: Plan = layout.plan(&parts).map_err(wrong)?;
+        let data = quantised::rows(layout, &plan, &parts, shape).map_err(wrong)?;
+        Ok(TensorView {
+            format: plan.format,
+            shape: &combined.shape,
+            data: Cow::Owned(data),
+            order: plan.order,
+        })
+    }
+
+    fn bytes_of(&self, entry: &Entry) -> &[u8] {
+        &self.shards[entry.shard].bytes.as_slice()[entry.begin..entry.end]
+    }
+
+    /// The tensor `name` as it is in the file.
+    pub(super) fn raw(&self, name: &str) -> Option<Raw<'_>> {
+        let entry = self.entries.get(name)?;
+        let dtype = match &entry.format {
+            Ok(Format::F32) => "F32",
+            Ok(Format::F16) => "F16",
+            Ok(Format::Bf16) => "BF16",
+            Ok(other) => other.name(),
+            Err(other) => other,
+        };
+        Some(Raw {
+            file: &self.shards[entry.shard].name,
+            dtype,
+            shape: &entry.shape,
+            data: self.bytes_of(entry),
+        })
+    }
+
+    /// Puts one matrix in the place of the tensors that make it up.
+    pub(super) fn combine(&mut self, found: Found) {
+        for spent in &found.spent {
+            self.entries.remove(spent);
+        }
+        let parts = found.parts.into_iter();
+        let parts = parts.filter_map(|name| self.entries.remove_entry(&name));
+        let combined = Combined {
+            parts: parts.collect(),
+            shape: found.shape,
+            description: found.description,
+            layout: found.layout,
+        };
+        let name = format!("{}.weight", found.module);
+        // Floats beside them would be the same matrix once more.
+        self.entries.remove(&name);
+        self.combined.insert(name, combined);
     }
 
     fn entry(&self, name: &str, shape: &[usize]) -> Result<&Entry, CheckpointError> {
@@ -249,7 +355,7 @@ impl Tensors {
                 expected: "U8",
             });
         }
-        Ok(&shard.bytes.as_slice()[entry.begin..entry.end])
+        Ok(self.bytes_of(entry))
     }
 
     /// The tensors of GGUF files: `(file, bytes, tensors)`. `interleaved`: query and key rows are, in heads of this size.
@@ -261,6 +367,7 @@ impl Tensors {
         let mut tensors = Self {
             shards: Vec::new(),
             entries: BTreeMap::new(),
+            combined: BTreeMap::new(),
             gguf: Some(names),
         };
         for (name, bytes, infos) in parts {
@@ -309,16 +416,22 @@ impl Tensors {
 
     /// Whether there is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
-        self.entries.contains_key(name)
+        self.entries.contains_key(name) || self.combined.contains_key(name)
     }
 
     /// The shape of the tensor `name`, if there is one.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.entries.get(name).map(|entry| &entry.shape[..])
+        let combined = self.combined.get(name).map(|combined| &combined.shape);
+        let shape = combined.or_else(|| Some(&self.entries.get(name)?.shape))?;
+        Some(shape)
     }
 
     /// Bytes of the tensor `name` and how they are stored: the format's name, or that of a type that is not supported.
     pub fn stored(&self, name: &str) -> Option<(usize, &str)> {
+        if let Some(combined) = self.combined.get(name) {
+            let bytes = combined.parts.iter().map(|(_, part)| part.end - part.begin);
+            return Some((bytes.sum(), &combined.description));
+        }
         let entry = self.entries.get(name)?;
         let format = match &entry.format {
             Ok(format) => format.name(),
@@ -327,22 +440,32 @@ impl Tensors {
         Some((entry.end - entry.begin, format))
     }
 
-    /// The tensors' names, in order.
+    /// The format that most bytes are stored in.
+    pub fn prevailing_format(&self) -> &str {
+        let mut bytes: BTreeMap<&str, usize> = BTreeMap::new();
+        for (size, format) in self.names().filter_map(|name| self.stored(name)) {
+            *bytes.entry(format).or_default() += size;
+        }
+        let most = bytes.into_iter().max_by_key(|&(_, size)| size);
+        most.map_or("", |(format, _)| format)
+    }
+
+    /// The tensors' names: matrices that several tensors make up, then the others, each in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.entries.keys().map(String::as_str)
+        let names = self.combined.keys().chain(self.entries.keys());
+        names.map(String::as_str)
     }
 
     /// Bytes of all tensors, for progress and memory planning.
     pub fn total_bytes(&self) -> u64 {
-        self.entries
-            .values()
-            .map(|entry| (entry.end - entry.begin) as u64)
-            .sum()
+        let stored = self.names().filter_map(|name| self.stored(name));
+        stored.map(|(bytes, _)| bytes as u64).sum()
     }
 
     /// A tensor the model will not ask for.
     pub(super) fn leave_out(&mut self, name: &str) {
         self.entries.remove(name);
+        self.combined.remove(name);
     }
 
     /// A tensor whose name ends alike, for a reader who wonders where it went.

@@ -25,6 +25,8 @@ struct Part<'a> {
     cols: usize,
     format: Format,
     data: Cow<'a, [u8]>,
+    /// The input feature of each column, where they are sorted.
+    order: Option<Vec<u32>>,
 }
 
 impl<B: Backend> Loader<'_, B> {
@@ -104,6 +106,7 @@ impl<B: Backend> Loader<'_, B> {
                 cols: rows.cols,
                 format: rows.format,
                 data: &rows.data,
+                order: rows.order.as_deref(),
             })
             .collect();
         self.pack(what, &parts)
@@ -221,6 +224,7 @@ impl<'a> Stored<'a> {
             cols,
             format: view.format,
             data: view.data,
+            order: view.order,
         })
     }
 
@@ -244,6 +248,7 @@ impl<'a> Stored<'a> {
                 cols,
                 format: view.format,
                 data: part(at),
+                order: view.order.clone(),
             })
             .collect())
     }
@@ -273,6 +278,7 @@ impl<'a> Stored<'a> {
                     cols,
                     format: part.format,
                     data: Cow::Owned(data),
+                    order: None,
                 }
             })
             .collect())
@@ -307,6 +313,7 @@ impl<'a> Stored<'a> {
                     cols,
                     format: Format::Mxfp4,
                     data: Cow::Owned(data),
+                    order: None,
                 }
             })
             .collect())

@@ -228,6 +228,7 @@ impl<B: Backend> Loader<'_, B> {
                 cols,
                 format: view.format,
                 data: &view.data,
+                order: view.order.as_deref(),
             })
             .collect();
         let names: Vec<&str> = parts.iter().map(|part| part.0.as_ref()).collect();
@@ -238,13 +239,20 @@ impl<B: Backend> Loader<'_, B> {
     pub fn pack(&mut self, what: &str, parts: &[MatrixPart<'_>]) -> Result<B::Matrix, LoadError> {
         let matrix = self
             .backend
-            .matrix(parts, self.quantize)
+            .matrix(parts, self.quantize_to(what))
             .map_err(|source| LoadError::Device {
                 what: what.to_owned(),
                 source,
             })?;
         self.advance(parts.iter().map(|part| part.data.len()).sum());
         Ok(matrix)
+    }
+
+    /// What the tensors `what` are quantised to. A ternary model is so in its layers, routers left out: the rest stays as it is.
+    fn quantize_to(&self, what: &str) -> Option<Format> {
+        let ternary = what.contains("_proj");
+        self.quantize
+            .filter(|&format| ternary || format != Format::Tq2_0)
     }
 
     /// One vector made of the named tensors, one after the other.

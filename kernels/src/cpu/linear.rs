@@ -9,10 +9,11 @@
 
 mod blocks;
 mod grouped;
+mod integers;
 
 pub(crate) use grouped::{Group, Grouped, Tasks};
 
-use super::matrix::{Matrix, PANEL, Q4_0_QUANTS, Q8_0_QUANTS, SCALES, Segment};
+use super::matrix::{Layout, Matrix, PANEL, Q4_0_QUANTS, Q8_0_QUANTS, SCALES, Segment};
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
 use super::simd::{Isa, LANES, Simd, dispatch};
@@ -40,7 +41,7 @@ pub(crate) enum Output {
 
 /// Activation rows laid out for the tiles of a product. `T` rows are interleaved — as many as a tile takes, or one if there is only one.
 pub(crate) struct Rows {
-    /// Float products: `[rows / T][k][T]`
+    /// Float products: `[rows / T][k][T]`. Integer products with a matrix whose columns are sorted: rows sorted alike, `[rows][k]`
     floats: Buffer<f32>,
     /// Integer products: `[rows / T][k / 32][T][32]`, in `-127..=127`
     quants: Buffer<i8>,
@@ -108,16 +109,16 @@ impl<'a> Linear<'a> {
         let (n, k) = (self.features, self.matrix.cols);
         assert!(self.x.len() >= self.rows * k && y.len() >= self.rows * n);
         assert!(self.bias.is_none_or(|bias| bias.len() >= n));
-        // The layout depends on whether products are integer ones; segments mostly agree.
+        // The layout depends on whether products are integer ones, and on the order of columns; segments mostly agree.
         let mut laid_out = None;
         let y = Shared::new(y);
         for segment in &self.matrix.segments {
-            let quantised = segment.format.is_quantised();
+            let layout = segment.layout();
             let interleave = match laid_out {
-                Some((as_quants, interleave)) if as_quants == quantised => interleave,
-                _ => self.lay_out(quantised, rows, pool, isa)?,
+                Some((as_before, interleave)) if as_before == layout => interleave,
+                _ => self.lay_out(layout, rows, pool, isa)?,
             };
-            laid_out = Some((quantised, interleave));
+            laid_out = Some((layout, interleave));
             let rows = &*rows;
             let panels = segment.rows.div_ceil(PANEL);
             let at_once = if self.rows == 1 {
@@ -145,21 +146,23 @@ impl<'a> Linear<'a> {
     /// Brings the activations into the layout the tiles want; how many rows are interleaved in it.
     fn lay_out(
         &self,
-        quantised: bool,
+        layout: Layout,
         rows: &mut Rows,
         pool: &Pool,
         isa: Isa,
     ) -> Result<usize, Error> {
+        let quantised = layout.integers;
         let interleave = interleave(self.rows, quantised, isa);
         let padded = self.rows.next_multiple_of(interleave);
         let k = self.matrix.cols;
-        rows.reserve(padded, k, quantised)?;
+        let order = self.matrix.order(layout);
+        rows.reserve(padded, k, quantised, order.is_some())?;
         let target = rows.target(k, quantised);
         pool.each(padded / interleave, &|tile| {
             let at = tile * interleave;
             let x = &self.x[at * k..(at + interleave).min(self.rows) * k];
             // SAFETY: each tile is written by one task.
-            unsafe { target.tile(x, at, interleave, isa) };
+            unsafe { target.tile(x, order, at, interleave, isa) };
         });
         Ok(interleave)
     }
@@ -175,9 +178,18 @@ fn interleave(rows: usize, quantised: bool, isa: Isa) -> usize {
 }
 
 impl Rows {
-    /// Makes room for `padded` rows of `k`.
-    fn reserve(&mut self, padded: usize, k: usize, quantised: bool) -> Result<(), Error> {
+    /// Makes room for `padded` rows of `k`; `sorted`: some are brought into another order first.
+    fn reserve(
+        &mut self,
+        padded: usize,
+        k: usize,
+        quantised: bool,
+        sorted: bool,
+    ) -> Result<(), Error> {
         let what = "activation rows";
+        if sorted {
+            self.floats.reserve(padded * k, what)?;
+        }
         if quantised {
             let blocks = k / BLOCK;
             self.quants.reserve(padded * k, what)?;
@@ -215,11 +227,18 @@ struct Target {
 }
 
 impl Target {
-    /// Lays out a tile: the rows `x` side by side, from row `at`.
+    /// Lays out a tile: the rows `x` side by side, from row `at`, their elements in the order of a matrix's columns.
     ///
     /// # Safety
     /// Nobody else has this tile, and there is room for it.
-    unsafe fn tile(&self, x: &[f32], at: usize, interleave: usize, isa: Isa) {
+    unsafe fn tile(
+        &self,
+        x: &[f32],
+        order: Option<&[u32]>,
+        at: usize,
+        interleave: usize,
+        isa: Isa,
+    ) {
         let k = self.k;
         if self.quantised {
             let blocks = k / BLOCK;
@@ -233,6 +252,15 @@ impl Target {
                     interleave,
                 }
             };
+            let x = match order {
+                None => x,
+                Some(order) => {
+                    // SAFETY: the caller's promise.
+                    let out = unsafe { self.floats.range(at * k, x.len()) };
+                    in_order(x, order, out);
+                    out
+                }
+            };
             dispatch!(isa, quantize_tile(x: &[f32], k: usize, out: Quantised<'_>));
         } else if interleave > 1 {
             // SAFETY: the caller's promise.
@@ -242,6 +270,16 @@ impl Target {
                     *out = x;
                 }
             }
+        }
+    }
+}
+
+/// Brings each row's elements into the order of a matrix's columns.
+fn in_order(x: &[f32], order: &[u32], out: &mut [f32]) {
+    let rows = x.chunks_exact(order.len());
+    for (x, out) in rows.zip(out.chunks_exact_mut(order.len())) {
+        for (out, &from) in out.iter_mut().zip(order) {
+            *out = x[from as usize];
         }
     }
 }
@@ -373,6 +411,10 @@ macro_rules! walk {
     }};
 }
 
+mod float8;
+
+use float8::panels_f8;
+
 // No closures in what follows: a closure is a function of its own, and one that is not inlined does not have the instructions enabled.
 
 /// A format whose elements are widened to f32.
@@ -388,6 +430,8 @@ trait FloatFormat {
 trait QuantFormat {
     /// Bytes of a panel's quants for one block.
     const QUANTS: usize;
+    /// What a quant is too large by.
+    const OFFSET: i32;
 
     /// The exact dot products of a block of a vector's rows with `T` blocks of activations; see [`Simd::dot_i8`].
     ///
@@ -500,6 +544,60 @@ unsafe fn ahead<S: Simd>(at: *const u8, bytes: usize) {
     }
 }
 
+/// A kernel of integer products whose tiles [`panels`] walks.
+trait Tile {
+    /// What it needs to know of the format at run time.
+    type Format: Copy;
+
+    /// Integer products of `T` activation rows from `row` with `P` panels from `panel`.
+    ///
+    /// # Safety
+    /// The share's panels are in the kernel's format, and the processor has the instructions of `S`.
+    unsafe fn tile<S: Simd, const P: usize, const T: usize>(
+        share: &Share<'_>,
+        format: Self::Format,
+        panel: usize,
+        row: usize,
+    );
+}
+
+/// Walks a share: single rows a panel at a time, others in the tiles they are laid out for.
+///
+/// # Safety
+/// The processor has the instructions of `S`, and the share's rows are laid out for it.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise
+unsafe fn panels<K: Tile, S: Simd>(share: &Share<'_>, format: K::Format) {
+    unsafe {
+        let rows = share.linear.rows;
+        if rows == 1 {
+            for panel in share.first..share.last {
+                K::tile::<S, 1, 1>(share, format, panel, 0);
+            }
+            return;
+        }
+        let cached = share.cached_rows(share.segment.cols);
+        let mut begin = 0;
+        while begin < rows {
+            let end = (begin + cached).min(rows);
+            for panel in share.first..share.last {
+                let mut row = begin;
+                while row < end {
+                    match (end - row).min(S::QUANT_ROWS) {
+                        1 => K::tile::<S, 1, 1>(share, format, panel, row),
+                        2 => K::tile::<S, 1, 2>(share, format, panel, row),
+                        3 | 4 => K::tile::<S, 1, 4>(share, format, panel, row),
+                        _ if S::QUANT_ROWS > 4 => K::tile::<S, 1, 8>(share, format, panel, row),
+                        _ => unreachable!("tiles have 4 or 8 rows"),
+                    }
+                    row += S::QUANT_ROWS;
+                }
+            }
+            begin = end;
+        }
+    }
+}
+
 /// Where `P` panels begin.
 #[inline(always)]
 fn panels_at<const P: usize>(segment: &Segment, first: usize) -> [*const u8; P] {
@@ -571,11 +669,12 @@ float_kernel!(panels_bf16, Bf16, u16, vload_bf16);
 
 /// Makes an integer format's kernel: its dot product, and the walk over a share.
 macro_rules! quant_kernel {
-    ($panels:ident, $format:ident, $quants:ident, $dot:ident) => {
+    ($panels:ident, $format:ident, $quants:ident, $offset:literal, $dot:ident) => {
         struct $format;
 
         impl QuantFormat for $format {
             const QUANTS: usize = $quants;
+            const OFFSET: i32 = $offset;
 
             #[inline(always)]
             unsafe fn dots<S: Simd, const T: usize>(
@@ -599,8 +698,8 @@ macro_rules! quant_kernel {
     };
 }
 
-quant_kernel!(panels_q8_0, Q8_0, Q8_0_QUANTS, dot_i8);
-quant_kernel!(panels_q4_0, Q4_0, Q4_0_QUANTS, dot_q4);
+quant_kernel!(panels_q8_0, Q8_0, Q8_0_QUANTS, 128, dot_i8);
+quant_kernel!(panels_q4_0, Q4_0, Q4_0_QUANTS, 8, dot_q4);
 
 /// Multiplies a share with the kernel of its format.
 fn multiply(share: &Share<'_>, isa: Isa) {
@@ -623,6 +722,8 @@ fn multiply(share: &Share<'_>, isa: Isa) {
         Format::Tq1_0 => blocks::tq1_0(share, isa),
         Format::Tq2_0 => blocks::tq2_0(share, isa),
         Format::Mxfp4 => blocks::mxfp4(share, isa),
+        Format::Grouped(grouped) => integers::multiply(share, grouped, isa),
+        Format::F8E4m3 { .. } => dispatch!(isa, panels_f8(share: &Share<'_>)),
     }
 }
 

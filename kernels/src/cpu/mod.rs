@@ -15,6 +15,7 @@
 mod attention;
 mod backend;
 mod elementwise;
+mod groups;
 mod kv;
 mod linear;
 mod matrix;

@@ -94,6 +94,13 @@ impl Mixture<'_> {
                 "experts {n} wide on rows of {hidden}, expected multiples of 8 and {PANEL}"
             ));
         }
+        for (matrix, features) in [(self.gate_up, 2 * n), (self.down, hidden)] {
+            if matrix.parts_share_a_panel(features) {
+                return wrong(format!(
+                    "experts of {features} rows in {matrix:?} share a panel of {PANEL}"
+                ));
+            }
+        }
         let biases = [
             (self.router_bias, experts),
             (self.gate_up_bias, experts * 2 * n),

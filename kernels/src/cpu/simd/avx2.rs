@@ -133,6 +133,18 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn vload_f8(p: *const u8) -> Self::V {
+        unsafe {
+            let wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(p.cast()));
+            let sign = _mm_and_si128(wide, _mm_set1_epi16(0x80));
+            let rest = _mm_and_si128(wide, _mm_set1_epi16(0x7f));
+            _mm256_cvtph_ps(_mm_or_si128(
+                _mm_slli_epi16::<8>(sign),
+                _mm_slli_epi16::<7>(rest),
+            ))
+        }
+    }
+    #[inline(always)]
     unsafe fn vstore(p: *mut f32, x: Self::V) {
         unsafe { Self::store(p, x) }
     }

@@ -120,6 +120,18 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn vload_f8(p: *const u8) -> Self::V {
+        unsafe {
+            let wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
+            let sign = _mm256_and_si256(wide, _mm256_set1_epi16(0x80));
+            let rest = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
+            _mm512_cvtph_ps(_mm256_or_si256(
+                _mm256_slli_epi16::<8>(sign),
+                _mm256_slli_epi16::<7>(rest),
+            ))
+        }
+    }
+    #[inline(always)]
     unsafe fn vstore(p: *mut f32, x: Self::V) {
         unsafe { _mm512_storeu_ps(p, x) }
     }

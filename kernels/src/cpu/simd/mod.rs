@@ -145,6 +145,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn vload(p: *const f32) -> Self::V;
     unsafe fn vload_f16(p: *const u16) -> Self::V;
     unsafe fn vload_bf16(p: *const u16) -> Self::V;
+    /// A 256th of what E4M3 bytes, none of them NaN, are worth; see [`crate::quantize::e4m3`].
+    unsafe fn vload_f8(p: *const u8) -> Self::V;
     unsafe fn vstore(p: *mut f32, x: Self::V);
     unsafe fn vadd(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn vsub(a: Self::V, b: Self::V) -> Self::V;

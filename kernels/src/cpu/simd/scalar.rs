@@ -1,6 +1,7 @@
 //! [`Scalar`]: plain Rust, lane by lane. What the vector code must equal to the last bit.
 
 use super::{LANES, PANEL, QUAD, Simd};
+use crate::quantize::e4m3::half_bits;
 
 /// Plain Rust.
 #[derive(Clone, Copy)]
@@ -120,6 +121,11 @@ impl Simd for Scalar {
     unsafe fn vload_bf16(p: *const u16) -> Self::V {
         let bits = unsafe { p.cast::<[u16; PANEL]>().read_unaligned() };
         bits.map(|b| f32::from_bits(u32::from(b) << 16))
+    }
+    #[inline(always)]
+    unsafe fn vload_f8(p: *const u8) -> Self::V {
+        let bytes = unsafe { p.cast::<[u8; PANEL]>().read_unaligned() };
+        bytes.map(|b| half::f16::from_bits(half_bits(b)).to_f32())
     }
     #[inline(always)]
     unsafe fn vstore(p: *mut f32, x: Self::V) {
