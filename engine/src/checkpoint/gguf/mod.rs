@@ -17,7 +17,7 @@ use super::files::{self, Bytes};
 use super::tensors::Tensors;
 use super::{Checkpoint, CheckpointError};
 use crate::model::RopeScaling;
-use crate::tokenizer::{ChatTemplate, Tokenizer, Vocabulary};
+use crate::tokenizer::{ChatTemplate, Token, Tokenizer, Vocabulary};
 
 use reader::{Header, Value};
 
@@ -25,12 +25,16 @@ pub(super) use names::Names;
 pub(super) use reader::TensorInfo;
 
 /// Tokens of this text end an answer, whatever the metadata says: as llama.cpp sees it.
-const ENDS: [&str; 8] = [
+const ENDS: [&str; 12] = [
     "<|eot_id|>",
     "<|im_end|>",
     "<|end|>",
     "<|return|>",
+    "<|call|>",
     "<|endoftext|>",
+    "<|end_of_text|>",
+    "<EOT>",
+    "</s>",
     "<|eom_id|>",
     "<end_of_turn>",
     "<｜end▁of▁sentence｜>",
@@ -196,11 +200,7 @@ impl Gguf {
         for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
             generation.eos.extend(self.token_id(key, vocab_size)?);
         }
-        for (id, token) in vocabulary.tokens.iter().enumerate() {
-            if token.kind.is_special() && ENDS.contains(&token.text.as_str()) {
-                generation.eos.push(TokenId(id as u32));
-            }
-        }
+        generation.eos.extend(ends(&vocabulary.tokens));
         generation.eos.sort_unstable();
         generation.eos.dedup();
         generation.eos.retain(|id| (id.0 as usize) < vocab_size);
@@ -242,6 +242,25 @@ impl Gguf {
                 CheckpointError::file(self.file(), format!("`tokenizer.chat_template`: {error}"))
             })
     }
+}
+
+/// The tokens that end an answer by what they are called.
+fn ends(tokens: &[Token]) -> Vec<TokenId> {
+    let control = |text: &str| {
+        let is = |token: &Token| token.kind.is_special() && token.text == text;
+        tokens.iter().any(is)
+    };
+    // In gpt-oss's format <|end|> ends a message, of which an answer has several.
+    let harmony = control("<|return|>") && control("<|call|>");
+    let mut ends = Vec::new();
+    for (id, token) in tokens.iter().enumerate() {
+        let text = token.text.as_str();
+        let named = ENDS.contains(&text) && !(harmony && text == "<|end|>");
+        if named && token.kind.is_special() {
+            ends.push(TokenId(id as u32));
+        }
+    }
+    ends
 }
 
 /// Takes a tensor of divisors of rotary frequencies out of the model's, if it is there.
@@ -344,6 +363,24 @@ fn model_name(file: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tokenizer::TokenKind;
+
+    #[test]
+    fn a_message_that_ends_does_not_end_an_answer_of_several() {
+        let ends = |texts: &[&str]| -> Vec<u32> {
+            let control = |text: &&str| Token {
+                text: (*text).to_owned(),
+                kind: TokenKind::Control,
+            };
+            let tokens: Vec<Token> = texts.iter().map(control).collect();
+            super::ends(&tokens).iter().map(|id| id.0).collect()
+        };
+        assert_eq!(ends(&["<|start|>", "<|end|>", "<|endoftext|>"]), [1, 2]);
+        assert_eq!(
+            ends(&["<|start|>", "<|end|>", "<|return|>", "<|call|>"]),
+            [2, 3]
+        );
+    }
 
     #[test]
     fn parts_of_a_split_file_are_found_by_their_names() {
