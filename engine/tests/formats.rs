@@ -13,6 +13,7 @@ use common::sequence::Sequence;
 use quire::checkpoint::{Checkpoint, ModelSource, Summary};
 use quire_kernels::{Backend, Format, MatrixPart, Span, Step};
 use safetensors::SafeTensors;
+use serde_json::{Value, json};
 
 /// Each checkpoint and what `quire show` calls the format of most of it.
 const CHECKPOINTS: [(&str, &str); 22] = [
@@ -238,6 +239,24 @@ fn each_format_multiplies_in_its_own_precision() {
         let sorted = name.ends_with("desc-act");
         assert_eq!(view.order.is_some(), sorted, "{name}");
     }
+}
+
+/// Its experts have a reader of their own, which needs no words in `config.json`; files in the wild have them.
+#[test]
+fn gpt_oss_may_say_that_it_is_in_mxfp4() {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gpt-oss");
+    let to = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.path().join(entry.file_name())).unwrap();
+    }
+    let path = to.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["quantization_config"] =
+        json!({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]});
+    std::fs::write(&path, config.to_string()).unwrap();
+    let checkpoint = Checkpoint::open(&ModelSource::Path(to.path().to_owned())).unwrap();
+    Sequence::new(&checkpoint).rows(&[1, 2, 3], 1);
 }
 
 /// As zlib computes it.
