@@ -45,9 +45,10 @@ fn weights_of_other_formats() {
     let names = [
         "mlx-4bit",
         "mlx-8bit-f16",
-        "gptq-4bit-g32-act-order",
+        "gptq-4bit-g32-desc-act",
         "gptq-8bit-g64-v2",
         "awq-g128",
+        "gptq-experts-desc-act",
         "bitnet",
         "fp8-blocks",
     ];
