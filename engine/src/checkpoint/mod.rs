@@ -13,6 +13,7 @@ mod generation;
 mod gguf;
 mod summary;
 mod tensors;
+mod tokenizer_files;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,6 +29,7 @@ pub use error::CheckpointError;
 pub use generation::GenerationDefaults;
 pub use summary::{KindSummary, Summary};
 pub use tensors::{TensorView, Tensors};
+pub use tokenizer_files::{NamedFile, tokenizer_files};
 
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 

@@ -61,6 +61,8 @@ struct Active {
     events: Sender<Event>,
     samples: Vec<Sample>,
     admitted: bool,
+    /// It has a token.
+    answered: bool,
 }
 
 /// Where one of a request's `n` samples is.
@@ -196,6 +198,7 @@ impl<B: Backend> EngineLoop<B> {
             events,
             samples: vec![Sample::Pending; sampling.n as usize],
             admitted: false,
+            answered: false,
         };
         if active.ticket.aborted.load(Ordering::SeqCst) {
             self.end_all(active, FinishReason::Aborted);
@@ -434,6 +437,12 @@ impl<B: Backend> EngineLoop<B> {
         let Choice { token, logprobs } = sequence.sampler.sample(logits, &mut self.scratch);
         self.generation_tokens += 1;
         let index = sequence.index;
+        if sequence.sampler.generated() == 1
+            && let Some(active) = self.active.get_mut(&sequence.request)
+            && !std::mem::replace(&mut active.answered, true)
+        {
+            self.shared.answered(active.ticket.prompt);
+        }
         self.outbox.push((
             sequence.events.clone(),
             Event::Token {
@@ -556,6 +565,9 @@ impl<B: Backend> EngineLoop<B> {
         if !active.admitted {
             self.shared.left_queue(active.ticket.prompt);
         }
+        if !active.answered {
+            self.shared.answered(active.ticket.prompt);
+        }
         let now = Instant::now();
         let interval = now.duration_since(self.last_finish);
         self.last_finish = now;
@@ -591,6 +603,8 @@ impl<B: Backend> EngineLoop<B> {
             // Counted where requests are handed over.
             waiting_tokens: 0,
             in_flight: 0,
+            unanswered_tokens: 0,
+            silence: None,
         });
     }
 

@@ -83,6 +83,16 @@ impl Tokenizer {
         Ok(Self { inner, bytes })
     }
 
+    /// The `tokenizer.json` of it.
+    ///
+    /// # Errors
+    /// It has no such form.
+    pub fn to_json(&self) -> Result<String, TokenizerError> {
+        self.inner
+            .to_string(false)
+            .map_err(|error| TokenizerError::Invalid(error.to_string()))
+    }
+
     /// Special tokens written in `text` become their ids; `add_special` adds what the model's post-processor adds (BOS …).
     ///
     /// # Errors
