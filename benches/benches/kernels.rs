@@ -8,7 +8,9 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion, Throughput};
 use half::{bf16, f16};
 use quire_kernels::cpu::{Activations, CpuBackend, CpuOptions, KvCache, Matrix};
-use quire_kernels::{AttentionShape, Backend, Format, KvDtype, KvShape, MatrixPart, Span, Step};
+use quire_kernels::{
+    AttentionShape, Backend, Format, KvDtype, KvLayer, KvShape, MatrixPart, Span, Step,
+};
 
 const FORMATS: [(&str, Format); 5] = [
     ("f32", Format::F32),
@@ -27,7 +29,10 @@ const SHAPE: AttentionShape = AttentionShape {
     kv_heads: 8,
     head_dim: 128,
     scale: 0.088_388_35,
+    window: None,
+    softcap: None,
 };
+const LAYER: KvLayer = KvLayer { group: 0, index: 0 };
 
 fn backend() -> CpuBackend {
     CpuBackend::new(CpuOptions::default()).expect("the best instruction set is available")
@@ -66,6 +71,7 @@ fn matrix(backend: &CpuBackend, rows: usize, cols: usize, format: Format) -> Mat
         cols,
         format: stored,
         data: &data,
+        order: None,
     };
     backend
         .matrix(&[part], quantize)
@@ -172,7 +178,7 @@ fn attention(c: &mut Criterion) {
             Throughput::Elements(seen * (4 * SHAPE.heads * SHAPE.head_dim) as u64)
         });
         group.bench_function(name, |b| {
-            b.iter(|| backend.attention(&qkv, 0, &SHAPE, &kv, &mut out));
+            b.iter(|| backend.attention(&qkv, LAYER, &SHAPE, None, &kv, &mut out));
         });
     }
     group.finish();

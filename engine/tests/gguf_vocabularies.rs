@@ -1,7 +1,8 @@
 //! Tokenizers made from GGUF metadata give the ids llama.cpp expects.
 //!
 //! `vocab/` holds its vectors, pruned to what they need (`vocab/make.py`). With `QUIRE_VOCAB_DIR` naming a directory of whole ones
-//! (`ggml-vocab-*.gguf` with `.inp` and `.out`), those are checked as well.
+//! (`ggml-vocab-*.gguf` with `.inp` and `.out`), those are checked as well. `vocab/pre/` holds a made-up vocabulary and its ids under
+//! every pre-tokenizer (`vocab/pre.py`).
 #![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
@@ -9,8 +10,9 @@ use std::sync::LazyLock;
 
 use proptest::prelude::*;
 use quire::checkpoint::gguf_tokenizer;
-use quire::tokenizer::Tokenizer;
+use quire::tokenizer::{Algorithm, Token, TokenKind, Tokenizer, TokenizerError, Vocabulary};
 use quire_scheduler::TokenId;
+use serde_json::Value;
 
 const SEPARATOR: &str = "\n__ggml_vocab_test__\n";
 
@@ -19,26 +21,94 @@ proptest! {
 
     #[test]
     fn a_text_is_what_its_tokens_decode_to(text in any::<String>()) {
-        for tokenizer in &*BYTE_LEVEL {
+        for (name, tokenizer) in &*BYTE_LEVEL {
             let tokens = tokenizer.encode(&text, true).unwrap();
-            prop_assert_eq!(tokenizer.decode(&tokens, true), text.as_str());
+            prop_assert_eq!(tokenizer.decode(&tokens, true), text.as_str(), "{}", name);
         }
     }
 }
 
-/// Those that do not compose Unicode first.
-static BYTE_LEVEL: LazyLock<[Tokenizer; 2]> = LazyLock::new(|| {
-    ["gpt-2", "llama-bpe"]
-        .map(|name| gguf_tokenizer(&pruned().join(format!("{name}.gguf"))).unwrap())
+/// Real ones, and a made-up one cut by every rule that does not compose Unicode first.
+static BYTE_LEVEL: LazyLock<Vec<(String, Tokenizer)>> = LazyLock::new(|| {
+    let real = ["gpt-2", "llama-bpe"].map(|name| {
+        let tokenizer = gguf_tokenizer(&pruned().join(format!("{name}.gguf"))).unwrap();
+        (name.to_owned(), tokenizer)
+    });
+    let rules = read("ids.json")["ids"].as_object().unwrap().clone();
+    let cut = rules.keys().filter(|pre| *pre != "qwen2");
+    let cut = cut.map(|pre| (pre.clone(), words(pre).unwrap()));
+    real.into_iter().chain(cut).collect()
 });
 
 fn pruned() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vocab")
 }
 
+/// A file that `pre.py` wrote.
+fn read(name: &str) -> Value {
+    let path = pruned().join("pre").join(name);
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// Its vocabulary, with text cut into words by the rule `pre`.
+fn words(pre: &str) -> Result<Tokenizer, TokenizerError> {
+    let file = read("words.json");
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let tokens = file["tokens"].as_array().unwrap().iter();
+    let merges = file["merges"].as_array().unwrap().iter();
+    Tokenizer::from_vocabulary(&Vocabulary {
+        tokens: tokens
+            .map(|token| Token {
+                text: text(token),
+                kind: TokenKind::Normal,
+            })
+            .collect(),
+        algorithm: Algorithm::ByteLevel {
+            merges: merges
+                .map(|pair| (text(&pair[0]), text(&pair[1])))
+                .collect(),
+            pre: pre.to_owned(),
+        },
+        unknown: None,
+        bos: None,
+        eos: None,
+    })
+}
+
+#[test]
+fn every_pre_tokenizer_cuts_as_llama_cpp_and_its_authors_do() {
+    let file = read("ids.json");
+    let texts = file["texts"].as_array().unwrap();
+    let rules = file["ids"].as_object().unwrap();
+    assert!(texts.len() > 55 && rules.len() >= 14);
+    for (pre, rows) in rules {
+        let tokenizer = words(pre).unwrap();
+        for (text, row) in texts.iter().zip(rows.as_array().unwrap()) {
+            let text = text.as_str().unwrap();
+            let ids: Vec<u32> = serde_json::from_value(row.clone()).unwrap();
+            let ours: Vec<u32> = tokenizer
+                .encode(text, false)
+                .unwrap()
+                .iter()
+                .map(|id| id.0)
+                .collect();
+            assert_eq!(ours, ids, "{pre}: {text:?}");
+        }
+    }
+}
+
+#[test]
+fn an_unknown_pre_tokenizer_is_refused_by_name() {
+    let message = words("o300k").unwrap_err().to_string();
+    assert!(
+        message.contains("\"o300k\"") && message.contains("tekken"),
+        "{message}"
+    );
+}
+
 #[test]
 fn pruned_vocabularies_give_the_expected_ids() {
-    assert_eq!(check_all(&pruned(), ""), 5);
+    assert_eq!(check_all(&pruned()), 6);
 }
 
 /// What a gateway is given to tokenise with must give the same ids.
@@ -65,17 +135,15 @@ fn whole_vocabularies_give_the_expected_ids() {
     let Some(directory) = std::env::var_os("QUIRE_VOCAB_DIR") else {
         return;
     };
-    // Families that are not supported yet.
-    assert!(check_all(Path::new(&directory), "gemma") >= 5);
+    assert!(check_all(Path::new(&directory)) >= 6);
 }
 
-/// Checks every vocabulary with vectors in a directory, unless its name contains `except`.
-fn check_all(directory: &Path, except: &str) -> usize {
+/// Checks every vocabulary with vectors in a directory.
+fn check_all(directory: &Path) -> usize {
     let mut models: Vec<PathBuf> = std::fs::read_dir(directory)
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .filter(|path| path.extension().is_some_and(|e| e == "gguf"))
-        .filter(|path| except.is_empty() || !path.to_string_lossy().contains(except))
         .collect();
     models.sort();
     for model in &models {

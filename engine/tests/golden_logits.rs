@@ -13,7 +13,7 @@ use common::sequence::{Sequence, argmax};
 use quire::checkpoint::{Checkpoint, ModelSource};
 use quire::core::{Engine, EngineConfig, Request};
 use quire::generation::{GenerationRequest, Generator, Output, Prompt};
-use quire::model::RopeScaling;
+use quire::model::{ModelConfig, RopeScaling};
 use quire::sampling::SamplingParams;
 use quire::tokenizer::Conversation;
 use quire_kernels::KvDtype;
@@ -44,6 +44,66 @@ fn llama_without_gqa_with_linear_rope_spelt_as_transformers_4_did() {
 }
 
 #[test]
+fn qwen3_moe_with_more_experts_than_a_token_uses() {
+    equals_transformers("qwen3-moe");
+}
+
+#[test]
+fn mistral_with_a_sliding_window_in_every_layer() {
+    equals_transformers("mistral");
+}
+
+#[test]
+fn ministral_with_sliding_windows_in_some_layers() {
+    equals_transformers("ministral");
+}
+
+#[test]
+fn phi3_with_fused_projections_and_a_window() {
+    equals_transformers("phi3");
+}
+
+#[test]
+fn phi4_mini_with_partial_rotation_and_a_longrope_switch_within_the_answer() {
+    equals_transformers("phi4-longrope");
+}
+
+#[test]
+fn gemma2_with_soft_caps_and_alternating_windows() {
+    equals_transformers("gemma2");
+}
+
+#[test]
+fn gemma3_with_two_ropes_and_five_local_layers_to_a_global_one() {
+    equals_transformers("gemma3");
+}
+
+#[test]
+fn bitnet_with_norms_inside_and_squared_relu() {
+    equals_transformers("bitnet");
+}
+
+#[test]
+fn gpt_oss_with_biased_experts_sinks_yarn_and_alternating_windows() {
+    equals_transformers("gpt-oss");
+}
+
+#[test]
+fn smollm3_with_layers_that_do_not_encode_positions() {
+    equals_transformers("smollm3");
+}
+
+#[test]
+fn granite_with_four_multipliers() {
+    equals_transformers("granite");
+}
+
+#[test]
+fn olmo2_with_norms_after_and_over_all_heads() {
+    equals_transformers("olmo2");
+}
+
+#[test]
 fn the_same_checkpoints_as_gguf() {
     for name in ["qwen3", "qwen2", "llama3-rope", "llama-linear-rope"] {
         let path = directory("gguf").join(format!("{name}.gguf"));
@@ -54,17 +114,60 @@ fn the_same_checkpoints_as_gguf() {
     }
 }
 
+#[test]
+fn other_families_as_llama_cpp_converts_them() {
+    for name in [
+        "qwen3-moe",
+        "phi3",
+        "phi4-longrope",
+        "gemma2",
+        "gemma3",
+        "bitnet",
+        "gpt-oss",
+        "smollm3",
+        "granite",
+        "olmo2",
+    ] {
+        let path = directory("gguf").join(format!("{name}.gguf"));
+        let mut checkpoint = Checkpoint::open(&ModelSource::Path(path)).unwrap();
+        // The files do not have these; llama.cpp knows those of the published models.
+        let original = open(name).config;
+        checkpoint.config.attention_scale = original.attention_scale;
+        checkpoint.config.activation = original.activation;
+        compare(name, &checkpoint);
+    }
+}
+
 /// A golden that another model meets as well would prove nothing.
 #[test]
-fn the_golden_logits_tell_rope_rules_apart() {
-    for name in ["llama3-rope", "llama-linear-rope"] {
+fn the_golden_logits_tell_models_apart() {
+    type Spoil = fn(&mut ModelConfig);
+    let spoil: [(&str, Spoil); 11] = [
+        ("llama3-rope", |c| c.ropes[0].scaling = RopeScaling::None),
+        ("llama-linear-rope", |c| {
+            c.ropes[0].scaling = RopeScaling::None;
+        }),
+        ("mistral", |c| c.layers[1].window = None),
+        ("ministral", |c| c.layers[3].window = None),
+        ("phi4-longrope", |c| c.ropes[0].scale = 1.0),
+        ("gemma2", |c| c.attention_softcap = None),
+        ("gemma3", |c| c.layers[0].rope = Some(0)),
+        ("gpt-oss", |c| c.ropes[0].scaling = RopeScaling::None),
+        ("smollm3", |c| c.layers[3].rope = Some(0)),
+        ("granite", |c| c.residual_scale = 1.0),
+        ("qwen3-moe", |c| {
+            c.experts.as_mut().unwrap().normalised = false;
+        }),
+    ];
+    for (name, spoil) in spoil {
         let golden = Golden::read(name);
         let mut checkpoint = open(name);
-        assert_ne!(checkpoint.config.rope.scaling, RopeScaling::None);
-        checkpoint.config.rope.scaling = RopeScaling::None;
+        let before = checkpoint.config.clone();
+        spoil(&mut checkpoint.config);
+        assert_ne!(checkpoint.config, before, "{name}");
         let rows = Sequence::new(&checkpoint).read(&golden.prompt, golden.prompt.len());
         let error = relative_error(&rows, golden.row(0));
-        assert!(error > 100.0 * TOLERANCE, "{name}: {error}");
+        assert!(error > 50.0 * TOLERANCE, "{name}: {error}");
     }
 }
 
@@ -110,8 +213,12 @@ fn compare(name: &str, checkpoint: &Checkpoint) {
     let (_, answer) = golden.tokens.split_last().unwrap();
     let known = [&golden.prompt[..], answer].concat();
     let rows = Sequence::new(checkpoint).rows(&known, golden.tokens.len());
+    // Of a sequence beyond a rotary switch no row is what it was before.
+    let switch = checkpoint.config.rope_switch().unwrap_or(0) as usize;
     for (row, logits) in rows.chunks(golden.vocab).enumerate() {
-        check(row, logits, "everything in one chunk");
+        if golden.prompt.len() + row > switch {
+            check(row, logits, "everything in one chunk");
+        }
     }
     println!("{name}: largest relative error {worst:.1e}");
 }

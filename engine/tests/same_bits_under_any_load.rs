@@ -10,8 +10,9 @@ mod common;
 use std::time::Duration;
 
 use common::{Answer, Random, answers, demo_checkpoint, submit};
-use quire::checkpoint::Checkpoint;
+use quire::checkpoint::{Checkpoint, ModelSource};
 use quire::core::{Engine, EngineConfig, Request};
+use quire::model::PageLayout;
 use quire::sampling::SamplingParams;
 use quire_kernels::{Format, KvDtype};
 use quire_scheduler::{Policy, TokenId};
@@ -36,6 +37,51 @@ fn q8_0_weights() {
 #[test]
 fn q4_0_weights() {
     same_bits(&demo_checkpoint(), Some(Format::Q4_0), KvDtype::F16, 4);
+}
+
+/// One for each kernel: groups with biases and with zeros of 4 and 8 bits, sorted columns, two bits, E4M3.
+#[test]
+fn weights_of_other_formats() {
+    let names = [
+        "mlx-4bit",
+        "mlx-8bit-f16",
+        "gptq-4bit-g32-desc-act",
+        "gptq-8bit-g64-v2",
+        "awq-g128",
+        "gptq-experts-desc-act",
+        "bitnet",
+        "fp8-blocks",
+    ];
+    for (seed, name) in (9..).zip(names) {
+        let checkpoint = golden(&format!("formats/{name}"));
+        same_bits(&checkpoint, None, KvDtype::F16, seed);
+    }
+}
+
+#[test]
+fn a_window_in_every_layer() {
+    same_bits(&golden("mistral"), None, KvDtype::F16, 5);
+}
+
+#[test]
+fn local_and_global_layers() {
+    same_bits(&golden("gemma3"), None, KvDtype::F16, 6);
+}
+
+#[test]
+fn experts_sinks_and_alternating_windows() {
+    same_bits(&golden("gpt-oss"), None, KvDtype::F16, 7);
+}
+
+#[test]
+fn sequences_that_outgrow_a_rotary_switch() {
+    same_bits(&golden("phi4-longrope"), None, KvDtype::F16, 8);
+}
+
+/// A small random model of some family.
+fn golden(name: &str) -> Checkpoint {
+    let path = format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
+    Checkpoint::open(&ModelSource::Path(path.into())).unwrap()
 }
 
 fn same_bits(checkpoint: &Checkpoint, quantize: Option<Format>, kv_dtype: KvDtype, seed: u64) {
@@ -107,8 +153,13 @@ fn schedule(
 ) -> (EngineConfig, usize) {
     let block_size = [16, 32][random.below(2)];
     let config = &checkpoint.config;
-    let block_bytes =
-        2 * config.layers * config.kv_heads * config.head_dim * block_size * base.kv_dtype.size();
+    let pages = PageLayout::of(config);
+    let block_bytes = 2
+        * (pages.layers * pages.windows.len())
+        * config.kv_heads
+        * config.head_dim
+        * block_size
+        * base.kv_dtype.size();
     // The largest request needs 512 tokens of blocks (4 samples of up to 112 tokens); a few hundred more let a handful run side by side.
     let tokens = 576 + random.below(300);
     let max_batch_tokens = 3 + random.below(if round.is_multiple_of(2) { 40 } else { 400 }) as u32;

@@ -6,6 +6,7 @@
 //! loaded: no operation allocates in steady state.
 
 use crate::Error;
+use crate::quantize::Grouped;
 
 /// The number format of a stored matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,6 +47,13 @@ pub enum Format {
     Tq2_0,
     /// OCP MXFP4: blocks of 32, a power of two, four-bit floats.
     Mxfp4,
+    /// Integers in groups along k: what MLX, GPTQ, AWQ, BitNet and compressed-tensors checkpoints hold.
+    Grouped(Grouped),
+    /// OCP E4M3 floats in groups along k, each group under an f32 scale: what FP8 checkpoints hold. See [`crate::quantize::e4m3`].
+    F8E4m3 {
+        /// Elements that share a scale.
+        group: usize,
+    },
 }
 
 /// Rows of a matrix as a checkpoint stores them: row-major `[rows, cols]`, little-endian, in `format`.
@@ -59,6 +67,9 @@ pub struct MatrixPart<'a> {
     pub format: Format,
     /// The encoded rows; exactly as long as `rows`, `cols` and `format` demand.
     pub data: &'a [u8],
+    /// The input feature of each column, where columns do not stand in order: GPTQ sorts them so that a group has columns of like importance.
+    /// A permutation of `0..cols`; only for [`Format::Grouped`]. `[cols]`
+    pub order: Option<&'a [u32]>,
 }
 
 /// The precision in which keys and values are kept.
@@ -115,13 +126,88 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// What scores are multiplied with before the softmax, usually `1/sqrt(head_dim)`.
     pub scale: f32,
+    /// Sliding window: the query at position p sees the `window` positions up to and including p. `None`: all up to p. Not 0.
+    pub window: Option<u32>,
+    /// Scores become `cap · tanh(score / cap)` before the softmax (Gemma 2).
+    pub softcap: Option<f32>,
 }
 
-/// The non-linearity of a gated MLP: `gate(g, u) = act(g) · u`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// Where a layer's keys and values are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvLayer {
+    /// The page group whose blocks hold them; see [`Step::groups`].
+    pub group: usize,
+    /// Which of the group's layers it is: the layer of the cache.
+    pub index: usize,
+}
+
+/// The non-linearity of a gated MLP, of a gate `g` and an input `u`.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Activation {
-    /// `x · sigmoid(x)`.
+    /// `g · sigmoid(g) · u` (SwiGLU, Shazeer 2020).
     Silu,
+    /// `gelu(g) · u` with the tanh approximation of GELU (Hendrycks & Gimpel 2016).
+    GeluTanh,
+    /// `max(g, 0)² · u` (So et al. 2021; BitNet b1.58).
+    Relu2,
+    /// `g' · sigmoid(alpha · g') · (u' + 1)`, g' being g up to `limit` and u' being u within `±limit` (gpt-oss).
+    ClampedSwiglu {
+        /// Steepness of the sigmoid.
+        alpha: f32,
+        /// Bound of gate and input.
+        limit: f32,
+    },
+}
+
+/// The rotary frequencies of a step's rows.
+pub struct Rotary<'a, B: Backend + ?Sized> {
+    /// Radians per position, of each pair of elements. `[n]`
+    pub frequencies: &'a B::Vector,
+    /// Those of the rows of sequences that are [`Span::beyond`] the switch, where that makes a difference. `[n]`
+    pub beyond: Option<&'a B::Vector>,
+    /// What cosines and sines are multiplied with.
+    pub scale: f32,
+}
+
+/// A norm's parameters.
+pub struct Norm<'a, B: Backend + ?Sized> {
+    /// `[width]`
+    pub weight: &'a B::Vector,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// What is done to logits after the output head.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogitsRule {
+    /// What they are multiplied with.
+    pub scale: f32,
+    /// Then they become `cap · tanh(logit / cap)` (Gemma 2).
+    pub softcap: Option<f32>,
+}
+
+/// A mixture of experts: an MLP of which each row uses a few of many.
+pub struct Experts<'a, B: Backend + ?Sized> {
+    /// Scores the experts for a row. `[experts, hidden]`
+    pub router: &'a B::Matrix,
+    /// `[experts]`
+    pub router_bias: Option<&'a B::Vector>,
+    /// Of every expert, one after the other: its gate's rows, then its input's. `[experts · 2n, hidden]`, `2n` a multiple of 16.
+    pub gate_up: &'a B::Matrix,
+    /// `[experts · 2n]`
+    pub gate_up_bias: Option<&'a B::Vector>,
+    /// Of every expert, one after the other. `[experts · hidden, n]`, `hidden` a multiple of 16.
+    pub down: &'a B::Matrix,
+    /// `[experts · hidden]`
+    pub down_bias: Option<&'a B::Vector>,
+    /// How many experts there are.
+    pub experts: usize,
+    /// How many a row uses.
+    pub top_k: usize,
+    /// The weights of a row's experts are the softmax over them; otherwise over all experts.
+    pub normalised: bool,
+    /// The experts' non-linearity.
+    pub activation: Activation,
 }
 
 /// Consecutive rows of a step that belong to one sequence.
@@ -135,7 +221,7 @@ pub struct Span {
     pub start: u32,
     /// Where the sequence's block table begins in [`Step::block_tables`].
     pub table: u32,
-    /// The sequence is longer than the rotary tables' switch; see [`Backend::rotary`].
+    /// The sequence is longer than the rotary tables' switch; see [`Rotary`].
     pub beyond: bool,
 }
 
@@ -214,18 +300,18 @@ impl Step {
 
 /// The per-layer inputs of [`Backend::norm_rope_store`].
 pub struct QkvLayer<'a, B: Backend + ?Sized> {
-    /// Index of the layer in the KV cache.
-    pub layer: usize,
+    /// Where its keys and values go.
+    pub layer: KvLayer,
     /// Heads and their size; the columns of a qkv row are `heads + 2·kv_heads` heads: queries, keys, values.
     pub shape: AttentionShape,
-    /// RMS-norm weights `[head_dim]` for each query head, where the family has them.
+    /// RMS-norm weights, where the family has them: `[head_dim]` for each query head by itself, or `[heads · head_dim]` for all together.
     pub q_norm: Option<&'a B::Vector>,
-    /// RMS-norm weights `[head_dim]` for each key head, where the family has them.
+    /// RMS-norm weights of the keys, as those of the queries.
     pub k_norm: Option<&'a B::Vector>,
     /// Epsilon of those norms.
     pub eps: f32,
-    /// Output of [`Backend::rotary`] for this step.
-    pub rotary: &'a B::Activations,
+    /// Output of [`Backend::rotary`] for this step; `None` where positions are not encoded.
+    pub rotary: Option<&'a B::Activations>,
 }
 
 /// What a device must be able to do to run a decoder.
@@ -250,7 +336,8 @@ pub trait Backend: Send + 'static {
     /// Packs a matrix whose rows are the parts' rows, one part after the other. Float parts are quantised first where `quantize` says so.
     ///
     /// # Errors
-    /// Data that does not match the shape, a shape the format cannot hold (Q8_0 and Q4_0 need `cols % 32 == 0`), no memory.
+    /// Data that does not match the shape, a shape the format cannot hold (Q8_0 and Q4_0 need `cols % 32 == 0`), TQ2_0 asked for weights that are not
+    /// ternary, no memory.
     fn matrix(
         &self,
         parts: &[MatrixPart<'_>],
@@ -304,14 +391,13 @@ pub trait Backend: Send + 'static {
     /// Cosines and sines of the step's positions, made once a step and shared by the layers.
     ///
     /// `out[r] = [cos(p·f₀) … cos(p·fₙ₋₁), sin(p·f₀) … sin(p·fₙ₋₁)] · scale` where `p` is the row's position and `f` are the n
-    /// `frequencies` in radians per position. `out` [rows, 2n].
+    /// frequencies for it. `out` [rows, 2n].
     ///
     /// # Errors
     /// The device failed.
     fn rotary(
         &mut self,
-        frequencies: &Self::Vector,
-        scale: f32,
+        rotary: &Rotary<'_, Self>,
         out: &mut Self::Activations,
     ) -> Result<(), Error>;
 
@@ -324,6 +410,28 @@ pub trait Backend: Send + 'static {
         x: &Self::Activations,
         weight: &Self::Vector,
         eps: f32,
+        out: &mut Self::Activations,
+    ) -> Result<(), Error>;
+
+    /// As [`Backend::rms_norm`], in place.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn rms_norm_in_place(
+        &mut self,
+        x: &mut Self::Activations,
+        norm: &Norm<'_, Self>,
+    ) -> Result<(), Error>;
+
+    /// `out[r] += scale · x[r]`, x being normalised first where there is a norm: back into the residual stream. `x`, `out` [rows, hidden].
+    ///
+    /// # Errors
+    /// The device failed.
+    fn add(
+        &mut self,
+        x: &Self::Activations,
+        norm: Option<&Norm<'_, Self>>,
+        scale: f32,
         out: &mut Self::Activations,
     ) -> Result<(), Error>;
 
@@ -365,22 +473,25 @@ pub trait Backend: Send + 'static {
         kv: &mut Self::KvCache,
     ) -> Result<(), Error>;
 
-    /// Causal grouped-query attention of each row over its sequence's positions `0..=position(row)`, read from the cache through the block tables.
+    /// Causal grouped-query attention of each row over its sequence's positions up to its own, as far as the window reaches, read from the cache
+    /// through the block tables.
     ///
-    /// `qkv` as [`Backend::norm_rope_store`] left it, `out` [rows, heads · head_dim].
+    /// `qkv` as [`Backend::norm_rope_store`] left it; `sinks` [heads]: a score of each head that takes its share of the softmax and stands for
+    /// no value (Xiao et al. 2023, gpt-oss); `out` [rows, heads · head_dim].
     ///
     /// # Errors
     /// The device failed.
     fn attention(
         &mut self,
         qkv: &Self::Activations,
-        layer: usize,
+        layer: KvLayer,
         shape: &AttentionShape,
+        sinks: Option<&Self::Vector>,
         kv: &Self::KvCache,
         out: &mut Self::Activations,
     ) -> Result<(), Error>;
 
-    /// `out[r, i] = act(gate_up[r, i]) · gate_up[r, n + i]`. `gate_up` [rows, 2n], `out` [rows, n].
+    /// `out[r, i] = activation(gate_up[r, i], gate_up[r, n + i])`. `gate_up` [rows, 2n], `out` [rows, n].
     ///
     /// # Errors
     /// The device failed.
@@ -388,6 +499,17 @@ pub trait Backend: Send + 'static {
         &mut self,
         gate_up: &Self::Activations,
         activation: Activation,
+        out: &mut Self::Activations,
+    ) -> Result<(), Error>;
+
+    /// `out[r] += Σ weight · expert(x[r])` over the experts that the router scores highest for the row. `x`, `out` [rows, hidden].
+    ///
+    /// # Errors
+    /// The device failed.
+    fn experts(
+        &mut self,
+        x: &Self::Activations,
+        experts: &Experts<'_, Self>,
         out: &mut Self::Activations,
     ) -> Result<(), Error>;
 
@@ -400,9 +522,9 @@ pub trait Backend: Send + 'static {
     fn logits(
         &mut self,
         x: &Self::Activations,
-        norm: &Self::Vector,
-        eps: f32,
+        norm: &Norm<'_, Self>,
         head: &Self::Matrix,
+        rule: LogitsRule,
         logits: &mut Vec<f32>,
     ) -> Result<(), Error>;
 }

@@ -13,7 +13,8 @@ pub mod cpu;
 pub mod quantize;
 
 pub use backend::{
-    Activation, AttentionShape, Backend, Format, KvDtype, KvShape, MatrixPart, QkvLayer, Span, Step,
+    Activation, AttentionShape, Backend, Experts, Format, KvDtype, KvLayer, KvShape, LogitsRule,
+    MatrixPart, Norm, QkvLayer, Rotary, Span, Step,
 };
 
 /// Why a device could not do what was asked.

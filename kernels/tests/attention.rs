@@ -6,7 +6,9 @@ mod common;
 use common::{Random, backend, backends, bits, error, filled, step};
 use half::f16;
 use quire_kernels::cpu::CpuBackend;
-use quire_kernels::{AttentionShape, Backend, Error, KvDtype, KvShape, QkvLayer, Step};
+use quire_kernels::{
+    AttentionShape, Backend, Error, KvDtype, KvLayer, KvShape, QkvLayer, Rotary, Step,
+};
 
 struct Case {
     shape: AttentionShape,
@@ -17,8 +19,16 @@ struct Case {
     block_size: usize,
     q_norm: Vec<f32>,
     k_norm: Vec<f32>,
+    sinks: Option<Vec<f32>>,
+    /// Page groups, and which of them the layer belongs to.
+    groups: usize,
+    group: usize,
 }
 
+/// The only layer of a cache.
+const FIRST: KvLayer = KvLayer { group: 0, index: 0 };
+/// Blocks of each page group.
+const BLOCKS: usize = 8;
 const EPS: f32 = 1e-6;
 
 impl Case {
@@ -27,19 +37,35 @@ impl Case {
         let heads = kv_heads * (1 + random.below(6));
         let head_dim = 2 * (2 + random.below(40));
         let tokens = 1 + random.below(90);
+        // Every other case is the plain one.
+        let mut maybe = |yes: bool| yes && random.below(2) == 0;
+        let (window, softcap, sinks, groups, together) = (
+            maybe(true),
+            maybe(true),
+            maybe(true),
+            maybe(true),
+            maybe(true),
+        );
+        let groups = if groups { 1 + random.below(3) } else { 1 };
+        let norm = |heads: usize| if together { heads * head_dim } else { head_dim };
         Self {
             shape: AttentionShape {
                 heads,
                 kv_heads,
                 head_dim,
                 scale: 1.0 / (head_dim as f32).sqrt(),
+                window: window.then(|| 1 + random.below(80) as u32),
+                softcap: softcap.then(|| 0.5 + random.below(8) as f32),
             },
             qkv: random.floats(tokens * (heads + 2 * kv_heads) * head_dim),
             tokens,
             dtype,
             block_size: 16 * (1 + random.below(2)),
-            q_norm: random.floats(head_dim),
-            k_norm: random.floats(head_dim),
+            q_norm: random.floats(norm(heads)),
+            k_norm: random.floats(norm(kv_heads)),
+            sinks: sinks.then(|| random.floats(heads)),
+            groups,
+            group: random.below(groups),
         }
     }
 
@@ -60,7 +86,7 @@ impl Case {
         let mut kv = backend
             .kv_cache(&KvShape {
                 layers: 2,
-                blocks: 8,
+                blocks: BLOCKS * self.groups,
                 block_size: self.block_size,
                 kv_heads: self.shape.kv_heads,
                 head_dim: d,
@@ -72,14 +98,13 @@ impl Case {
             backend.vector(&self.q_norm).unwrap(),
             backend.vector(&self.k_norm).unwrap(),
         );
+        let sinks = self.sinks.as_ref().map(|s| backend.vector(s).unwrap());
         let mut out = Vec::new();
         let mut start = 0;
         for &rows in cuts {
             // Blocks in an order of their own, so that only the block table can be right.
             let mut step = step(&[(start, rows)], self.block_size);
-            for block in &mut step.block_tables {
-                *block = 7 - *block;
-            }
+            self.regroup(&mut step, start);
             backend.begin(&step).unwrap();
             let columns = self.columns();
             let mut qkv = filled(
@@ -89,25 +114,56 @@ impl Case {
                 &self.qkv[start * columns..(start + rows) * columns],
             );
             let mut rotary = backend.activations(rows, d).unwrap();
-            backend.rotary(&frequencies, 1.0, &mut rotary).unwrap();
+            backend.rotary(&rule(&frequencies), &mut rotary).unwrap();
             let layer = QkvLayer {
-                layer: 1,
+                layer: KvLayer {
+                    group: self.group,
+                    index: 1,
+                },
                 shape: self.shape,
                 q_norm: Some(&q_norm),
                 k_norm: Some(&k_norm),
                 eps: EPS,
-                rotary: &rotary,
+                rotary: Some(&rotary),
             };
             backend.norm_rope_store(&mut qkv, &layer, &mut kv).unwrap();
             let mut attended = backend.activations(rows, self.shape.heads * d).unwrap();
             backend
-                .attention(&qkv, 1, &self.shape, &kv, &mut attended)
+                .attention(
+                    &qkv,
+                    layer.layer,
+                    &self.shape,
+                    sinks.as_ref(),
+                    &kv,
+                    &mut attended,
+                )
                 .unwrap();
             out.extend_from_slice(attended.as_slice());
             start += rows;
         }
         assert_eq!(start, self.tokens);
         out
+    }
+
+    /// Gives every page group blocks of its own, and takes away those behind the window.
+    fn regroup(&self, step: &mut Step, start: usize) {
+        let one = std::mem::take(&mut step.block_tables);
+        step.groups = self.groups;
+        for (at, block) in one.iter().enumerate() {
+            for group in 0..self.groups {
+                let last = (at + 1) * self.block_size - 1;
+                let gone = self
+                    .shape
+                    .window
+                    .is_some_and(|w| last + w as usize <= start);
+                let own = ((BLOCKS - 1) - *block as usize) * self.groups + group;
+                step.block_tables.push(if gone || group != self.group {
+                    u32::MAX
+                } else {
+                    own as u32
+                });
+            }
+        }
     }
 
     /// The same in f64, straight from the definition.
@@ -120,10 +176,21 @@ impl Case {
         };
         let prepared = |token: usize, index: usize, norm: &[f32]| -> Vec<f64> {
             let x = head(token, index);
-            let mean = x.iter().map(|v| v * v).sum::<f64>() / d as f64;
+            // The heads that are normalised together, and where among them this one is.
+            let first = if index < self.shape.heads {
+                0
+            } else {
+                self.shape.heads
+            };
+            let (heads, at) = match norm.len() / d {
+                1 => (index..index + 1, 0),
+                n => (first..first + n, index - first),
+            };
+            let squares = heads.clone().flat_map(|h| head(token, h)).map(|v| v * v);
+            let mean = squares.sum::<f64>() / norm.len() as f64;
             let x: Vec<f64> = x
                 .iter()
-                .zip(norm)
+                .zip(&norm[at * d..])
                 .map(|(v, w)| v / (mean + f64::from(EPS)).sqrt() * f64::from(*w))
                 .collect();
             let n = d / 2;
@@ -149,18 +216,29 @@ impl Case {
             for h in 0..self.shape.heads {
                 let q = prepared(token, h, &self.q_norm);
                 let kv_head = h / group;
-                let scores: Vec<f64> = (0..=token)
+                let oldest = match self.shape.window {
+                    None => 0,
+                    Some(window) => (token + 1).saturating_sub(window as usize),
+                };
+                let scores: Vec<f64> = (oldest..=token)
                     .map(|t| {
                         let k = stored(prepared(t, self.shape.heads + kv_head, &self.k_norm));
-                        q.iter().zip(&k).map(|(q, k)| q * k).sum::<f64>()
-                            * f64::from(self.shape.scale)
+                        let score = q.iter().zip(&k).map(|(q, k)| q * k).sum::<f64>()
+                            * f64::from(self.shape.scale);
+                        match self.shape.softcap.map(f64::from) {
+                            None => score,
+                            Some(cap) => cap * (score / cap).tanh(),
+                        }
                     })
                     .collect();
-                let largest = scores.iter().copied().fold(f64::MIN, f64::max);
+                let sink = self.sinks.as_ref().map(|sinks| f64::from(sinks[h]));
+                let largest = scores.iter().copied().chain(sink).fold(f64::MIN, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
-                let total: f64 = weights.iter().sum();
+                let sink = sink.map_or(0.0, |sink| (sink - largest).exp());
+                let total: f64 = weights.iter().sum::<f64>() + sink;
                 let mut y = vec![0.0; d];
                 for (t, w) in weights.iter().enumerate() {
+                    let t = oldest + t;
                     let v = stored(head(t, self.shape.heads + self.shape.kv_heads + kv_head));
                     for (y, v) in y.iter_mut().zip(&v) {
                         *y += w / total * v;
@@ -185,11 +263,20 @@ impl Case {
     }
 }
 
+/// Frequencies without a switch.
+fn rule(frequencies: &<CpuBackend as Backend>::Vector) -> Rotary<'_, CpuBackend> {
+    Rotary {
+        frequencies,
+        beyond: None,
+        scale: 1.0,
+    }
+}
+
 #[test]
 fn attention_equals_the_definition() {
     let mut random = Random(1);
     for dtype in [KvDtype::F32, KvDtype::F16] {
-        for _ in 0..15 {
+        for _ in 0..40 {
             let case = Case::random(&mut random, dtype);
             let got = case.run(&mut backend(2, None), &[case.tokens]);
             // An f16 cache rounds a few keys the other way than the f64 reference does.
@@ -204,7 +291,7 @@ fn attention_equals_the_definition() {
 fn a_sequence_cut_into_steps_gives_the_same_bits_on_any_backend() {
     let mut random = Random(2);
     for dtype in [KvDtype::F32, KvDtype::F16] {
-        for _ in 0..15 {
+        for _ in 0..40 {
             let case = Case::random(&mut random, dtype);
             let whole = bits(&case.run(&mut backend(1, None), &[case.tokens]));
             for mut backend in backends() {
@@ -229,7 +316,7 @@ fn what_lies_behind_a_sequence_in_its_block_has_no_influence() {
     // A longer sequence of infinities writes the same blocks first.
     let shape = KvShape {
         layers: 1,
-        blocks: 8,
+        blocks: BLOCKS,
         block_size: 16,
         kv_heads: case.shape.kv_heads,
         head_dim: case.shape.head_dim,
@@ -238,29 +325,30 @@ fn what_lies_behind_a_sequence_in_its_block_has_no_influence() {
     let mut kv = poisoned.kv_cache(&shape).unwrap();
     let frequencies = poisoned.vector(&case.frequencies()).unwrap();
     let columns = case.columns();
+    let sinks = case.sinks.as_ref().map(|s| poisoned.vector(s).unwrap());
     let mut run = |qkv: &[f32], rows: usize| {
         poisoned.begin(&step(&[(0, rows)], 16)).unwrap();
         let mut qkv = filled(&poisoned, rows, columns, qkv);
         let mut rotary = poisoned.activations(rows, case.shape.head_dim).unwrap();
-        poisoned.rotary(&frequencies, 1.0, &mut rotary).unwrap();
+        poisoned.rotary(&rule(&frequencies), &mut rotary).unwrap();
         let norm = (
             poisoned.vector(&case.q_norm).unwrap(),
             poisoned.vector(&case.k_norm).unwrap(),
         );
         let layer = QkvLayer {
-            layer: 0,
+            layer: FIRST,
             shape: case.shape,
             q_norm: Some(&norm.0),
             k_norm: Some(&norm.1),
             eps: EPS,
-            rotary: &rotary,
+            rotary: Some(&rotary),
         };
         poisoned.norm_rope_store(&mut qkv, &layer, &mut kv).unwrap();
         let mut out = poisoned
             .activations(rows, case.shape.heads * case.shape.head_dim)
             .unwrap();
         poisoned
-            .attention(&qkv, 0, &case.shape, &kv, &mut out)
+            .attention(&qkv, FIRST, &case.shape, sinks.as_ref(), &kv, &mut out)
             .unwrap();
         out.as_slice().to_vec()
     };
@@ -308,7 +396,7 @@ fn block_tables_that_leave_the_cache_are_refused() {
         let mut step = step(&[(0, 1)], 16);
         spoil(&mut step);
         backend.begin(&step).unwrap();
-        let refused = backend.attention(&qkv, 0, &case.shape, &kv, &mut out);
+        let refused = backend.attention(&qkv, FIRST, &case.shape, None, &kv, &mut out);
         assert!(matches!(refused, Err(Error::Shape(_))), "{refused:?}");
     }
     assert!(

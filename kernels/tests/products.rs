@@ -5,9 +5,10 @@ mod common;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
-use common::{FORMATS, Random, backend, backends, bits, encode, error, filled, part, plain_step};
-use quire_kernels::cpu::CpuBackend;
-use quire_kernels::{Backend, Error, Format, Step};
+use common::{Random, backend, backends, bits, encode, error, filled, formats, part, plain_step};
+use quire_kernels::cpu::{CpuBackend, Isa};
+use quire_kernels::quantize::{Bits, Grouped, Scale, Zero};
+use quire_kernels::{Backend, Error, Format, LogitsRule, MatrixPart, Norm, Step};
 
 /// `[rows, n]` of `x · wᵀ + bias`.
 fn product(
@@ -32,10 +33,9 @@ fn product(
 #[test]
 fn products_equal_a_double_precision_reference() {
     let mut random = Random(1);
-    for format in FORMATS {
+    for format in formats() {
         for _ in 0..12 {
-            let quantised = format.is_quantised();
-            let k = if quantised {
+            let k = if format.is_quantised() {
                 format.block_size() * (1 + random.below(256 / format.block_size() + 1))
             } else {
                 1 + random.below(200)
@@ -63,8 +63,12 @@ fn products_equal_a_double_precision_reference() {
                 &x,
                 Some(&bias),
             );
-            // Quantised products round the activations to 8 bits.
-            let allowed = if quantised { 0.02 } else { 1e-5 };
+            // Integer products round the activations to 8 bits.
+            let allowed = if format.multiplies_integers() {
+                0.02
+            } else {
+                1e-5
+            };
             let error = error(&got, &expected);
             assert!(error < allowed, "{format:?} {rows} × {k} × {n}: {error}");
         }
@@ -74,7 +78,7 @@ fn products_equal_a_double_precision_reference() {
 #[test]
 fn a_row_has_the_same_bits_alone_and_among_others_on_any_backend() {
     let mut random = Random(2);
-    for format in FORMATS {
+    for format in formats() {
         for rows in [1, 2, 3, 4, 5, 6, 7, 8, 13, 40] {
             let block = format.block_size().max(32);
             let (n, k) = (
@@ -103,6 +107,184 @@ fn a_row_has_the_same_bits_alone_and_among_others_on_any_backend() {
             );
         }
     }
+}
+
+/// As many rows as a step of a prompt has, more than stay in a core's cache at once.
+#[test]
+fn three_hundred_rows_have_the_bits_they_have_alone() {
+    let mut random = Random(12);
+    for format in formats() {
+        let (n, rows) = (33, 300);
+        let k = 2 * format.block_size().max(32);
+        let (bytes, _) = encode(format, &random.floats(n * k));
+        let x = random.floats(rows * k);
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let mut backend = backend(2, Some(isa));
+            let together = product(&mut backend, (format, &bytes), (n, k), &x, None);
+            for row in [0, 1, 150, 298, 299] {
+                let x = &x[row * k..][..k];
+                let alone = product(&mut backend, (format, &bytes), (n, k), x, None);
+                assert_eq!(bits(&together[row * n..][..n]), bits(&alone), "{format:?}");
+            }
+        }
+    }
+}
+
+/// A matrix of E4M3 floats is the widened matrix, to the last bit.
+#[test]
+fn eight_bit_floats_multiply_as_the_f32_they_are_worth() {
+    let mut random = Random(13);
+    let (n, k, rows) = (50, 256, 9);
+    let format = Format::F8E4m3 { group: 128 };
+    let (bytes, values) = encode(format, &random.floats(n * k));
+    let (wide, _) = encode(Format::F32, &values);
+    let x = random.floats(rows * k);
+    for mut backend in backends() {
+        let ours = product(&mut backend, (format, &bytes), (n, k), &x, None);
+        let exact = product(&mut backend, (Format::F32, &wide), (n, k), &x, None);
+        assert_eq!(bits(&ours), bits(&exact));
+    }
+}
+
+/// GPTQ's `desc_act`: the columns of each projection are sorted in an order of its own.
+#[test]
+fn columns_out_of_order_meet_the_activations_they_belong_to() {
+    let mut random = Random(14);
+    let format = Format::Grouped(Grouped {
+        bits: Bits::Four,
+        group: 32,
+        scale: Scale::F16,
+        zero: Zero::Point,
+    });
+    let (n, k, rows) = (40, 128, 7);
+    let orders: [Option<Vec<u32>>; 3] = [0, 1, 2].map(|part| {
+        let mut order: Vec<u32> = (0..k as u32).collect();
+        for i in (1..k).rev() {
+            order.swap(i, random.below(i + 1));
+        }
+        (part != 1).then_some(order)
+    });
+    let encoded: Vec<_> = (0..3)
+        .map(|_| encode(format, &random.floats(n * k)))
+        .collect();
+    let parts: Vec<_> = encoded
+        .iter()
+        .zip(&orders)
+        .map(|((bytes, _), order)| MatrixPart {
+            order: order.as_deref(),
+            ..part(n, k, format, bytes)
+        })
+        .collect();
+    let x = random.floats(rows * k);
+    let bias = random.floats(3 * n);
+    // The same product in order, part by part, with the activations sorted by hand.
+    let mut expected = vec![Vec::new(); rows];
+    for (i, ((bytes, _), order)) in encoded.iter().zip(&orders).enumerate() {
+        let sorted: Vec<f32> = match order {
+            None => x.clone(),
+            Some(order) => x
+                .chunks(k)
+                .flat_map(|row| order.iter().map(|&from| row[from as usize]))
+                .collect(),
+        };
+        let bias = Some(&bias[i * n..][..n]);
+        let y = product(
+            &mut backend(1, None),
+            (format, bytes),
+            (n, k),
+            &sorted,
+            bias,
+        );
+        for (expected, y) in expected.iter_mut().zip(y.chunks(n)) {
+            expected.extend_from_slice(y);
+        }
+    }
+    for mut backend in backends() {
+        let matrix = backend.matrix(&parts, None).unwrap();
+        let input = filled(&backend, rows, k, &x);
+        let mut out = backend.activations(rows, 3 * n).unwrap();
+        let bias = backend.vector(&bias).unwrap();
+        backend.begin(&plain_step(rows)).unwrap();
+        backend
+            .linear(&input, &matrix, Some(&bias), &mut out)
+            .unwrap();
+        assert_eq!(bits(out.as_slice()), bits(&expected.concat()));
+
+        // And a row that is looked up has its elements where the model wants them.
+        let mut step = plain_step(1);
+        step.tokens[0] = 3;
+        backend.begin(&step).unwrap();
+        let mut out = backend.activations(1, k).unwrap();
+        backend.embed(&matrix, 1.0, &mut out).unwrap();
+        for (value, &column) in encoded[0].1[3 * k..].iter().zip(orders[0].iter().flatten()) {
+            assert_eq!(out.as_slice()[column as usize], *value);
+        }
+    }
+}
+
+#[test]
+fn orders_that_are_none_are_refused() {
+    let backend = backend(1, None);
+    let grouped = Format::Grouped(Grouped {
+        bits: Bits::Eight,
+        group: 32,
+        scale: Scale::F16,
+        zero: Zero::Point,
+    });
+    let right: Vec<u32> = (0..32).rev().collect();
+    let mut twice = right.clone();
+    twice[5] = twice[6];
+    let mut outside = right.clone();
+    outside[5] = 32;
+    let data = [0; 32 * 4];
+    for (format, order, named) in [
+        (grouped, &right, None),
+        (grouped, &twice, Some("no permutation")),
+        (grouped, &outside, Some("no permutation")),
+        (grouped, &right[1..].to_vec(), Some("no permutation")),
+        (Format::F32, &right, Some("only grouped integers")),
+    ] {
+        let bytes = format.row_bytes(32).unwrap();
+        let part = MatrixPart {
+            order: Some(order),
+            ..part(1, 32, format, &data[..bytes])
+        };
+        match (backend.matrix(&[part], None), named) {
+            (Ok(_), None) => {}
+            (Err(Error::Shape(text)), Some(named)) => assert!(text.contains(named), "{text}"),
+            (other, _) => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn tq2_0_keeps_ternary_weights_and_refuses_others() {
+    let mut random = Random(15);
+    let (n, k) = (20, 512);
+    let mut w: Vec<f32> = (0..n * k)
+        .map(|_| 0.375 * (random.below(3) as f32 - 1.0))
+        .collect();
+    let backend = backend(2, None);
+    let pack = |w: &[f32]| {
+        let (bytes, _) = encode(Format::F32, w);
+        let part = part(n, k, Format::F32, &bytes);
+        backend.matrix(&[part], Some(Format::Tq2_0))
+    };
+    let matrix = pack(&w).unwrap();
+    let mut step = plain_step(1);
+    step.tokens[0] = 7;
+    let mut reader = common::backend(1, None);
+    reader.begin(&step).unwrap();
+    let mut out = reader.activations(1, k).unwrap();
+    reader.embed(&matrix, 1.0, &mut out).unwrap();
+    assert_eq!(out.as_slice(), &w[7 * k..8 * k]);
+
+    w[7 * k + 300] = 0.25;
+    let error = pack(&w).unwrap_err().to_string();
+    assert!(
+        error.contains("row 7") && error.contains("0.25 beside 0.375"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -206,8 +388,8 @@ fn parts_of_a_matrix_keep_formats_of_their_own() {
 #[test]
 fn packed_matrices_are_hardly_larger_than_stored_ones() {
     let mut random = Random(10);
-    let (n, k) = (64, 512);
-    for format in FORMATS {
+    for format in formats() {
+        let (n, k) = (64, 512_usize.next_multiple_of(format.block_size()));
         let (bytes, _) = encode(format, &random.floats(n * k));
         let backend = backend(1, None);
         let matrix = backend.matrix(&[part(n, k, format, &bytes)], None).unwrap();
@@ -257,8 +439,8 @@ fn quantising_at_load_equals_loading_quantised_data() {
 #[test]
 fn embedding_rows_are_the_matrix_rows() {
     let mut random = Random(7);
-    let (n, k) = (70, 256);
-    for format in FORMATS {
+    for format in formats() {
+        let (n, k) = (70, 256_usize.next_multiple_of(format.block_size()));
         let (bytes, values) = encode(format, &random.floats(n * k));
         let mut backend = backend(2, None);
         let table = backend.matrix(&[part(n, k, format, &bytes)], None).unwrap();
@@ -287,9 +469,17 @@ fn logits_are_the_normalised_rows_times_the_head_for_the_asked_rows_only() {
     step.logit_rows = vec![2, 6];
     backend.begin(&step).unwrap();
     let weight = backend.vector(&norm).unwrap();
+    let norm_ = Norm {
+        weight: &weight,
+        eps: 1e-6,
+    };
+    let plain = LogitsRule {
+        scale: 1.0,
+        softcap: None,
+    };
     let mut logits = Vec::new();
     backend
-        .logits(&input, &weight, 1e-6, &head, &mut logits)
+        .logits(&input, &norm_, &head, plain, &mut logits)
         .unwrap();
     let mut expected = Vec::new();
     for row in [2, 6] {
@@ -303,6 +493,18 @@ fn logits_are_the_normalised_rows_times_the_head_for_the_asked_rows_only() {
                     .sum(),
             );
         }
+    }
+    assert!(error(&logits, &expected) < 1e-5);
+
+    let capped = LogitsRule {
+        scale: 0.5,
+        softcap: Some(1.5),
+    };
+    backend
+        .logits(&input, &norm_, &head, capped, &mut logits)
+        .unwrap();
+    for x in &mut expected {
+        *x = 1.5 * (0.5 * *x / 1.5).tanh();
     }
     assert!(error(&logits, &expected) < 1e-5);
 }

@@ -45,8 +45,16 @@ impl Cost {
             config.heads * config.head_dim,
             config.kv_heads * config.head_dim,
         );
-        let layer = hidden * (q + 2 * kv) + q * hidden + 3 * hidden * inner;
-        let layer_weights = (config.layers * layer) as f64;
+        let attention = hidden * (q + 2 * kv) + q * hidden;
+        // Of a mixture of experts: what one token uses. (A step of many tokens reads more of them.)
+        let mlps = config.layers.iter().map(|layer| match &config.experts {
+            Some(of) if layer.experts => {
+                hidden * of.count + of.top_k * 3 * hidden * of.intermediate_size
+            }
+            _ => 3 * hidden * inner,
+        });
+        let layers = config.layers.len();
+        let layer_weights = (layers * attention + mlps.sum::<usize>()) as f64;
         let head_weights = (config.vocab_size * hidden) as f64;
         let tables = if config.tied_head { 1.0 } else { 2.0 };
         Self {
@@ -54,8 +62,8 @@ impl Cost {
             head_weights,
             bytes_per_weight: weight_bytes as f64 / (layer_weights + tables * head_weights),
             quantised,
-            kv_bytes: (config.layers * 2 * kv * kv_dtype.size()) as f64,
-            attention: (config.layers * 4 * q) as f64,
+            kv_bytes: (layers * 2 * kv * kv_dtype.size()) as f64,
+            attention: (layers * 4 * q) as f64,
         }
     }
 
@@ -115,12 +123,12 @@ mod tests {
         let layer = config.hidden_size
             * ((2 * config.heads + 2 * config.kv_heads) * config.head_dim
                 + 3 * config.intermediate_size);
-        let weights = config.layers * layer + config.vocab_size * config.hidden_size;
+        let weights = config.layers.len() * layer + config.vocab_size * config.hidden_size;
         assert!(config.tied_head);
         let cost = Cost::of(&config, 2 * weights, false, KvDtype::F16);
         let one = cost.step([(0, 1)].into_iter(), 1);
         assert!((one.products / (2 * weights) as f64 - 1.0).abs() < 1e-12);
-        let kv = (config.layers * 2 * config.kv_heads * config.head_dim * 2) as f64;
+        let kv = (config.layers.len() * 2 * config.kv_heads * config.head_dim * 2) as f64;
         assert!((one.bytes / (2.0 * weights as f64 + kv) - 1.0).abs() < 1e-12);
 
         let eight = cost.step((0..8).map(|_| (0, 1)), 8);

@@ -105,6 +105,10 @@ enum Quantize {
     #[value(name = "q4_0")]
     #[serde(rename = "q4_0")]
     Q4_0,
+    /// 2.1 bits a weight, nothing lost: only for models whose layers are -1, 0 and 1 under a scale
+    #[value(name = "tq2_0")]
+    #[serde(rename = "tq2_0")]
+    Tq2_0,
 }
 
 /// Instruction sets of the CPU kernels.
@@ -178,26 +182,23 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         quantize: arguments.quantize.map(|quantize| match quantize {
             Quantize::Q8_0 => Format::Q8_0,
             Quantize::Q4_0 => Format::Q4_0,
+            Quantize::Tq2_0 => Format::Tq2_0,
         }),
         max_rows: arguments.chunk.max(largest) as usize,
     };
     let decoder = Decoder::load(&checkpoint, backend, options, &mut |_| {})?;
-    let shape = [
-        checkpoint.config.hidden_size,
-        checkpoint.config.intermediate_size,
-    ];
-    let stored = checkpoint
-        .tensors
-        .get("model.layers.0.mlp.down_proj.weight", &shape)?
-        .format;
-    let quantised =
-        arguments.quantize.is_some() || !matches!(stored, Format::F32 | Format::F16 | Format::Bf16);
+    // Every family has it, and experts are stored as it is.
+    let stands_for_all = "model.layers.0.self_attn.o_proj.weight";
+    let shape = checkpoint.tensors.shape(stands_for_all).unwrap_or_default();
+    let stored = checkpoint.tensors.get(stands_for_all, shape)?.format;
+    let quantised = arguments.quantize.is_some() || stored.multiplies_integers();
     let kv_dtype = match arguments.kv_cache_dtype {
         KvCacheDtype::F16 => KvDtype::F16,
         KvCacheDtype::F32 => KvDtype::F32,
     };
     // One more sequence than the largest batch: the prompt that is read while the others generate.
-    let blocks = (largest as usize + 1) * context.div_ceil(BLOCK) as usize;
+    let blocks =
+        (largest as usize + 1) * context.div_ceil(BLOCK) as usize * decoder.pages().windows.len();
     let kv = decoder
         .kv_cache(blocks, BLOCK as usize, kv_dtype)
         .context("the KV cache")?;
@@ -207,6 +208,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         arguments.quantize.map_or("as stored", |q| match q {
             Quantize::Q8_0 => "q8_0",
             Quantize::Q4_0 => "q4_0",
+            Quantize::Tq2_0 => "tq2_0",
         }),
         decoder.weight_bytes() as f64 / f64::from(1 << 20),
         decoder.backend().description()

@@ -211,9 +211,11 @@ impl Workload {
         step.tokens
             .extend((0..rows).map(|_| tokens.below(vocabulary) as u32));
         step.positions.extend(start..start + rows);
-        let first = sequence * (prompt + generated).div_ceil(block);
+        let groups = self.decoder.pages().windows.len() as u32;
+        step.groups = groups as usize;
+        let first = groups * sequence * (prompt + generated).div_ceil(block);
         step.block_tables
-            .extend(first..first + (start + rows).div_ceil(block));
+            .extend(first..first + groups * (start + rows).div_ceil(block));
         if logits {
             step.logit_rows.push(row + rows - 1);
         }

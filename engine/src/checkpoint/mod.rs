@@ -8,9 +8,12 @@
 
 mod config;
 mod error;
+mod families;
 mod files;
 mod generation;
 mod gguf;
+mod quantised;
+mod rope;
 mod summary;
 mod tensors;
 mod tokenizer_files;
@@ -76,6 +79,7 @@ impl Checkpoint {
             .ok_or_else(|| files.missing("config.json"))?;
         let mut tensors = Tensors::open(&files)?;
         let mut config = config::parse(&config_json)?;
+        quantised::assemble(&mut tensors, &config_json)?;
         // Some tied checkpoints say so only by leaving the head out.
         if !config.tied_head && !tensors.contains("lm_head.weight") {
             config.tied_head = true;

@@ -101,7 +101,7 @@ impl Summary {
         }
         let parameters = kinds.values().map(|(kind, _)| kind.parameters).sum();
         let bytes = kinds.values().map(|(_, bytes)| bytes).sum();
-        let kv = 2 * config.layers as u64 * config.kv_heads as u64 * config.head_dim as u64;
+        let kv = 2 * config.layers.len() as u64 * config.kv_heads as u64 * config.head_dim as u64;
         Self {
             name: checkpoint.name.clone(),
             family: config.family.clone(),
@@ -115,7 +115,7 @@ impl Summary {
                     ..kind
                 })
                 .collect(),
-            layers: config.layers,
+            layers: config.layers.len(),
             hidden_size: config.hidden_size,
             context: config.max_position,
             kv_bytes_per_token: 2 * kv,

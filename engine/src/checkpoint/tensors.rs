@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use super::CheckpointError;
 use super::files::{Bytes, Files};
 use super::gguf::{self, TensorInfo as GgufInfo};
+use super::quantised::{self, Found, Layout, Plan};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -21,8 +22,10 @@ const LONGEST_HEADER: u64 = 100_000_000;
 pub struct Tensors {
     shards: Vec<Shard>,
     entries: BTreeMap<String, Entry>,
+    /// Matrices that several tensors make up, by the names they would have as one.
+    combined: BTreeMap<String, Combined>,
     /// Names in the file are llama.cpp's.
-    gguf: bool,
+    gguf: Option<gguf::Names>,
 }
 
 #[derive(Debug)]
@@ -43,6 +46,26 @@ struct Entry {
     interleaved: Option<usize>,
 }
 
+/// A matrix that several tensors make up.
+#[derive(Debug)]
+struct Combined {
+    /// The tensors, in the order the layout wants them.
+    parts: Vec<(String, Entry)>,
+    shape: Vec<usize>,
+    description: String,
+    layout: Box<dyn Layout>,
+}
+
+/// A tensor as it is in the file, whatever its type.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Raw<'a> {
+    pub file: &'a str,
+    /// As safetensors spells it.
+    pub dtype: &'a str,
+    pub shape: &'a [usize],
+    pub data: &'a [u8],
+}
+
 /// One tensor's bytes, little-endian, row-major.
 #[derive(Debug, Clone)]
 pub struct TensorView<'a> {
@@ -52,6 +75,8 @@ pub struct TensorView<'a> {
     pub shape: &'a [usize],
     /// Exactly as many bytes as type and shape demand.
     pub data: Cow<'a, [u8]>,
+    /// The input feature of each column of a matrix, where they are sorted. `[cols]`
+    pub order: Option<Vec<u32>>,
 }
 
 impl Tensors {
@@ -59,7 +84,8 @@ impl Tensors {
         let mut tensors = Self {
             shards: Vec::new(),
             entries: BTreeMap::new(),
-            gguf: false,
+            combined: BTreeMap::new(),
+            gguf: None,
         };
         if let Some(bytes) = files.map(SINGLE)? {
             tensors.add(SINGLE, bytes)?;
@@ -97,7 +123,7 @@ impl Tensors {
             let bytes = files.map(name)?.ok_or_else(|| files.missing(name))?;
             tensors.add(name, bytes)?;
         }
-        if let Some(absent) = map.keys().find(|name| !tensors.contains(name)) {
+        if let Some(absent) = map.keys().find(|name| !tensors.contains(&of_text(name))) {
             return Err(CheckpointError::file(
                 INDEX,
                 format!("tensor `{absent}` is in none of the shards"),
@@ -163,7 +189,7 @@ impl Tensors {
                 end: begin + to,
                 interleaved: None,
             };
-            if self.entries.insert(tensor.clone(), entry).is_some() {
+            if self.entries.insert(of_text(&tensor), entry).is_some() {
                 return Err(wrong(format!("tensor `{tensor}` is in another shard too")));
             }
         }
@@ -184,21 +210,10 @@ impl Tensors {
     /// # Errors
     /// There is none, or it has another shape, or its elements are of a type that is not supported.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>, CheckpointError> {
-        let Some(entry) = self.entries.get(name) else {
-            return Err(CheckpointError::MissingTensor {
-                name: self.spelt(name),
-                shape: shape.to_vec(),
-                hint: self.hint(name),
-            });
-        };
-        if entry.shape != shape {
-            return Err(CheckpointError::Shape {
-                file: self.shards[entry.shard].name.clone(),
-                name: self.spelt(name),
-                found: entry.shape.clone(),
-                expected: shape.to_vec(),
-            });
+        if let Some(combined) = self.combined.get(name) {
+            return self.get_combined(name, combined, shape);
         }
+        let entry = self.entry(name, shape)?;
         let format = match &entry.format {
             Ok(format) => *format,
             Err(dtype) => {
@@ -206,7 +221,7 @@ impl Tensors {
                     file: self.shards[entry.shard].name.clone(),
                     name: self.spelt(name),
                     dtype: dtype.clone(),
-                    expected: if self.gguf {
+                    expected: if self.gguf.is_some() {
                         "F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, TQ1_0, TQ2_0 or MXFP4"
                     } else {
                         "F32, F16 or BF16"
@@ -222,18 +237,138 @@ impl Tensors {
                 None => Cow::Borrowed(data),
                 Some(head) => Cow::Owned(in_halves(data, shape[0], head)),
             },
+            order: None,
         })
+    }
+
+    /// A matrix that several tensors make up, its rows brought into the form of one format.
+    fn get_combined<'a>(
+        &'a self,
+        name: &str,
+        combined: &'a Combined,
+        shape: &[usize],
+    ) -> Result<TensorView<'a>, CheckpointError> {
+        let (first, entry) = &combined.parts[0];
+        let file = &self.shards[entry.shard].name;
+        if combined.shape != shape {
+            return Err(CheckpointError::Shape {
+                file: file.clone(),
+                name: name.to_owned(),
+                found: combined.shape.clone(),
+                expected: shape.to_vec(),
+            });
+        }
+        let wrong =
+            |problem: String| CheckpointError::file(file, format!("tensor `{first}`: {problem}"));
+        let parts: Vec<&[u8]> = combined
+            .parts
+            .iter()
+            .map(|(_, entry)| self.bytes_of(entry))
+            .collect();
+        let layout = &*combined.layout;
+        let plan: Plan = layout.plan(&parts).map_err(wrong)?;
+        let data = quantised::rows(layout, &plan, &parts, shape).map_err(wrong)?;
+        Ok(TensorView {
+            format: plan.format,
+            shape: &combined.shape,
+            data: Cow::Owned(data),
+            order: plan.order,
+        })
+    }
+
+    fn bytes_of(&self, entry: &Entry) -> &[u8] {
+        &self.shards[entry.shard].bytes.as_slice()[entry.begin..entry.end]
+    }
+
+    /// The tensor `name` as it is in the file.
+    pub(super) fn raw(&self, name: &str) -> Option<Raw<'_>> {
+        let entry = self.entries.get(name)?;
+        let dtype = match &entry.format {
+            Ok(Format::F32) => "F32",
+            Ok(Format::F16) => "F16",
+            Ok(Format::Bf16) => "BF16",
+            Ok(other) => other.name(),
+            Err(other) => other,
+        };
+        Some(Raw {
+            file: &self.shards[entry.shard].name,
+            dtype,
+            shape: &entry.shape,
+            data: self.bytes_of(entry),
+        })
+    }
+
+    /// Puts one matrix in the place of the tensors that make it up.
+    pub(super) fn combine(&mut self, found: Found) {
+        for spent in &found.spent {
+            self.entries.remove(spent);
+        }
+        let parts = found.parts.into_iter();
+        let parts = parts.filter_map(|name| self.entries.remove_entry(&name));
+        let combined = Combined {
+            parts: parts.collect(),
+            shape: found.shape,
+            description: found.description,
+            layout: found.layout,
+        };
+        let name = format!("{}.weight", found.module);
+        // Floats beside them would be the same matrix once more.
+        self.entries.remove(&name);
+        self.combined.insert(name, combined);
+    }
+
+    fn entry(&self, name: &str, shape: &[usize]) -> Result<&Entry, CheckpointError> {
+        let Some(entry) = self.entries.get(name) else {
+            return Err(CheckpointError::MissingTensor {
+                name: self.spelt(name),
+                shape: shape.to_vec(),
+                hint: self.hint(name),
+            });
+        };
+        if entry.shape != shape {
+            return Err(CheckpointError::Shape {
+                file: self.shards[entry.shard].name.clone(),
+                name: self.spelt(name),
+                found: entry.shape.clone(),
+                expected: shape.to_vec(),
+            });
+        }
+        Ok(entry)
+    }
+
+    /// The bytes of the tensor `name`, whose elements are unsigned bytes that mean something only with another tensor.
+    ///
+    /// # Errors
+    /// There is none, or it has another shape, or other elements.
+    pub fn bytes(&self, name: &str, shape: &[usize]) -> Result<&[u8], CheckpointError> {
+        let entry = self.entry(name, shape)?;
+        let shard = &self.shards[entry.shard];
+        if entry.format.as_ref().err().map(String::as_str) != Some("U8") {
+            let dtype = match &entry.format {
+                Ok(format) => format.name().to_owned(),
+                Err(dtype) => dtype.clone(),
+            };
+            return Err(CheckpointError::Dtype {
+                file: shard.name.clone(),
+                name: self.spelt(name),
+                dtype,
+                expected: "U8",
+            });
+        }
+        Ok(self.bytes_of(entry))
     }
 
     /// The tensors of GGUF files: `(file, bytes, tensors)`. `interleaved`: query and key rows are, in heads of this size.
     pub(super) fn from_gguf(
         parts: impl Iterator<Item = (String, Bytes, Vec<GgufInfo>)>,
+        names: gguf::Names,
         interleaved: Option<usize>,
     ) -> Result<Self, CheckpointError> {
         let mut tensors = Self {
             shards: Vec::new(),
             entries: BTreeMap::new(),
-            gguf: true,
+            combined: BTreeMap::new(),
+            gguf: Some(names),
         };
         for (name, bytes, infos) in parts {
             let shard = tensors.shards.len();
@@ -257,7 +392,7 @@ impl Tensors {
                 };
                 if tensors
                     .entries
-                    .insert(gguf::ours(&info.name), entry)
+                    .insert(names.ours(&info.name), entry)
                     .is_some()
                 {
                     return Err(CheckpointError::file(
@@ -273,25 +408,30 @@ impl Tensors {
 
     /// The tensor's name in the file.
     fn spelt(&self, name: &str) -> String {
-        if self.gguf {
-            gguf::theirs(name)
-        } else {
-            name.to_owned()
+        match self.gguf {
+            Some(names) => names.theirs(name),
+            None => name.to_owned(),
         }
     }
 
     /// Whether there is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
-        self.entries.contains_key(name)
+        self.entries.contains_key(name) || self.combined.contains_key(name)
     }
 
     /// The shape of the tensor `name`, if there is one.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.entries.get(name).map(|entry| &entry.shape[..])
+        let combined = self.combined.get(name).map(|combined| &combined.shape);
+        let shape = combined.or_else(|| Some(&self.entries.get(name)?.shape))?;
+        Some(shape)
     }
 
     /// Bytes of the tensor `name` and how they are stored: the format's name, or that of a type that is not supported.
     pub fn stored(&self, name: &str) -> Option<(usize, &str)> {
+        if let Some(combined) = self.combined.get(name) {
+            let bytes = combined.parts.iter().map(|(_, part)| part.end - part.begin);
+            return Some((bytes.sum(), &combined.description));
+        }
         let entry = self.entries.get(name)?;
         let format = match &entry.format {
             Ok(format) => format.name(),
@@ -300,22 +440,32 @@ impl Tensors {
         Some((entry.end - entry.begin, format))
     }
 
-    /// The tensors' names, in order.
+    /// The format that most bytes are stored in.
+    pub fn prevailing_format(&self) -> &str {
+        let mut bytes: BTreeMap<&str, usize> = BTreeMap::new();
+        for (size, format) in self.names().filter_map(|name| self.stored(name)) {
+            *bytes.entry(format).or_default() += size;
+        }
+        let most = bytes.into_iter().max_by_key(|&(_, size)| size);
+        most.map_or("", |(format, _)| format)
+    }
+
+    /// The tensors' names: matrices that several tensors make up, then the others, each in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.entries.keys().map(String::as_str)
+        let names = self.combined.keys().chain(self.entries.keys());
+        names.map(String::as_str)
     }
 
     /// Bytes of all tensors, for progress and memory planning.
     pub fn total_bytes(&self) -> u64 {
-        self.entries
-            .values()
-            .map(|entry| (entry.end - entry.begin) as u64)
-            .sum()
+        let stored = self.names().filter_map(|name| self.stored(name));
+        stored.map(|(bytes, _)| bytes as u64).sum()
     }
 
     /// A tensor the model will not ask for.
     pub(super) fn leave_out(&mut self, name: &str) {
         self.entries.remove(name);
+        self.combined.remove(name);
     }
 
     /// A tensor whose name ends alike, for a reader who wonders where it went.
@@ -329,6 +479,18 @@ impl Tensors {
         self.names()
             .find(alike)
             .map_or_else(String::new, |other| format!(" (there is `{other}`)"))
+    }
+}
+
+/// A tensor's name in a model of text alone, for one of a model for pictures and text: transformers 4 and 5 put the text part elsewhere.
+fn of_text(name: &str) -> String {
+    match (
+        name.strip_prefix("language_model."),
+        name.strip_prefix("model.language_model."),
+    ) {
+        (Some(rest), _) => rest.to_owned(),
+        (None, Some(rest)) => format!("model.{rest}"),
+        (None, None) => name.to_owned(),
     }
 }
 

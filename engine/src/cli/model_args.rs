@@ -97,6 +97,9 @@ pub(super) enum Quantize {
     /// 4.5 bits a weight
     #[value(name = "q4_0")]
     Q4_0,
+    /// 2.1 bits a weight, nothing lost: only for models whose layers are -1, 0 and 1 under a scale
+    #[value(name = "tq2_0")]
+    Tq2_0,
 }
 
 /// Who runs first.
@@ -135,6 +138,7 @@ impl ModelArgs {
             quantize: self.quantize.map(|quantize| match quantize {
                 Quantize::Q8_0 => Format::Q8_0,
                 Quantize::Q4_0 => Format::Q4_0,
+                Quantize::Tq2_0 => Format::Tq2_0,
             }),
             ..EngineConfig::default()
         }

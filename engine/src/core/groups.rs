@@ -2,14 +2,18 @@
 
 use quire_scheduler::PageGroup;
 
-use crate::model::ModelConfig;
+use crate::model::{ModelConfig, PageLayout};
 
 /// The page groups of a model, each of equally many layers: layers of one group keep the same positions.
-pub(super) fn page_groups(_model: &ModelConfig) -> Vec<PageGroup> {
-    vec![PageGroup::FULL]
+pub(super) fn page_groups(model: &ModelConfig) -> Vec<PageGroup> {
+    PageLayout::of(model)
+        .windows
+        .into_iter()
+        .map(|window| PageGroup { window })
+        .collect()
 }
 
 /// The length beyond which a sequence's keys are computed with other rotary frequencies, if the model has such a switch.
-pub(super) fn recompute_beyond(_model: &ModelConfig) -> Option<u32> {
-    None
+pub(super) fn recompute_beyond(model: &ModelConfig) -> Option<u32> {
+    model.rope_switch()
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 
 use quire_kernels::cpu::{CpuBackend, CpuOptions};
-use quire_kernels::{Backend, Format, KvDtype};
+use quire_kernels::{Backend, KvDtype};
 use quire_scheduler::{Config, Scheduler};
 
 use crate::checkpoint::Checkpoint;
@@ -97,11 +97,10 @@ impl Engine {
             max_model_len: sizes.max_model_len,
             vocab_size: model.vocab_size as u32,
             eos: checkpoint.generation.eos.clone(),
-            dtype: config
-                .quantize
-                .map_or_else(|| stored_format(checkpoint), Ok)?
-                .name()
-                .to_owned(),
+            dtype: config.quantize.map_or_else(
+                || checkpoint.tensors.prevailing_format().to_owned(),
+                |format| format.name().to_owned(),
+            ),
             kv_dtype: match config.kv_dtype {
                 KvDtype::F16 => "f16".to_owned(),
                 KvDtype::F32 => "f32".to_owned(),
@@ -181,17 +180,4 @@ fn check(config: &EngineConfig) -> Result<(), StartError> {
         ));
     }
     Ok(())
-}
-
-/// The format of the checkpoint's embedding table, which stands for the rest.
-fn stored_format(checkpoint: &Checkpoint) -> Result<Format, StartError> {
-    let config = &checkpoint.config;
-    let view = checkpoint
-        .tensors
-        .get(
-            "model.embed_tokens.weight",
-            &[config.vocab_size, config.hidden_size],
-        )
-        .map_err(crate::model::LoadError::from)?;
-    Ok(view.format)
 }

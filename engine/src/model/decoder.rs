@@ -1,18 +1,22 @@
 //! [`Decoder`]: a transformer decoder over any [`Backend`].
 
-use quire_kernels::{AttentionShape, Backend, Error, KvDtype, KvShape, QkvLayer, Step};
+use quire_kernels::{
+    AttentionShape, Backend, Error, Experts, KvDtype, KvShape, Norm, QkvLayer, Rotary, Step,
+};
 
 use crate::checkpoint::Checkpoint;
 
-use super::load::{self, LoadError, LoadOptions, LoadProgress, Weights};
-use super::{ModelConfig, rope};
+use super::load::{self, LoadError, LoadOptions, LoadProgress, Mlp, Weights};
+use super::{ModelConfig, NormPlacement, PageLayout, rope};
 
 /// A loaded model: weights on the device, and buffers for the largest step it will be asked to run.
 pub struct Decoder<B: Backend> {
     backend: B,
     config: ModelConfig,
+    pages: PageLayout,
     weights: Weights<B>,
-    frequencies: B::Vector,
+    /// Of each rotary embedding: the frequencies, and those beyond the switch.
+    frequencies: Vec<(B::Vector, Option<B::Vector>)>,
     buffers: Buffers<B>,
     max_rows: usize,
 }
@@ -31,8 +35,10 @@ struct Buffers<B: Backend> {
     gate_up: B::Activations,
     /// `[rows, intermediate]`
     gated: B::Activations,
-    /// `[rows, head_dim]`
-    rotary: B::Activations,
+    /// What joins the residual stream, where something is done to it first. `[rows, hidden]`
+    branch: Option<B::Activations>,
+    /// Of each rotary embedding. `[rows, rotated]`
+    rotary: Vec<B::Activations>,
 }
 
 impl<B: Backend> std::fmt::Debug for Decoder<B> {
@@ -61,9 +67,15 @@ impl<B: Backend> Decoder<B> {
             let what = what.to_owned();
             move |source| LoadError::Device { what, source }
         };
-        let frequencies = backend
-            .vector(&rope::frequencies(&config.rope, config.head_dim))
-            .map_err(device("rotary frequencies"))?;
+        let vector = |values: &[f32]| backend.vector(values).map_err(device("rotary frequencies"));
+        let frequencies = config
+            .ropes
+            .iter()
+            .map(|rope| {
+                let beyond = rope::beyond(rope).map(|f| vector(&f)).transpose()?;
+                Ok((vector(&rope::frequencies(rope))?, beyond))
+            })
+            .collect::<Result<_, LoadError>>()?;
         let rows = options.max_rows;
         let buffer = |cols: usize| {
             backend
@@ -77,16 +89,29 @@ impl<B: Backend> Decoder<B> {
             attended: buffer(config.heads * config.head_dim)?,
             gate_up: buffer(2 * config.intermediate_size)?,
             gated: buffer(config.intermediate_size)?,
-            rotary: buffer(config.head_dim)?,
+            branch: (config.residual_scale != 1.0 || config.norms != NormPlacement::Before)
+                .then(|| buffer(config.hidden_size))
+                .transpose()?,
+            rotary: config
+                .ropes
+                .iter()
+                .map(|rope| buffer(rope.rotated))
+                .collect::<Result<_, _>>()?,
         };
         Ok(Self {
             backend,
+            pages: PageLayout::of(&config),
             config,
             weights,
             frequencies,
             buffers,
             max_rows: rows,
         })
+    }
+
+    /// How its layers share the blocks of the KV cache.
+    pub fn pages(&self) -> &PageLayout {
+        &self.pages
     }
 
     /// The model's shape.
@@ -103,11 +128,20 @@ impl<B: Backend> Decoder<B> {
     pub fn weight_bytes(&self) -> usize {
         let backend = &self.backend;
         let bytes = |matrix: &B::Matrix| backend.matrix_bytes(matrix);
+        let mlp = |mlp: &Mlp<B>| match mlp {
+            Mlp::Dense { gate_up, down, .. } => bytes(gate_up) + bytes(down),
+            Mlp::Experts {
+                router,
+                gate_up,
+                down,
+                ..
+            } => bytes(router) + bytes(gate_up) + bytes(down),
+        };
         let layers: usize = self
             .weights
             .layers
             .iter()
-            .map(|l| bytes(&l.qkv) + bytes(&l.output) + bytes(&l.gate_up) + bytes(&l.down))
+            .map(|l| bytes(&l.qkv) + bytes(&l.output) + mlp(&l.mlp))
             .sum();
         layers + bytes(&self.weights.embedding) + self.weights.head.as_ref().map_or(0, bytes)
     }
@@ -120,7 +154,7 @@ impl<B: Backend> Decoder<B> {
         dtype: KvDtype,
     ) -> KvShape {
         KvShape {
-            layers: config.layers,
+            layers: PageLayout::of(config).layers,
             blocks,
             block_size,
             kv_heads: config.kv_heads,
@@ -166,58 +200,159 @@ impl<B: Backend> Decoder<B> {
         let Self {
             backend,
             config,
+            pages,
             weights,
             frequencies,
             buffers: b,
             ..
         } = self;
         let eps = config.norm_eps;
-        let shape = AttentionShape {
-            heads: config.heads,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
-            scale: 1.0 / (config.head_dim as f32).sqrt(),
-        };
+        let norm = |weight| Norm { weight, eps };
 
         backend.begin(step)?;
         backend.copy_blocks(kv, copies)?;
-        backend.embed(&weights.embedding, 1.0, &mut b.hidden)?;
-        backend.rotary(frequencies, 1.0, &mut b.rotary)?;
+        backend.embed(&weights.embedding, config.embedding_scale, &mut b.hidden)?;
+        for ((of, out), (frequencies, beyond)) in
+            config.ropes.iter().zip(&mut b.rotary).zip(&*frequencies)
+        {
+            let rotary = Rotary {
+                frequencies,
+                beyond: beyond.as_ref(),
+                scale: of.scale,
+            };
+            backend.rotary(&rotary, out)?;
+        }
         for (index, layer) in weights.layers.iter().enumerate() {
-            backend.rms_norm(&b.hidden, &layer.attention_norm, eps, &mut b.normed)?;
-            backend.linear(&b.normed, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv)?;
+            let of_layer = config.layers[index];
+            let shape = AttentionShape {
+                heads: config.heads,
+                kv_heads: config.kv_heads,
+                head_dim: config.head_dim,
+                scale: config.attention_scale,
+                window: of_layer.window,
+                softcap: config.attention_softcap,
+            };
+            let input = match &layer.attention_norm {
+                None => &b.hidden,
+                Some(weight) => {
+                    backend.rms_norm(&b.hidden, weight, eps, &mut b.normed)?;
+                    &b.normed
+                }
+            };
+            backend.linear(input, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv)?;
             let qkv_layer = QkvLayer {
-                layer: index,
+                layer: pages.places[index],
                 shape,
                 q_norm: layer.q_norm.as_ref(),
                 k_norm: layer.k_norm.as_ref(),
                 eps,
-                rotary: &b.rotary,
+                rotary: of_layer.rope.map(|rope| &b.rotary[rope]),
             };
             backend.norm_rope_store(&mut b.qkv, &qkv_layer, kv)?;
-            backend.attention(&b.qkv, index, &shape, kv, &mut b.attended)?;
-            backend.linear_add(
-                &b.attended,
-                &layer.output,
-                layer.output_bias.as_ref(),
+            let sinks = layer.sinks.as_ref();
+            backend.attention(&b.qkv, qkv_layer.layer, &shape, sinks, kv, &mut b.attended)?;
+            if let Some(weight) = &layer.attention_sub_norm {
+                backend.rms_norm_in_place(&mut b.attended, &norm(weight))?;
+            }
+            let joins = Joins {
+                norm: layer.attention_post_norm.as_ref().map(norm),
+                scale: config.residual_scale,
+            };
+            let bias = layer.output_bias.as_ref();
+            joins.join(
+                backend,
+                (&b.attended, &layer.output, bias),
+                b.branch.as_mut(),
                 &mut b.hidden,
             )?;
-            backend.rms_norm(&b.hidden, &layer.mlp_norm, eps, &mut b.normed)?;
-            backend.linear(
-                &b.normed,
-                &layer.gate_up,
-                layer.gate_up_bias.as_ref(),
-                &mut b.gate_up,
-            )?;
-            backend.gate(&b.gate_up, config.activation, &mut b.gated)?;
-            backend.linear_add(
-                &b.gated,
-                &layer.down,
-                layer.down_bias.as_ref(),
-                &mut b.hidden,
-            )?;
+
+            let input = match &layer.mlp_norm {
+                None => &b.hidden,
+                Some(weight) => {
+                    backend.rms_norm(&b.hidden, weight, eps, &mut b.normed)?;
+                    &b.normed
+                }
+            };
+            match &layer.mlp {
+                Mlp::Dense {
+                    gate_up,
+                    gate_up_bias,
+                    sub_norm,
+                    down,
+                    down_bias,
+                } => {
+                    backend.linear(input, gate_up, gate_up_bias.as_ref(), &mut b.gate_up)?;
+                    backend.gate(&b.gate_up, config.activation, &mut b.gated)?;
+                    if let Some(weight) = sub_norm {
+                        backend.rms_norm_in_place(&mut b.gated, &norm(weight))?;
+                    }
+                    let joins = Joins {
+                        norm: layer.mlp_post_norm.as_ref().map(norm),
+                        scale: config.residual_scale,
+                    };
+                    joins.join(
+                        backend,
+                        (&b.gated, down, down_bias.as_ref()),
+                        b.branch.as_mut(),
+                        &mut b.hidden,
+                    )?;
+                }
+                Mlp::Experts {
+                    router,
+                    router_bias,
+                    gate_up,
+                    gate_up_bias,
+                    down,
+                    down_bias,
+                    of,
+                } => {
+                    let experts = Experts {
+                        router,
+                        router_bias: router_bias.as_ref(),
+                        gate_up,
+                        gate_up_bias: gate_up_bias.as_ref(),
+                        down,
+                        down_bias: down_bias.as_ref(),
+                        experts: of.count,
+                        top_k: of.top_k,
+                        normalised: of.normalised,
+                        activation: config.activation,
+                    };
+                    if layer.mlp_norm.is_none() {
+                        return Err(Error::Shape(
+                            "experts without a norm before them".to_owned(),
+                        ));
+                    }
+                    backend.experts(&b.normed, &experts, &mut b.hidden)?;
+                }
+            }
         }
         let head = weights.head.as_ref().unwrap_or(&weights.embedding);
-        backend.logits(&b.hidden, &weights.norm, eps, head, logits)
+        backend.logits(&b.hidden, &norm(&weights.norm), head, config.logits, logits)
+    }
+}
+
+/// How a projection joins the residual stream.
+struct Joins<'a, B: Backend> {
+    norm: Option<Norm<'a, B>>,
+    scale: f32,
+}
+
+impl<B: Backend> Joins<'_, B> {
+    /// Adds the projection `(x, matrix, bias)` to `hidden`, by way of `branch` where something is done to it first.
+    fn join(
+        &self,
+        backend: &mut B,
+        (x, matrix, bias): (&B::Activations, &B::Matrix, Option<&B::Vector>),
+        branch: Option<&mut B::Activations>,
+        hidden: &mut B::Activations,
+    ) -> Result<(), Error> {
+        match branch {
+            None => backend.linear_add(x, matrix, bias, hidden),
+            Some(branch) => {
+                backend.linear(x, matrix, bias, branch)?;
+                backend.add(branch, self.norm.as_ref(), self.scale, hidden)
+            }
+        }
     }
 }

@@ -4,7 +4,7 @@ use quire_kernels::{Backend, Format, MatrixPart};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, TensorView, Tensors};
 
-use super::ModelConfig;
+use super::{ExpertsConfig, ModelConfig, NormPlacement, QkNorm};
 
 /// What may be chosen when a model is loaded.
 #[derive(Debug, Clone, Copy)]
@@ -41,20 +41,41 @@ pub enum LoadError {
     },
 }
 
-/// The parameters of one decoder layer.
+/// The parameters of one decoder layer. What a family does not have is `None`.
 pub(super) struct Layer<B: Backend> {
-    pub attention_norm: B::Vector,
+    pub attention_norm: Option<B::Vector>,
     pub qkv: B::Matrix,
     pub qkv_bias: Option<B::Vector>,
     pub q_norm: Option<B::Vector>,
     pub k_norm: Option<B::Vector>,
+    pub sinks: Option<B::Vector>,
+    pub attention_sub_norm: Option<B::Vector>,
     pub output: B::Matrix,
     pub output_bias: Option<B::Vector>,
-    pub mlp_norm: B::Vector,
-    pub gate_up: B::Matrix,
-    pub gate_up_bias: Option<B::Vector>,
-    pub down: B::Matrix,
-    pub down_bias: Option<B::Vector>,
+    pub attention_post_norm: Option<B::Vector>,
+    pub mlp_norm: Option<B::Vector>,
+    pub mlp: Mlp<B>,
+    pub mlp_post_norm: Option<B::Vector>,
+}
+
+/// The parameters of a layer's MLP.
+pub(super) enum Mlp<B: Backend> {
+    Dense {
+        gate_up: B::Matrix,
+        gate_up_bias: Option<B::Vector>,
+        sub_norm: Option<B::Vector>,
+        down: B::Matrix,
+        down_bias: Option<B::Vector>,
+    },
+    Experts {
+        router: B::Matrix,
+        router_bias: Option<B::Vector>,
+        gate_up: B::Matrix,
+        gate_up_bias: Option<B::Vector>,
+        down: B::Matrix,
+        down_bias: Option<B::Vector>,
+        of: ExpertsConfig,
+    },
 }
 
 /// The parameters of a decoder.
@@ -79,14 +100,15 @@ pub(super) fn weights<B: Backend>(
         tensors: &checkpoint.tensors,
         backend,
         quantize,
+        norm_offset: config.norm_offset,
         done: 0,
         progress,
     };
     let embedding = loader.matrix(&[("model.embed_tokens.weight", config.vocab_size)], hidden)?;
-    let layers = (0..config.layers)
+    let layers = (0..config.layers.len())
         .map(|layer| loader.layer(config, layer))
         .collect::<Result<_, _>>()?;
-    let norm = loader.vector(&[("model.norm.weight", hidden)])?;
+    let norm = loader.norm("model.norm.weight", hidden)?;
     let head = if config.tied_head {
         None
     } else {
@@ -100,10 +122,11 @@ pub(super) fn weights<B: Backend>(
     })
 }
 
-struct Loader<'a, B: Backend> {
-    tensors: &'a Tensors,
+pub(super) struct Loader<'a, B: Backend> {
+    pub tensors: &'a Tensors,
     backend: &'a B,
     quantize: Option<Format>,
+    norm_offset: f32,
     done: u64,
     progress: &'a mut dyn FnMut(LoadProgress),
 }
@@ -121,38 +144,75 @@ impl<B: Backend> Loader<'_, B> {
                 .map(|&(rest, rows)| (name(rest), rows))
                 .collect()
         };
-        let qkv = [
-            ("self_attn.q_proj", q),
-            ("self_attn.k_proj", kv),
-            ("self_attn.v_proj", kv),
-        ];
-        let gate_up = [("mlp.gate_proj", inner), ("mlp.up_proj", inner)];
+        let norm = |this: &mut Self, there: bool, rest: &str, len: usize| {
+            there.then(|| this.norm(&name(rest), len)).transpose()
+        };
+        // Phi-3 stores what we fuse as one tensor already.
+        let fused = |fused: (&'static str, usize), parts: &[(&'static str, usize)]| {
+            if self.tensors.contains(&name(&format!("{}.weight", fused.0))) {
+                vec![fused]
+            } else {
+                parts.to_vec()
+            }
+        };
+        let qkv = fused(
+            ("self_attn.qkv_proj", q + 2 * kv),
+            &[
+                ("self_attn.q_proj", q),
+                ("self_attn.k_proj", kv),
+                ("self_attn.v_proj", kv),
+            ],
+        );
+        let gate_up = fused(
+            ("mlp.gate_up_proj", 2 * inner),
+            &[("mlp.gate_proj", inner), ("mlp.up_proj", inner)],
+        );
         let output = [("self_attn.o_proj", hidden)];
         let down = [("mlp.down_proj", hidden)];
+        let (before, after) = (
+            config.norms != NormPlacement::After,
+            config.norms != NormPlacement::Before,
+        );
+        let mlp_norm = match config.norms {
+            NormPlacement::Before => "post_attention_layernorm.weight",
+            _ => "pre_feedforward_layernorm.weight",
+        };
+        let (qk_norm, q_len, k_len) = match config.qk_norm {
+            QkNorm::None => (false, 0, 0),
+            QkNorm::Heads => (true, config.head_dim, config.head_dim),
+            QkNorm::Together => (true, q, kv),
+        };
+        let attention_norm = norm(self, before, "input_layernorm.weight", hidden)?;
+        let mlp = match &config.experts {
+            Some(of) if config.layers[layer].experts => self.experts(of, hidden, layer)?,
+            _ => Mlp::Dense {
+                gate_up: self.matrix(&suffixed(&parts(&gate_up), ".weight"), hidden)?,
+                gate_up_bias: self
+                    .vector_if(config.mlp_bias, &suffixed(&parts(&gate_up), ".bias"))?,
+                sub_norm: norm(self, config.sub_norms, "mlp.ffn_sub_norm.weight", inner)?,
+                down: self.matrix(&suffixed(&parts(&down), ".weight"), inner)?,
+                down_bias: self.vector_if(config.mlp_bias, &suffixed(&parts(&down), ".bias"))?,
+            },
+        };
         Ok(Layer {
-            attention_norm: self.vector(&parts(&[("input_layernorm.weight", hidden)]))?,
+            attention_norm,
             qkv: self.matrix(&suffixed(&parts(&qkv), ".weight"), hidden)?,
             qkv_bias: self.vector_if(config.qkv_bias, &suffixed(&parts(&qkv), ".bias"))?,
-            q_norm: self.vector_if(
-                config.qk_norm,
-                &parts(&[("self_attn.q_norm.weight", config.head_dim)]),
-            )?,
-            k_norm: self.vector_if(
-                config.qk_norm,
-                &parts(&[("self_attn.k_norm.weight", config.head_dim)]),
-            )?,
+            q_norm: norm(self, qk_norm, "self_attn.q_norm.weight", q_len)?,
+            k_norm: norm(self, qk_norm, "self_attn.k_norm.weight", k_len)?,
+            sinks: self.vector_if(config.sinks, &parts(&[("self_attn.sinks", config.heads)]))?,
+            attention_sub_norm: norm(self, config.sub_norms, "self_attn.attn_sub_norm.weight", q)?,
             output: self.matrix(&suffixed(&parts(&output), ".weight"), q)?,
             output_bias: self.vector_if(config.output_bias, &suffixed(&parts(&output), ".bias"))?,
-            mlp_norm: self.vector(&parts(&[("post_attention_layernorm.weight", hidden)]))?,
-            gate_up: self.matrix(&suffixed(&parts(&gate_up), ".weight"), hidden)?,
-            gate_up_bias: self.vector_if(config.mlp_bias, &suffixed(&parts(&gate_up), ".bias"))?,
-            down: self.matrix(&suffixed(&parts(&down), ".weight"), inner)?,
-            down_bias: self.vector_if(config.mlp_bias, &suffixed(&parts(&down), ".bias"))?,
+            attention_post_norm: norm(self, after, "post_attention_layernorm.weight", hidden)?,
+            mlp_norm: norm(self, before, mlp_norm, hidden)?,
+            mlp,
+            mlp_post_norm: norm(self, after, "post_feedforward_layernorm.weight", hidden)?,
         })
     }
 
     /// One matrix whose rows are those of the named tensors, one after the other.
-    fn matrix<S: AsRef<str>>(
+    pub fn matrix<S: AsRef<str>>(
         &mut self,
         parts: &[(S, usize)],
         cols: usize,
@@ -168,31 +228,74 @@ impl<B: Backend> Loader<'_, B> {
                 cols,
                 format: view.format,
                 data: &view.data,
+                order: view.order.as_deref(),
             })
             .collect();
+        let names: Vec<&str> = parts.iter().map(|part| part.0.as_ref()).collect();
+        self.pack(&names.join(" + "), &views)
+    }
+
+    /// Packs a matrix; `what` names it in errors.
+    pub fn pack(&mut self, what: &str, parts: &[MatrixPart<'_>]) -> Result<B::Matrix, LoadError> {
         let matrix = self
             .backend
-            .matrix(&views, self.quantize)
-            .map_err(|source| device(parts, source))?;
-        self.advance(views.iter().map(|view| view.data.len()).sum());
+            .matrix(parts, self.quantize_to(what))
+            .map_err(|source| LoadError::Device {
+                what: what.to_owned(),
+                source,
+            })?;
+        self.advance(parts.iter().map(|part| part.data.len()).sum());
         Ok(matrix)
+    }
+
+    /// What the tensors `what` are quantised to. A ternary model is so in its layers, routers left out: the rest stays as it is.
+    fn quantize_to(&self, what: &str) -> Option<Format> {
+        let ternary = what.contains("_proj");
+        self.quantize
+            .filter(|&format| ternary || format != Format::Tq2_0)
     }
 
     /// One vector made of the named tensors, one after the other.
     fn vector<S: AsRef<str>>(&mut self, parts: &[(S, usize)]) -> Result<B::Vector, LoadError> {
         let mut values = Vec::with_capacity(parts.iter().map(|part| part.1).sum());
-        let mut bytes = 0;
         for (name, len) in parts {
-            let view = self.tensors.get(name.as_ref(), &[*len])?;
-            bytes += view.data.len();
-            widen(name.as_ref(), &view, &mut values)?;
+            self.values(name.as_ref(), &[*len], &mut values)?;
         }
-        let vector = self
-            .backend
-            .vector(&values)
-            .map_err(|source| device(parts, source))?;
-        self.advance(bytes);
-        Ok(vector)
+        let names: Vec<&str> = parts.iter().map(|part| part.0.as_ref()).collect();
+        self.upload(&names.join(" + "), &values)
+    }
+
+    /// A norm's weights, as the decoder multiplies with them.
+    fn norm(&mut self, name: &str, len: usize) -> Result<B::Vector, LoadError> {
+        let mut values = Vec::with_capacity(len);
+        self.values(name, &[len], &mut values)?;
+        for value in &mut values {
+            *value += self.norm_offset;
+        }
+        self.upload(name, &values)
+    }
+
+    /// Appends a tensor's elements as f32.
+    pub fn values(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        out: &mut Vec<f32>,
+    ) -> Result<(), LoadError> {
+        let view = self.tensors.get(name, shape)?;
+        widen(name, &view, out)?;
+        self.advance(view.data.len());
+        Ok(())
+    }
+
+    /// A vector on the device; `what` names it in errors.
+    pub fn upload(&self, what: &str, values: &[f32]) -> Result<B::Vector, LoadError> {
+        self.backend
+            .vector(values)
+            .map_err(|source| LoadError::Device {
+                what: what.to_owned(),
+                source,
+            })
     }
 
     fn vector_if<S: AsRef<str>>(
@@ -217,14 +320,6 @@ fn suffixed(parts: &[(String, usize)], suffix: &str) -> Vec<(String, usize)> {
         .iter()
         .map(|(name, rows)| (format!("{name}{suffix}"), *rows))
         .collect()
-}
-
-fn device<S: AsRef<str>>(parts: &[(S, usize)], source: quire_kernels::Error) -> LoadError {
-    let names: Vec<&str> = parts.iter().map(|part| part.0.as_ref()).collect();
-    LoadError::Device {
-        what: names.join(" + "),
-        source,
-    }
 }
 
 /// Appends a vector's elements as f32.

@@ -5,9 +5,14 @@
 
 mod config;
 mod decoder;
+mod experts;
 mod load;
+mod pages;
 mod rope;
 
-pub use config::{ModelConfig, RopeConfig, RopeScaling};
+pub use config::{
+    ExpertsConfig, LayerConfig, ModelConfig, NormPlacement, QkNorm, RopeConfig, RopeScaling,
+};
 pub use decoder::Decoder;
 pub use load::{LoadError, LoadOptions, LoadProgress};
+pub use pages::PageLayout;

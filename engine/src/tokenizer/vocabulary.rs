@@ -76,6 +76,12 @@ pub enum Algorithm {
         /// The name of the rule that cuts text into words first.
         pre: String,
     },
+    /// Byte-pair encoding over characters, spaces spelt `▁` and what has no token spelt in bytes: a SentencePiece vocabulary that comes
+    /// with its merges, as Gemma 4's does.
+    Pieces {
+        /// Pairs to merge, most urgent first.
+        merges: Vec<(String, String)>,
+    },
     /// SentencePiece's byte-pair encoding: the neighbours that make the token of highest score are merged first.
     SentencePiece {
         /// A score for each token.
@@ -92,7 +98,17 @@ const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const DEEPSEEK3: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##;
 
+/// DeepSeek's words: letters of alphabets, after at most one space.
+const DEEPSEEK_WORDS: &str = r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\x{1f7d}ᾀ-ᾴᾶ-ᾼ\x{1fbe}ῂ-ῄῆ-ῌῐ-\x{1fd3}ῖ-\x{1fdb}ῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\x{2126}ℨ\x{212a}-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+";
+const DEEPSEEK_PUNCTUATION: &str = r"\s?[!-/:-~！-／：-～‘-‟　-。]+";
+const VIKING: &str = r" ?[^(\s|.,!?…。，、।۔،)]+";
+const SEED: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+";
+
 /// A rule that cuts text into words.
+///
+/// The expressions are those of the tokenizers' authors. llama.cpp has approximations of two of them, because its regular expressions do
+/// not know the case of letters beyond ASCII: tekken's and gpt-4o's. Its `\s+(?!\S)` without `|\s+` at the end is the same as with it, as
+/// what no expression matches is a word, too.
 struct Pre {
     /// As `tokenizer.ggml.pre` names it.
     names: &'static [&'static str],
@@ -102,14 +118,27 @@ struct Pre {
     ignore_merges: bool,
     /// Text is brought into Unicode's composed form first.
     nfc: bool,
+    /// Texts begin with BOS unless the file says otherwise.
+    bos: bool,
 }
 
-const PRE: [Pre; 8] = [
+/// What most rules have.
+const PLAIN: Pre = Pre {
+    names: &[],
+    splits: &[GPT2],
+    ignore_merges: false,
+    nfc: false,
+    bos: false,
+};
+
+/// After the names in llama.cpp's `llama-vocab.cpp`. Who uses which is for its converter to say; of the families here: `llama-bpe` Llama 3
+/// and BitNet, `qwen2` Qwen 2 and 3, `tekken` Mistral Nemo and Ministral, `gpt-4o` Phi-4-mini and gpt-oss, `smaug-bpe` SmolLM3, `smollm` its
+/// predecessors, `refact` Granite 3, `dbrx` OLMo 2. Fine-tunes of these families have further names.
+const PRE: [Pre; 13] = [
     Pre {
         names: &["default"],
         splits: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
-        ignore_merges: false,
-        nfc: false,
+        ..PLAIN
     },
     Pre {
         names: &[
@@ -117,15 +146,22 @@ const PRE: [Pre; 8] = [
             "phi-2",
             "olmo",
             "mpt",
+            "jais",
             "jina-es",
             "jina-de",
+            "jina-v2-es",
+            "jina-v2-de",
+            "jina-v2-code",
             "roberta-bpe",
             "gigachat",
+            "a.x-4.0",
+            "mellum",
+            "modern-bert",
+            "exaone4",
+            "trillion",
             "granite-docling",
         ],
-        splits: &[GPT2],
-        ignore_merges: false,
-        nfc: false,
+        ..PLAIN
     },
     Pre {
         names: &[
@@ -133,19 +169,36 @@ const PRE: [Pre; 8] = [
             "llama-v3",
             "llama-bpe",
             "falcon3",
+            "falcon-h1",
             "pixtral",
-            "smaug-bpe",
-            "dbrx",
+            "midm-2.0",
+            "lfm2",
+            "jina-v5-nano",
         ],
         splits: &[LLAMA3],
         ignore_merges: true,
-        nfc: false,
+        bos: true,
+        ..PLAIN
     },
     Pre {
-        names: &["qwen2", "deepseek-r1-qwen", "megrez", "kormo", "hunyuan"],
+        names: &["smaug-bpe", "dbrx", "chatglm-bpe"],
+        splits: &[LLAMA3],
+        ..PLAIN
+    },
+    Pre {
+        names: &[
+            "qwen2",
+            "deepseek-r1-qwen",
+            "megrez",
+            "kormo",
+            "f2llmv2",
+            "stablelm2",
+            "hunyuan",
+            "solar-open",
+        ],
         splits: &[QWEN2],
-        ignore_merges: false,
         nfc: true,
+        ..PLAIN
     },
     Pre {
         names: &[
@@ -156,33 +209,80 @@ const PRE: [Pre; 8] = [
             "codeshell",
             "exaone",
             "minerva-7b",
+            "mellum2",
         ],
         splits: &[r"\p{N}", GPT2],
-        ignore_merges: false,
-        nfc: false,
+        ..PLAIN
     },
     Pre {
         names: &["tekken"],
         splits: &[TEKKEN],
         ignore_merges: true,
-        nfc: false,
+        bos: true,
+        ..PLAIN
     },
     Pre {
-        names: &["gpt-4o", "llama4"],
+        names: &["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"],
         splits: &[GPT4O],
-        ignore_merges: false,
-        nfc: false,
+        ..PLAIN
     },
     Pre {
-        names: &["deepseek-v3"],
+        names: &["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"],
         splits: &[r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3],
-        ignore_merges: false,
-        nfc: false,
+        ..PLAIN
+    },
+    Pre {
+        names: &["deepseek-llm"],
+        splits: &[
+            "[\r\n]",
+            DEEPSEEK_WORDS,
+            DEEPSEEK_PUNCTUATION,
+            r"\s+$",
+            "[一-龥ࠀ-一가-퟿]+",
+            r"\p{N}+",
+        ],
+        ..PLAIN
+    },
+    Pre {
+        names: &["deepseek-coder"],
+        splits: &[
+            "[\r\n]",
+            r"\s?\p{L}+",
+            r"\s?\p{P}+",
+            "[一-龥ࠀ-一가-퟿]+",
+            r"\p{N}",
+        ],
+        ..PLAIN
+    },
+    Pre {
+        names: &["viking"],
+        splits: &[VIKING, r"\p{N}"],
+        ..PLAIN
+    },
+    Pre {
+        names: &["seed-coder"],
+        splits: &[SEED],
+        ..PLAIN
     },
 ];
 
+/// The rule of a name.
+fn rule(pre: &str) -> Option<&'static Pre> {
+    PRE.iter().find(|rule| rule.names.contains(&pre))
+}
+
 fn invalid(error: impl ToString) -> TokenizerError {
     TokenizerError::Vocabulary(error.to_string())
+}
+
+impl Algorithm {
+    /// Whether texts begin with BOS where a file does not say.
+    pub(crate) fn adds_bos(&self) -> bool {
+        match self {
+            Self::ByteLevel { pre, .. } => rule(pre).is_some_and(|rule| rule.bos),
+            Self::Pieces { .. } | Self::SentencePiece { .. } => true,
+        }
+    }
 }
 
 impl Vocabulary {
@@ -197,11 +297,15 @@ impl Vocabulary {
             Algorithm::ByteLevel { merges, pre } => {
                 (byte_level(ids, merges.clone(), pre)?, Spelling::ByteLevel)
             }
+            Algorithm::Pieces { merges } => (
+                self.pieces(ids, merges.clone(), false)?,
+                Spelling::Pieces { strip: false },
+            ),
             Algorithm::SentencePiece {
                 scores,
                 space_prefix,
             } => (
-                self.sentence_piece(ids, scores, *space_prefix)?,
+                self.pieces(ids, self.merges_by_score(scores), *space_prefix)?,
                 Spelling::Pieces {
                     strip: *space_prefix,
                 },
@@ -253,13 +357,12 @@ impl Vocabulary {
         .map_err(invalid)
     }
 
-    fn sentence_piece(
+    fn pieces(
         &self,
         ids: Vocab,
-        scores: &[f32],
+        merges: Merges,
         space_prefix: bool,
     ) -> Result<tokenizers::Tokenizer, TokenizerError> {
-        let merges = self.merges_by_score(scores);
         let mut model = BPE::builder()
             .vocab_and_merges(ids, merges)
             .byte_fallback(true)
@@ -320,13 +423,10 @@ fn byte_level(
     merges: Merges,
     pre: &str,
 ) -> Result<tokenizers::Tokenizer, TokenizerError> {
-    let rule = PRE
-        .iter()
-        .find(|rule| rule.names.contains(&pre))
-        .ok_or_else(|| {
-            let names: Vec<&str> = PRE.iter().flat_map(|rule| rule.names).copied().collect();
-            TokenizerError::PreTokenizer(pre.to_owned(), names.join(", "))
-        })?;
+    let rule = rule(pre).ok_or_else(|| {
+        let names: Vec<&str> = PRE.iter().flat_map(|rule| rule.names).copied().collect();
+        TokenizerError::PreTokenizer(pre.to_owned(), names.join(", "))
+    })?;
     let model = BPE::builder()
         .vocab_and_merges(ids, merges)
         .ignore_merges(rule.ignore_merges)

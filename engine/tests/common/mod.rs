@@ -151,3 +151,15 @@ impl Random {
         }
     }
 }
+
+/// Kullback-Leibler divergence of the softmax of `q` from that of `p`.
+pub fn divergence(p: &[f32], q: &[f32]) -> f64 {
+    let log_softmax = |logits: &[f32]| -> Vec<f64> {
+        let largest = logits.iter().copied().fold(f32::MIN, f32::max);
+        let logits = logits.iter().map(|&l| f64::from(l - largest));
+        let sum: f64 = logits.clone().map(f64::exp).sum();
+        logits.map(|l| l - sum.ln()).collect()
+    };
+    let (p, q) = (log_softmax(p), log_softmax(q));
+    p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum()
+}

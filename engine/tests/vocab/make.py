@@ -14,7 +14,7 @@ import unicodedata
 from gguf import GGUFReader, GGUFWriter
 
 HERE = pathlib.Path(__file__).parent
-NAMES = ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]
+NAMES = ["gemma-4", "gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]
 SEPARATOR = "\n__ggml_vocab_test__\n"
 CONTROL, BYTE = 3, 6
 
@@ -34,7 +34,7 @@ def prune(source, name):
     expected = [[int(i) for i in line.split()] for line in (source / f"ggml-vocab-{name}.gguf.out").read_text().splitlines()]
 
     texts = inputs.split(SEPARATOR)
-    if field("model") == "llama":
+    if field("model") in ("llama", "gemma4"):
         seen = "\0".join("▁" + text.replace(" ", "▁") for text in texts)
     else:
         alphabet = byte_alphabet()
@@ -53,7 +53,8 @@ def prune(source, name):
 
     writer = GGUFWriter(HERE / f"{name}.gguf", reader.fields["general.architecture"].contents())
     writer.add_tokenizer_model(field("model"))
-    writer.add_tokenizer_pre(field("pre"))
+    if field("pre"):
+        writer.add_tokenizer_pre(field("pre"))
     writer.add_token_list([tokens[id] for id in kept])
     writer.add_token_types([kinds[id] for id in kept])
     if field("scores"):

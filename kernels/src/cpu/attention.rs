@@ -2,7 +2,8 @@
 //!
 //! A query row walks its sequence's keys in spans of 64 positions, counted from position 0 and cut at its own position. Scores, maximum, sum
 //! and weighted values are updated span by span in that order, so the result is a function of the row's query, its position and
-//! the keys and values before it — not of the chunk, the batch or the thread that computes it.
+//! the keys and values before it — not of the chunk, the batch or the thread that computes it. With a sliding window a row begins at the span
+//! that holds the oldest position it sees.
 //!
 //! A query is one head of one row. Several queries of a KV head pass over a span at once, so that its keys and values are loaded (and widened) once
 //! for all of them. Work is split into (KV head, run of query rows) tasks.
@@ -10,8 +11,8 @@
 use super::kv::{KvCache, TILE};
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
-use super::simd::{Isa, LANES, Simd, dispatch, exp, largest, sum, vexp};
-use crate::{AttentionShape, Error, KvDtype, Span};
+use super::simd::{Isa, LANES, Simd, dispatch, exp, largest, sum, vexp, vtanh};
+use crate::{AttentionShape, Error, KvDtype, KvLayer, Span};
 
 /// Query rows of one task.
 const TASK_ROWS: usize = 16;
@@ -73,11 +74,15 @@ fn per_thread(shape: &AttentionShape) -> usize {
 /// The inputs of one layer's attention; all checked by the backend.
 pub(crate) struct Attention<'a> {
     pub shape: AttentionShape,
-    pub layer: usize,
+    pub layer: KvLayer,
+    /// A score of each head that stands for no value. `[heads]`
+    pub sinks: Option<&'a [f32]>,
     pub kv: &'a KvCache,
     /// `[rows, (heads + 2·kv_heads) · head_dim]`
     pub qkv: &'a [f32],
     pub block_tables: &'a [u32],
+    /// Page groups that share a table.
+    pub groups: usize,
 }
 
 impl Attention<'_> {
@@ -150,26 +155,44 @@ unsafe fn attend_over<S: Simd, E: Element>(work: &Work<'_>, floats: &mut [f32]) 
     let rows = work.run.rows as usize;
     let first_position = (work.run.span.start + work.run.row - work.run.span.row) as usize;
     let queries = rows * group;
+    let window = work.window();
     let (maxima, sums) = floats.split_at_mut(TASK_ROWS * group);
-    maxima[..queries].fill(f32::NEG_INFINITY);
-    sums[..queries].fill(0.0);
+    match a.sinks {
+        None => {
+            maxima[..queries].fill(f32::NEG_INFINITY);
+            sums[..queries].fill(0.0);
+        }
+        Some(sinks) => {
+            for query in 0..queries {
+                maxima[query] = sinks[work.place(query).1];
+            }
+            sums[..queries].fill(1.0);
+        }
+    }
     for query in 0..queries {
         work.out_of(query).fill(0.0);
     }
 
-    for begin in (0..first_position + rows).step_by(SPAN) {
-        let span = work.keys_and_values::<E>(begin);
-        // Rows before the span's begin have nothing in it.
+    // The oldest position that any of the rows sees.
+    let oldest = (first_position + 1).saturating_sub(window);
+    for begin in (oldest / SPAN * SPAN..first_position + rows).step_by(SPAN) {
+        let span = work.keys_and_values::<E>(begin, oldest);
+        // Rows before the span's begin have nothing in it, and rows whose window begins after it have not either.
         let mut query = begin.saturating_sub(first_position) * group;
-        while query < queries {
-            let left = (queries - query).min(S::QUERIES);
+        let after = (begin + SPAN)
+            .saturating_add(window - 1)
+            .saturating_sub(first_position);
+        let last = after.min(rows) * group;
+        while query < last {
+            let left = (last - query).min(S::QUERIES);
             // The largest power of two that is left.
             let n = 1 << left.ilog2();
             let batch = Batch {
                 first: query,
                 group,
-                seen: first_position - begin.min(first_position),
-                before: begin.saturating_sub(first_position),
+                position: first_position,
+                begin,
+                window,
             };
             let maxima = &mut maxima[query..query + n];
             let sums = &mut sums[query..query + n];
@@ -199,17 +222,29 @@ struct Batch {
     first: usize,
     /// Queries of a row.
     group: usize,
-    /// Where the run's first row is: so many positions after the span's begin, or so many before it.
-    seen: usize,
-    before: usize,
+    /// The position of the run's first row.
+    position: usize,
+    /// Where the span begins.
+    begin: usize,
+    /// How many positions a query sees.
+    window: usize,
 }
 
 impl Batch {
-    /// How many of the span's positions the batch's query `n` sees: those up to its own. Queries are in order of their rows.
+    /// The first of the span's positions that the batch's query `n` does not see any more. Queries are in order of their rows.
     #[inline(always)]
     fn valid(&self, n: usize) -> usize {
         let row = (self.first + n) / self.group;
-        (self.seen + row + 1 - self.before).min(SPAN)
+        (self.position + row + 1 - self.begin).min(SPAN)
+    }
+
+    /// The first of the span's positions that it sees.
+    #[inline(always)]
+    fn from(&self, n: usize) -> usize {
+        let row = (self.first + n) / self.group;
+        (self.position + row + 1)
+            .saturating_sub(self.window)
+            .saturating_sub(self.begin)
     }
 }
 
@@ -233,6 +268,15 @@ impl Work<'_> {
         unsafe { self.out.range(row * heads * d + head * d, d) }
     }
 
+    /// How many positions a query sees, itself included.
+    #[inline(always)]
+    fn window(&self) -> usize {
+        self.attention
+            .shape
+            .window
+            .map_or(usize::MAX, |window| window as usize)
+    }
+
     /// A query's vector.
     #[inline(always)]
     fn query(&self, query: usize) -> &[f32] {
@@ -251,19 +295,27 @@ impl Work<'_> {
         (row, self.kv_head * group + query % group)
     }
 
-    /// The tiles of the span that begins at position `begin`; those after the run's last position are not there and stand for the first.
-    fn keys_and_values<E>(&self, begin: usize) -> KeysAndValues<E> {
+    /// The tiles of the span that begins at position `begin`. Those after the run's last position and those before the `oldest` it sees need not be
+    /// there: another stands for them, and nobody looks.
+    fn keys_and_values<E>(&self, begin: usize, oldest: usize) -> KeysAndValues<E> {
         let kv = self.attention.kv;
         let (d, block_size) = (kv.shape.head_dim, kv.shape.block_size);
         let end = (self.run.span.start + self.run.row - self.run.span.row + self.run.rows) as usize;
         let data = kv.data.as_slice();
+        let layer = self.attention.layer;
+        let there = begin.max(oldest) / TILE * TILE;
         let tile = |tile: usize| {
             let position = begin + tile * TILE;
-            let position = if position < end { position } else { begin };
-            let entry = self.run.span.table as usize + position / block_size;
+            let position = if (there..end).contains(&position) {
+                position
+            } else {
+                there
+            };
+            let entry = self.run.span.table as usize
+                + position / block_size * self.attention.groups
+                + layer.group;
             let block = self.attention.block_tables[entry] as usize;
-            let key =
-                kv.offset(self.attention.layer, block, self.kv_head) + position % block_size * d;
+            let key = kv.offset(layer.index, block, self.kv_head) + position % block_size * d;
             let value = key + kv.tile_elements();
             assert!((value + TILE * d) * size_of::<E>() <= data.len());
             // SAFETY: in bounds by the assertion; the cache's memory is aligned for its elements.
@@ -292,6 +344,8 @@ unsafe fn pass<S: Simd, E: Element, const N: usize>(
 ) {
     let d = work.attention.shape.head_dim;
     let (least, most) = (batch.valid(0), batch.valid(N - 1));
+    // What all of them see begins where the last one's window does.
+    let from = batch.from(N - 1);
     let mut scores = [[0.0_f32; SPAN]; QUERIES];
     let mut shrink = [0.0_f32; N];
     let mut queries = [std::ptr::null(); N];
@@ -310,24 +364,42 @@ unsafe fn pass<S: Simd, E: Element, const N: usize>(
                 score::<S, E, N, 1>(&queries, span, tile, d, &mut scores);
             }
         }
+        let shape = &work.attention.shape;
         for n in 0..N {
             shrink[n] = soften::<S>(
                 &mut scores[n],
+                batch.from(n),
                 batch.valid(n),
-                work.attention.shape.scale,
+                shape,
                 &mut maxima[n],
                 &mut sums[n],
             );
         }
-        // Positions that all see, then for each query alone those that only it and its followers see.
-        weigh::<S, E, N>(&scores, 0, least, &shrink, span, d, &out);
-        if least < most {
+        // Positions that all see; before and after them, for each query alone, those that it sees and others do not.
+        if from < least {
             for n in 0..N {
-                let valid = batch.valid(n);
-                if least < valid {
-                    let own = std::array::from_ref(&scores[n]);
-                    weigh::<S, E, 1>(own, least, valid, &[1.0], span, d, &[out[n]]);
+                let own = batch.from(n);
+                if own < from {
+                    let scores = std::array::from_ref(&scores[n]);
+                    weigh::<S, E, 1>(scores, own, from, &[shrink[n]], span, d, &[out[n]]);
+                    shrink[n] = 1.0;
                 }
+            }
+            weigh::<S, E, N>(&scores, from, least, &shrink, span, d, &out);
+            if least < most {
+                for n in 0..N {
+                    let valid = batch.valid(n);
+                    if least < valid {
+                        let own = std::array::from_ref(&scores[n]);
+                        weigh::<S, E, 1>(own, least, valid, &[1.0], span, d, &[out[n]]);
+                    }
+                }
+            }
+        } else {
+            for n in 0..N {
+                let own = std::array::from_ref(&scores[n]);
+                let (from, valid) = (batch.from(n), batch.valid(n));
+                weigh::<S, E, 1>(own, from, valid, &[shrink[n]], span, d, &[out[n]]);
             }
         }
     }
@@ -374,21 +446,32 @@ unsafe fn score<S: Simd, E: Element, const N: usize, const M: usize>(
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
 unsafe fn soften<S: Simd>(
     scores: &mut [f32; SPAN],
+    from: usize,
     valid: usize,
-    scale: f32,
+    shape: &AttentionShape,
     maximum: &mut f32,
     total: &mut f32,
 ) -> f32 {
-    // Positions after the row's own do not exist for it, whatever the cache holds there.
-    scores[valid..].fill(f32::NEG_INFINITY);
     let lanes = valid.next_multiple_of(TILE);
     unsafe {
         let at = scores.as_mut_ptr();
+        for i in (0..lanes).step_by(S::WIDE) {
+            let scaled = S::vmul(S::vload(at.add(i)), S::vsplat(shape.scale));
+            S::vstore(at.add(i), scaled);
+        }
+        if let Some(cap) = shape.softcap {
+            for i in (0..lanes).step_by(S::WIDE) {
+                let x = S::vdiv(S::vload(at.add(i)), S::vsplat(cap));
+                S::vstore(at.add(i), S::vmul(vtanh::<S>(x), S::vsplat(cap)));
+            }
+        }
+        // Positions before the row's window and after itself do not exist for it, whatever the cache holds there.
+        scores[..from].fill(f32::NEG_INFINITY);
+        scores[valid..].fill(f32::NEG_INFINITY);
+        let at = scores.as_mut_ptr();
         let mut most = S::vsplat(f32::NEG_INFINITY);
         for i in (0..lanes).step_by(S::WIDE) {
-            let scaled = S::vmul(S::vload(at.add(i)), S::vsplat(scale));
-            S::vstore(at.add(i), scaled);
-            most = S::vmax(scaled, most);
+            most = S::vmax(S::vload(at.add(i)), most);
         }
         let mut found = [f32::NEG_INFINITY; TILE];
         S::vstore(found.as_mut_ptr(), most);
@@ -411,6 +494,7 @@ unsafe fn soften<S: Simd>(
             S::vstore(at.add(i), weight);
         }
         // `exp` gives a tiny number, not zero, for minus infinity.
+        scores[..from].fill(0.0);
         scores[valid..].fill(0.0);
         let mut partial = S::splat(0.0);
         for i in (0..lanes).step_by(LANES) {

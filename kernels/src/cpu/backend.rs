@@ -1,16 +1,18 @@
 //! [`CpuBackend`]: checks shapes, then hands work to the kernels.
 
 use super::attention::{self, Attention};
-use super::elementwise::{norm_head, rms_norm, rotary_row, rotate, silu_gate};
+use super::elementwise::{add_row, gate_row, norm_head, rms_norm, rotary_row, rotate, rule_row};
 use super::kv::{KvCache, Slot};
 use super::linear::{Linear, Output, Rows};
 use super::matrix::Matrix;
 use super::memory::{Buffer, Shared};
+use super::moe::{self, Mixture};
 use super::pool::Pool;
 use super::simd::{Isa, dispatch};
 use super::topology;
 use crate::{
-    Activation, AttentionShape, Backend, Error, Format, KvShape, MatrixPart, QkvLayer, Step,
+    Activation, AttentionShape, Backend, Error, Experts, Format, KvLayer, KvShape, LogitsRule,
+    MatrixPart, Norm, QkvLayer, Rotary, Span, Step,
 };
 
 /// How a [`CpuBackend`] is made.
@@ -92,6 +94,9 @@ pub struct CpuBackend {
     step: Step,
     product_rows: Rows,
     attention: attention::Scratch,
+    experts: moe::Scratch,
+    /// Page group, window and cache size of the layers whose block tables were checked in this step.
+    checked: Vec<(usize, Option<u32>, usize)>,
     /// Rows whose logits are wanted, normalised. `[logit rows, hidden]`
     head_rows: Buffer<f32>,
 }
@@ -131,6 +136,8 @@ impl CpuBackend {
             step: Step::default(),
             product_rows: Rows::new()?,
             attention: attention::Scratch::new()?,
+            experts: moe::Scratch::new()?,
+            checked: Vec::new(),
             head_rows: Buffer::zeroed(0, "output rows")?,
         })
     }
@@ -157,15 +164,25 @@ impl CpuBackend {
                 matrix.rows
             )));
         }
-        let linear = Linear {
-            matrix,
-            x: x.first(rows, matrix.cols, "input of a product")?,
-            rows,
-            bias: bias.map(Buffer::as_slice),
-            output,
-        };
+        let x = x.first(rows, matrix.cols, "input of a product")?;
+        let linear = Linear::new(matrix, x, rows, bias.map(Buffer::as_slice), output);
         let y = out.first_mut(rows, matrix.rows, "output of a product")?;
         linear.run(y, &mut self.product_rows, &self.pool, self.isa)
+    }
+
+    /// Checks the step's block tables for a layer, once for all that are alike.
+    fn check_tables(
+        &mut self,
+        group: usize,
+        window: Option<u32>,
+        kv: &KvCache,
+    ) -> Result<(), Error> {
+        let alike = (group, window, kv.shape.blocks);
+        if !self.checked.contains(&alike) {
+            check_tables(&self.step, kv, group, window)?;
+            self.checked.push(alike);
+        }
+        Ok(())
     }
 }
 
@@ -177,6 +194,12 @@ pub struct Vector(Buffer32);
 impl std::fmt::Debug for Vector {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Vector[{}]", self.0.len())
+    }
+}
+
+impl Vector {
+    fn as_slice(&self) -> &[f32] {
+        self.0.as_slice()
     }
 }
 
@@ -227,17 +250,26 @@ fn check_step(step: &Step) -> Result<(), Error> {
     Ok(())
 }
 
-/// Refuses block tables that leave the cache.
-fn check_tables(step: &Step, kv: &KvCache) -> Result<(), Error> {
+/// Refuses block tables that leave the cache: entries of page group `group` that rows with this window see.
+fn check_tables(step: &Step, kv: &KvCache, group: usize, window: Option<u32>) -> Result<(), Error> {
+    if group >= step.groups {
+        return Err(Error::Shape(format!(
+            "page group {group} of a step of {}",
+            step.groups
+        )));
+    }
     for span in &step.spans {
-        let blocks = ((span.start + span.rows) as usize).div_ceil(kv.shape.block_size);
+        let block_size = kv.shape.block_size;
+        let blocks = ((span.start + span.rows) as usize).div_ceil(block_size);
+        let seen = oldest_seen(span, window) / block_size;
         let table = span.table as usize;
-        let Some(table) = step.block_tables.get(table..table + blocks) else {
+        let Some(table) = step.block_tables.get(table..table + blocks * step.groups) else {
             return Err(Error::Shape(format!(
                 "the block table of {span:?} has fewer than {blocks} blocks"
             )));
         };
-        if let Some(block) = table.iter().find(|&&b| b as usize >= kv.shape.blocks) {
+        let mut entries = table.iter().skip(group).step_by(step.groups).skip(seen);
+        if let Some(block) = entries.find(|&&b| b as usize >= kv.shape.blocks) {
             return Err(Error::Shape(format!(
                 "block {block} of a cache of {}",
                 kv.shape.blocks
@@ -247,8 +279,14 @@ fn check_tables(step: &Step, kv: &KvCache) -> Result<(), Error> {
     Ok(())
 }
 
-fn check_layer(shape: &AttentionShape, layer: usize, kv: &KvCache) -> Result<(), Error> {
-    let fits = layer < kv.shape.layers
+/// The oldest position that a span's rows see.
+fn oldest_seen(span: &Span, window: Option<u32>) -> usize {
+    window.map_or(0, |window| (span.start + 1).saturating_sub(window)) as usize
+}
+
+fn check_layer(shape: &AttentionShape, layer: KvLayer, kv: &KvCache) -> Result<(), Error> {
+    let fits = layer.index < kv.shape.layers
+        && shape.window != Some(0)
         && shape.kv_heads == kv.shape.kv_heads
         && shape.head_dim == kv.shape.head_dim
         && shape.heads > 0
@@ -257,7 +295,7 @@ fn check_layer(shape: &AttentionShape, layer: usize, kv: &KvCache) -> Result<(),
         Ok(())
     } else {
         Err(Error::Shape(format!(
-            "layer {layer} of {shape:?} does not fit the cache {:?}",
+            "{layer:?} of {shape:?} does not fit the cache {:?}",
             kv.shape
         )))
     }
@@ -308,6 +346,7 @@ impl Backend for CpuBackend {
     fn begin(&mut self, step: &Step) -> Result<(), Error> {
         check_step(step)?;
         self.step.clone_from(step);
+        self.checked.clear();
         self.attention.plan(&step.spans);
         Ok(())
     }
@@ -344,20 +383,29 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn rotary(
-        &mut self,
-        frequencies: &Vector,
-        scale: f32,
-        out: &mut Activations,
-    ) -> Result<(), Error> {
-        let positions = &self.step.positions;
-        let frequencies = frequencies.0.as_slice();
-        let cols = 2 * frequencies.len();
-        let out = Shared::new(out.first_mut(positions.len(), cols, "rotary table")?);
-        self.pool.each(positions.len(), &|row| {
-            // SAFETY: each row is written by one task.
-            let out = unsafe { out.range(row * cols, cols) };
-            rotary_row(positions[row], frequencies, scale, out);
+    fn rotary(&mut self, rotary: &Rotary<'_, Self>, out: &mut Activations) -> Result<(), Error> {
+        let frequencies = rotary.frequencies.0.as_slice();
+        let beyond = rotary
+            .beyond
+            .map_or(frequencies, |beyond| beyond.0.as_slice());
+        if beyond.len() != frequencies.len() {
+            return Err(Error::Shape(format!(
+                "{} rotary frequencies and {} beyond the switch",
+                frequencies.len(),
+                beyond.len()
+            )));
+        }
+        let step = &self.step;
+        let (cols, scale) = (2 * frequencies.len(), rotary.scale);
+        let out = Shared::new(out.first_mut(step.rows(), cols, "rotary table")?);
+        self.pool.each(step.spans.len(), &|span| {
+            let span = &step.spans[span];
+            let frequencies = if span.beyond { beyond } else { frequencies };
+            for row in span.row as usize..(span.row + span.rows) as usize {
+                // SAFETY: each row is written by one task.
+                let out = unsafe { out.range(row * cols, cols) };
+                rotary_row(step.positions[row], frequencies, scale, out);
+            }
         });
         Ok(())
     }
@@ -378,6 +426,45 @@ impl Backend for CpuBackend {
             // SAFETY: each row is written by one task.
             let out = unsafe { out.range(row * cols, cols) };
             dispatch!(isa, rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]));
+        });
+        Ok(())
+    }
+
+    fn rms_norm_in_place(
+        &mut self,
+        x: &mut Activations,
+        norm: &Norm<'_, Self>,
+    ) -> Result<(), Error> {
+        let (rows, cols, isa, eps) = (self.rows(), x.cols, self.isa, norm.eps);
+        let weight = weights(norm.weight, cols)?;
+        let x = Shared::new(x.first_mut(rows, cols, "rows of a norm")?);
+        self.pool.each(rows, &|row| {
+            // SAFETY: each row is written by one task.
+            let x = unsafe { x.range(row * cols, cols) };
+            dispatch!(isa, norm_head(x: &mut [f32], weight: &[f32], eps: f32));
+        });
+        Ok(())
+    }
+
+    fn add(
+        &mut self,
+        x: &Activations,
+        norm: Option<&Norm<'_, Self>>,
+        scale: f32,
+        out: &mut Activations,
+    ) -> Result<(), Error> {
+        let (rows, cols, isa) = (self.rows(), x.cols, self.isa);
+        let norm = match norm {
+            None => None,
+            Some(norm) => Some((weights(norm.weight, cols)?, norm.eps)),
+        };
+        let x = x.first(rows, cols, "rows to be added")?;
+        let out = Shared::new(out.first_mut(rows, cols, "residual stream")?);
+        self.pool.each(rows, &|row| {
+            let x = &x[row * cols..(row + 1) * cols];
+            // SAFETY: each row is written by one task.
+            let out = unsafe { out.range(row * cols, cols) };
+            dispatch!(isa, add_row(x: &[f32], norm: Option<(&[f32], f32)>, scale: f32, out: &mut [f32]));
         });
         Ok(())
     }
@@ -410,23 +497,47 @@ impl Backend for CpuBackend {
     ) -> Result<(), Error> {
         let shape = layer.shape;
         check_layer(&shape, layer.layer, kv)?;
-        check_tables(&self.step, kv)?;
+        self.check_tables(layer.layer.group, shape.window, kv)?;
         let (rows, d, eps, isa) = (self.rows(), shape.head_dim, layer.eps, self.isa);
         let (heads, kv_heads) = (shape.heads, shape.kv_heads);
         let columns = (heads + 2 * kv_heads) * d;
-        let rotary_cols = layer.rotary.cols;
+        let rotary_cols = layer.rotary.map_or(0, |rotary| rotary.cols);
         if rotary_cols > d || !rotary_cols.is_multiple_of(2) {
             return Err(Error::Shape(format!(
                 "a rotary table of {rotary_cols} columns for heads of {d}"
             )));
         }
-        let rotary = layer.rotary.first(rows, rotary_cols, "rotary table")?;
-        let q_norm = layer.q_norm.map(|w| weights(w, d)).transpose()?;
-        let k_norm = layer.k_norm.map(|w| weights(w, d)).transpose()?;
+        let rotary: &[f32] = match layer.rotary {
+            None => &[],
+            Some(rotary) => rotary.first(rows, rotary_cols, "rotary table")?,
+        };
         let qkv = Shared::new(qkv.first_mut(rows, columns, "queries, keys and values")?);
+        // Norms over all heads together come first, those of single heads with the rotation.
+        let whole = |norm: Option<&Vector>, heads: usize| {
+            norm.is_some_and(|norm| heads > 1 && norm.0.len() == heads * d)
+        };
+        let together = [
+            (layer.q_norm, whole(layer.q_norm, heads), 0, heads),
+            (layer.k_norm, whole(layer.k_norm, kv_heads), heads, kv_heads),
+        ];
+        for (norm, whole, first, heads) in together {
+            let Some(norm) = norm.filter(|_| whole) else {
+                continue;
+            };
+            let weight = weights(norm, heads * d)?;
+            self.pool.each(rows, &|row| {
+                // SAFETY: each row is written by one task.
+                let x = unsafe { qkv.range(row * columns + first * d, heads * d) };
+                dispatch!(isa, norm_head(x: &mut [f32], weight: &[f32], eps: f32));
+            });
+        }
+        let [q_norm, k_norm] = together.map(|(norm, whole, ..)| norm.filter(|_| !whole));
+        let q_norm = q_norm.map(|w| weights(w, d)).transpose()?;
+        let k_norm = k_norm.map(|w| weights(w, d)).transpose()?;
         let head_bytes = kv.tile_elements() * kv.shape.dtype.size() * 2;
         let (kv_shape, size) = (kv.shape, kv.shape.dtype.size());
-        let first_block = kv.offset(layer.layer, 0, 0) * size;
+        let first_block = kv.offset(layer.layer.index, 0, 0) * size;
+        let page_group = layer.layer.group;
         let cache = Shared::new(kv.data.as_mut_slice());
         let step = &self.step;
         self.pool.each(step.spans.len() * kv_heads, &|task| {
@@ -449,9 +560,8 @@ impl Backend for CpuBackend {
                 }
                 let value = head(heads + kv_heads + kv_head);
                 let position = step.positions[row] as usize;
-                let block = step.block_tables
-                    [span.table as usize + position / kv_shape.block_size]
-                    as usize;
+                let entry = position / kv_shape.block_size * step.groups + page_group;
+                let block = step.block_tables[span.table as usize + entry] as usize;
                 let at = first_block + (block * kv_heads + kv_head) * head_bytes;
                 let mut slot = Slot {
                     // SAFETY: this KV head of this block is written by the one sequence that owns the block.
@@ -470,19 +580,31 @@ impl Backend for CpuBackend {
     fn attention(
         &mut self,
         qkv: &Activations,
-        layer: usize,
+        layer: KvLayer,
         shape: &AttentionShape,
+        sinks: Option<&Vector>,
         kv: &KvCache,
         out: &mut Activations,
     ) -> Result<(), Error> {
         check_layer(shape, layer, kv)?;
-        check_tables(&self.step, kv)?;
+        self.check_tables(layer.group, shape.window, kv)?;
+        if let Some(sinks) = sinks
+            && sinks.0.len() != shape.heads
+        {
+            return Err(Error::Shape(format!(
+                "{} attention sinks for {} heads",
+                sinks.0.len(),
+                shape.heads
+            )));
+        }
         let rows = self.rows();
         let columns = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
         let attention = Attention {
             shape: *shape,
             layer,
+            sinks: sinks.map(|sinks| sinks.0.as_slice()),
             kv,
+            groups: self.step.groups,
             qkv: qkv.first(rows, columns, "queries, keys and values")?,
             block_tables: &self.step.block_tables,
         };
@@ -496,7 +618,6 @@ impl Backend for CpuBackend {
         activation: Activation,
         out: &mut Activations,
     ) -> Result<(), Error> {
-        let Activation::Silu = activation;
         let (rows, n, isa) = (self.rows(), out.cols, self.isa);
         let gate_up = gate_up.first(rows, 2 * n, "gate and up projections")?;
         let out = Shared::new(out.first_mut(rows, n, "gated activations")?);
@@ -504,23 +625,57 @@ impl Backend for CpuBackend {
             let (gate, up) = gate_up[row * 2 * n..(row + 1) * 2 * n].split_at(n);
             // SAFETY: each row is written by one task.
             let out = unsafe { out.range(row * n, n) };
-            dispatch!(isa, silu_gate(gate: &[f32], up: &[f32], out: &mut [f32]));
+            dispatch!(isa, gate_row(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]));
         });
         Ok(())
+    }
+
+    fn experts(
+        &mut self,
+        x: &Activations,
+        experts: &Experts<'_, Self>,
+        out: &mut Activations,
+    ) -> Result<(), Error> {
+        let (rows, cols) = (self.rows(), x.cols);
+        let mixture = Mixture {
+            router: experts.router,
+            router_bias: experts.router_bias.map(Vector::as_slice),
+            gate_up: experts.gate_up,
+            gate_up_bias: experts.gate_up_bias.map(Vector::as_slice),
+            down: experts.down,
+            down_bias: experts.down_bias.map(Vector::as_slice),
+            experts: experts.experts,
+            top_k: experts.top_k,
+            normalised: experts.normalised,
+            activation: experts.activation,
+        };
+        let n = mixture.check(cols)?;
+        let x = x.first(rows, cols, "input of experts")?;
+        let out = out.first_mut(rows, cols, "output of experts")?;
+        mixture.run(
+            x,
+            rows,
+            n,
+            out,
+            &mut self.experts,
+            &mut self.product_rows,
+            &self.pool,
+            self.isa,
+        )
     }
 
     fn logits(
         &mut self,
         x: &Activations,
-        norm: &Vector,
-        eps: f32,
+        norm: &Norm<'_, Self>,
         head: &Matrix,
+        rule: LogitsRule,
         logits: &mut Vec<f32>,
     ) -> Result<(), Error> {
-        let (cols, isa) = (x.cols, self.isa);
+        let (cols, isa, eps) = (x.cols, self.isa, norm.eps);
         let wanted = &self.step.logit_rows;
         let x = x.first(self.step.rows(), cols, "residual stream")?;
-        let weight = weights(norm, cols)?;
+        let weight = weights(norm.weight, cols)?;
         if head.cols != cols {
             return Err(Error::Shape(format!(
                 "an output head of {} columns for rows of {cols}",
@@ -540,14 +695,19 @@ impl Backend for CpuBackend {
         if wanted.is_empty() {
             return Ok(());
         }
-        let linear = Linear {
-            matrix: head,
-            x: self.head_rows.as_slice(),
-            rows: wanted.len(),
-            bias: None,
-            output: Output::Set,
-        };
-        linear.run(logits, &mut self.product_rows, &self.pool, isa)
+        let x = self.head_rows.as_slice();
+        let linear = Linear::new(head, x, wanted.len(), None, Output::Set);
+        linear.run(logits, &mut self.product_rows, &self.pool, isa)?;
+        let LogitsRule { scale, softcap } = rule;
+        if scale != 1.0 || softcap.is_some() {
+            let rows = Shared::new(logits);
+            self.pool.each(wanted.len(), &|i| {
+                // SAFETY: each row is written by one task.
+                let x = unsafe { rows.range(i * head.rows, head.rows) };
+                dispatch!(isa, rule_row(x: &mut [f32], scale: f32, softcap: Option<f32>));
+            });
+        }
+        Ok(())
     }
 }
 

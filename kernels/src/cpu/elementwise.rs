@@ -1,6 +1,7 @@
-//! The operations between the products, a row at a time: RMS norm, rotary tables, rotation, gate.
+//! The operations between the products, a row at a time: RMS norm, rotary tables, rotation, gates, residuals.
 
-use super::simd::{LANES, Simd, exp, sum};
+use super::simd::{LANES, Simd, exp, sum, tanh};
+use crate::Activation;
 
 /// `1 / sqrt(mean(x²) + eps)`: eight partial sums, added pairwise, whatever the row's place.
 ///
@@ -77,33 +78,91 @@ pub(super) unsafe fn rotate<S: Simd>(head: &mut [f32], cos: &[f32], sin: &[f32])
     }
 }
 
-/// `g · sigmoid(g) · u`.
+/// `out += scale · x`, x being normalised first where there are weights.
 ///
 /// # Safety
 /// The processor has the instructions of `S`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-unsafe fn silu<S: Simd>(g: S::F, u: S::F) -> S::F {
-    unsafe {
-        let e = exp::<S>(S::sub(S::splat(0.0), g));
-        S::mul(S::div(g, S::add(S::splat(1.0), e)), u)
+pub(super) unsafe fn add_row<S: Simd>(
+    x: &[f32],
+    norm: Option<(&[f32], f32)>,
+    scale: f32,
+    out: &mut [f32],
+) {
+    assert!(x.len() == out.len());
+    match norm {
+        None => {
+            for (out, x) in out.iter_mut().zip(x) {
+                *out = scale.mul_add(*x, *out);
+            }
+        }
+        Some((weight, eps)) => {
+            assert!(x.len() == weight.len());
+            let inverse = unsafe { inverse_rms::<S>(x, eps) };
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                *out = scale.mul_add(x * inverse * weight, *out);
+            }
+        }
     }
 }
 
-/// `out = g · sigmoid(g) · u`.
+/// `activation(g, u)`.
 ///
 /// # Safety
 /// The processor has the instructions of `S`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-pub(super) unsafe fn silu_gate<S: Simd>(gate: &[f32], up: &[f32], out: &mut [f32]) {
+unsafe fn activate<S: Simd>(activation: Activation, g: S::F, u: S::F) -> S::F {
+    unsafe {
+        let zero = S::splat(0.0);
+        let one = S::splat(1.0);
+        match activation {
+            Activation::Silu => {
+                let e = exp::<S>(S::sub(zero, g));
+                S::mul(S::div(g, S::add(one, e)), u)
+            }
+            // (1 + tanh z) / 2 is the sigmoid of 2z.
+            Activation::GeluTanh => {
+                const TWICE_ROOT: f32 = 2.0 * 0.797_884_6;
+                let square = S::mul(g, g);
+                let inner = S::mul(g, S::fma(square, S::splat(0.044_715), one));
+                let e = exp::<S>(S::mul(inner, S::splat(-TWICE_ROOT)));
+                S::mul(S::div(g, S::add(one, e)), u)
+            }
+            Activation::Relu2 => {
+                let g = S::max(g, zero);
+                S::mul(S::mul(g, g), u)
+            }
+            Activation::ClampedSwiglu { alpha, limit } => {
+                let g = S::min(g, S::splat(limit));
+                let u = S::max(S::min(u, S::splat(limit)), S::splat(-limit));
+                let e = exp::<S>(S::mul(g, S::splat(-alpha)));
+                S::mul(S::div(g, S::add(one, e)), S::add(u, one))
+            }
+        }
+    }
+}
+
+/// `out = activation(gate, up)`, element by element.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+pub(super) unsafe fn gate_row<S: Simd>(
+    activation: Activation,
+    gate: &[f32],
+    up: &[f32],
+    out: &mut [f32],
+) {
     assert!(gate.len() == up.len() && gate.len() == out.len());
     let vectors = gate.len() / LANES * LANES;
     let mut i = 0;
     while i < vectors {
         unsafe {
-            let y = silu::<S>(S::load(gate.as_ptr().add(i)), S::load(up.as_ptr().add(i)));
-            S::store(out.as_mut_ptr().add(i), y);
+            let (g, u) = (S::load(gate.as_ptr().add(i)), S::load(up.as_ptr().add(i)));
+            S::store(out.as_mut_ptr().add(i), activate::<S>(activation, g, u));
         }
         i += LANES;
     }
@@ -115,12 +174,34 @@ pub(super) unsafe fn silu_gate<S: Simd>(gate: &[f32], up: &[f32], out: &mut [f32
         u[..tail].copy_from_slice(&up[vectors..]);
         let mut y = [0.0; LANES];
         unsafe {
-            S::store(
-                y.as_mut_ptr(),
-                silu::<S>(S::load(g.as_ptr()), S::load(u.as_ptr())),
-            );
+            let (g, u) = (S::load(g.as_ptr()), S::load(u.as_ptr()));
+            S::store(y.as_mut_ptr(), activate::<S>(activation, g, u));
         };
         out[vectors..].copy_from_slice(&y[..tail]);
+    }
+}
+
+/// `x = cap · tanh(scale · x / cap)`, or `scale · x` without a cap.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+pub(super) unsafe fn rule_row<S: Simd>(x: &mut [f32], scale: f32, softcap: Option<f32>) {
+    for x in x.iter_mut() {
+        *x *= scale;
+    }
+    let Some(cap) = softcap else {
+        return;
+    };
+    for x in x.chunks_mut(LANES) {
+        let mut lanes = [0.0; LANES];
+        lanes[..x.len()].copy_from_slice(x);
+        unsafe {
+            let capped = tanh::<S>(S::div(S::load(lanes.as_ptr()), S::splat(cap)));
+            S::store(lanes.as_mut_ptr(), S::mul(capped, S::splat(cap)));
+        }
+        x.copy_from_slice(&lanes[..x.len()]);
     }
 }
 

@@ -8,8 +8,12 @@
 //! stream and not as many as it has rows.
 
 mod blocks;
+mod grouped;
+mod integers;
 
-use super::matrix::{Matrix, PANEL, Q4_0_QUANTS, Q8_0_QUANTS, SCALES, Segment};
+pub(crate) use grouped::{Group, Grouped, Tasks};
+
+use super::matrix::{Layout, Matrix, PANEL, Q4_0_QUANTS, Q8_0_QUANTS, SCALES, Segment};
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
 use super::simd::{Isa, LANES, Simd, dispatch};
@@ -34,7 +38,7 @@ pub(crate) enum Output {
 
 /// Activation rows laid out for the tiles of a product. `T` rows are interleaved — as many as a tile takes, or one if there is only one.
 pub(crate) struct Rows {
-    /// Float products: `[rows / T][k][T]`
+    /// Float products: `[rows / T][k][T]`. Integer products with a matrix whose columns are sorted: rows sorted alike, `[rows][k]`
     floats: Buffer<f32>,
     /// Integer products: `[rows / T][k / 32][T][32]`, in `-127..=127`
     quants: Buffer<i8>,
@@ -59,31 +63,59 @@ impl Rows {
     }
 }
 
-/// One product. `x` [rows, cols], `y` [rows, matrix.rows].
+/// One product. `x` [rows, cols], `y` [rows, features].
 pub(crate) struct Linear<'a> {
     pub matrix: &'a Matrix,
+    /// The matrix's rows that are multiplied: so many from `first`.
+    first: usize,
+    features: usize,
     pub x: &'a [f32],
     pub rows: usize,
-    pub bias: Option<&'a [f32]>,
-    pub output: Output,
+    /// Where its rows begin among those that are laid out, and its output among the elements of `y`.
+    at: usize,
+    y_at: usize,
+    /// Of the whole matrix.
+    bias: Option<&'a [f32]>,
+    output: Output,
 }
 
-impl Linear<'_> {
+impl<'a> Linear<'a> {
+    /// The product of `rows` rows of `x` with the whole matrix.
+    pub fn new(
+        matrix: &'a Matrix,
+        x: &'a [f32],
+        rows: usize,
+        bias: Option<&'a [f32]>,
+        output: Output,
+    ) -> Self {
+        Self {
+            matrix,
+            first: 0,
+            features: matrix.rows,
+            x,
+            rows,
+            at: 0,
+            y_at: 0,
+            bias,
+            output,
+        }
+    }
+
     /// Computes the product into `y`. The caller has checked the shapes against the buffers.
     pub fn run(&self, y: &mut [f32], rows: &mut Rows, pool: &Pool, isa: Isa) -> Result<(), Error> {
-        let (n, k) = (self.matrix.rows, self.matrix.cols);
+        let (n, k) = (self.features, self.matrix.cols);
         assert!(self.x.len() >= self.rows * k && y.len() >= self.rows * n);
         assert!(self.bias.is_none_or(|bias| bias.len() >= n));
-        // The layout depends on whether products are integer ones; segments mostly agree.
+        // The layout depends on whether products are integer ones, and on the order of columns; segments mostly agree.
         let mut laid_out = None;
         let y = Shared::new(y);
         for segment in &self.matrix.segments {
-            let quantised = segment.format.is_quantised();
+            let layout = segment.layout();
             let interleave = match laid_out {
-                Some((as_quants, interleave)) if as_quants == quantised => interleave,
-                _ => self.lay_out(quantised, rows, pool, isa)?,
+                Some((as_before, interleave)) if as_before == layout => interleave,
+                _ => self.lay_out(layout, rows, pool, isa)?,
             };
-            laid_out = Some((quantised, interleave));
+            laid_out = Some((layout, interleave));
             let rows = &*rows;
             let panels = segment.rows.div_ceil(PANEL);
             pool.each(panels.div_ceil(TASK_PANELS), &|task| {
@@ -106,60 +138,141 @@ impl Linear<'_> {
     /// Brings the activations into the layout the tiles want; how many rows are interleaved in it.
     fn lay_out(
         &self,
-        quantised: bool,
+        layout: Layout,
         rows: &mut Rows,
         pool: &Pool,
         isa: Isa,
     ) -> Result<usize, Error> {
-        let k = self.matrix.cols;
-        let what = "activation rows";
-        let interleave = match (self.rows, quantised) {
-            (1, _) => 1,
-            (_, true) => isa.quant_rows(),
-            (_, false) => isa.float_rows(),
-        };
+        let quantised = layout.integers;
+        let interleave = interleave(self.rows, quantised, isa);
         let padded = self.rows.next_multiple_of(interleave);
+        let k = self.matrix.cols;
+        let order = self.matrix.order(layout);
+        rows.reserve(padded, k, quantised, order.is_some())?;
+        let target = rows.target(k, quantised);
+        pool.each(padded / interleave, &|tile| {
+            let at = tile * interleave;
+            let x = &self.x[at * k..(at + interleave).min(self.rows) * k];
+            // SAFETY: each tile is written by one task.
+            unsafe { target.tile(x, order, at, interleave, isa) };
+        });
+        Ok(interleave)
+    }
+}
+
+/// How many of `rows` rows lie side by side.
+fn interleave(rows: usize, quantised: bool, isa: Isa) -> usize {
+    match (rows, quantised) {
+        (1, _) => 1,
+        (_, true) => isa.quant_rows(),
+        (_, false) => isa.float_rows(),
+    }
+}
+
+impl Rows {
+    /// Makes room for `padded` rows of `k`; `sorted`: some are brought into another order first.
+    fn reserve(
+        &mut self,
+        padded: usize,
+        k: usize,
+        quantised: bool,
+        sorted: bool,
+    ) -> Result<(), Error> {
+        let what = "activation rows";
+        if sorted {
+            self.floats.reserve(padded * k, what)?;
+        }
         if quantised {
             let blocks = k / BLOCK;
-            rows.quants.reserve(padded * k, what)?;
-            rows.scales.reserve(padded * blocks, what)?;
-            rows.sums.reserve(padded * blocks, what)?;
-            rows.first_sums.reserve(padded * blocks, what)?;
-            let quants = Shared::new(rows.quants.as_mut_slice());
-            let scales = Shared::new(rows.scales.as_mut_slice());
-            let sums = Shared::new(rows.sums.as_mut_slice());
-            let first_sums = Shared::new(rows.first_sums.as_mut_slice());
-            pool.each(padded / interleave, &|tile| {
-                let at = tile * interleave;
-                // SAFETY: each tile is written by one task.
-                let out = unsafe {
-                    Quantised {
-                        quants: quants.range(at * k, interleave * k),
-                        scales: scales.range(at * blocks, interleave * blocks),
-                        sums: sums.range(at * blocks, interleave * blocks),
-                        first_sums: first_sums.range(at * blocks, interleave * blocks),
-                        interleave,
-                    }
-                };
-                let x = &self.x[at * k..(at + interleave).min(self.rows) * k];
-                dispatch!(isa, quantize_tile(x: &[f32], k: usize, out: Quantised<'_>));
-            });
-        } else if interleave > 1 {
-            rows.floats.reserve(padded * k, what)?;
-            let floats = Shared::new(rows.floats.as_mut_slice());
-            pool.each(padded / interleave, &|tile| {
-                let at = tile * interleave;
-                // SAFETY: each tile is written by one task.
-                let out = unsafe { floats.range(at * k, interleave * k) };
-                let x = &self.x[at * k..(at + interleave).min(self.rows) * k];
-                for (t, x) in x.chunks_exact(k).enumerate() {
-                    for (out, &x) in out[t..].iter_mut().step_by(interleave).zip(x) {
-                        *out = x;
-                    }
-                }
-            });
+            self.quants.reserve(padded * k, what)?;
+            self.scales.reserve(padded * blocks, what)?;
+            self.sums.reserve(padded * blocks, what)?;
+            self.first_sums.reserve(padded * blocks, what)
+        } else {
+            self.floats.reserve(padded * k, what)
         }
-        Ok(interleave)
+    }
+
+    /// Where several threads write.
+    fn target(&mut self, k: usize, quantised: bool) -> Target {
+        Target {
+            k,
+            quantised,
+            floats: Shared::new(self.floats.as_mut_slice()),
+            quants: Shared::new(self.quants.as_mut_slice()),
+            scales: Shared::new(self.scales.as_mut_slice()),
+            sums: Shared::new(self.sums.as_mut_slice()),
+            first_sums: Shared::new(self.first_sums.as_mut_slice()),
+        }
+    }
+}
+
+/// The buffers of [`Rows`], for threads that write different tiles.
+struct Target {
+    k: usize,
+    quantised: bool,
+    floats: Shared<f32>,
+    quants: Shared<i8>,
+    scales: Shared<f32>,
+    sums: Shared<i32>,
+    first_sums: Shared<i32>,
+}
+
+impl Target {
+    /// Lays out a tile: the rows `x` side by side, from row `at`, their elements in the order of a matrix's columns.
+    ///
+    /// # Safety
+    /// Nobody else has this tile, and there is room for it.
+    unsafe fn tile(
+        &self,
+        x: &[f32],
+        order: Option<&[u32]>,
+        at: usize,
+        interleave: usize,
+        isa: Isa,
+    ) {
+        let k = self.k;
+        if self.quantised {
+            let blocks = k / BLOCK;
+            // SAFETY: the caller's promise.
+            let out = unsafe {
+                Quantised {
+                    quants: self.quants.range(at * k, interleave * k),
+                    scales: self.scales.range(at * blocks, interleave * blocks),
+                    sums: self.sums.range(at * blocks, interleave * blocks),
+                    first_sums: self.first_sums.range(at * blocks, interleave * blocks),
+                    interleave,
+                }
+            };
+            let x = match order {
+                None => x,
+                Some(order) => {
+                    // SAFETY: the caller's promise.
+                    let out = unsafe { self.floats.range(at * k, x.len()) };
+                    in_order(x, order, out);
+                    out
+                }
+            };
+            dispatch!(isa, quantize_tile(x: &[f32], k: usize, out: Quantised<'_>));
+        } else if interleave > 1 {
+            // SAFETY: the caller's promise.
+            let out = unsafe { self.floats.range(at * k, interleave * k) };
+            for (t, x) in x.chunks_exact(k).enumerate() {
+                for (out, &x) in out[t..].iter_mut().step_by(interleave).zip(x) {
+                    *out = x;
+                }
+            }
+        }
+    }
+}
+
+/// Brings each row's elements into the order of a matrix's columns.
+fn in_order(x: &[f32], order: &[u32], out: &mut [f32]) {
+    let rows = x.chunks_exact(order.len());
+    for (x, out) in rows.zip(out.chunks_exact_mut(order.len())) {
+        for (out, &from) in out.iter_mut().zip(order) {
+            *out = x[from as usize];
+        }
     }
 }
 
@@ -202,11 +315,14 @@ impl Share<'_> {
     /// Writes the finished sums of a panel for one activation row.
     #[inline(always)]
     fn finish(&self, row: usize, panel: usize, sums: &[f32; PANEL]) {
-        let n = self.linear.matrix.rows;
+        let n = self.linear.features;
         let len = PANEL.min(self.segment.rows - panel * PANEL);
         let at = self.segment.first + panel * PANEL;
         // SAFETY: the panels of a share belong to one thread, so these elements do.
-        let y = unsafe { self.y.range(row * n + at, len) };
+        let y = unsafe {
+            let column = at - self.linear.first;
+            self.y.range(self.linear.y_at + row * n + column, len)
+        };
         let bias = self.linear.bias.map(|bias| &bias[at..at + len]);
         let add = self.linear.output == Output::Add;
         // The common case at a fixed length, which becomes a vector or two.
@@ -287,6 +403,10 @@ macro_rules! walk {
     }};
 }
 
+mod float8;
+
+use float8::panels_f8;
+
 // No closures in what follows: a closure is a function of its own, and one that is not inlined does not have the instructions enabled.
 
 /// A format whose elements are widened to f32.
@@ -302,6 +422,8 @@ trait FloatFormat {
 trait QuantFormat {
     /// Bytes of a panel's quants for one block.
     const QUANTS: usize;
+    /// What a quant is too large by.
+    const OFFSET: i32;
 
     /// The exact dot products of a block of a vector's rows with `T` blocks of activations; see [`Simd::dot_i8`].
     ///
@@ -330,7 +452,7 @@ unsafe fn float_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
         let mut x = if stride == 1 {
             linear.x.as_ptr()
         } else {
-            share.rows.floats.as_slice()[row * k..].as_ptr()
+            share.rows.floats.as_slice()[(linear.at + row) * k..].as_ptr()
         };
         let zero = S::vsplat(0.0);
         let mut sums = [[[zero; 2]; T]; P];
@@ -368,9 +490,10 @@ unsafe fn quant_tile<F: QuantFormat, S: Simd, const P: usize, const T: usize>(
         let blocks = linear.matrix.cols / BLOCK;
         let stride = share.interleave;
         let weights = panels_at::<P>(share.segment, panel);
-        let mut q = share.rows.quants.as_slice()[row * blocks * BLOCK..].as_ptr();
-        let mut scales = share.rows.scales.as_slice()[row * blocks..].as_ptr();
-        let mut row_sums = share.rows.sums.as_slice()[row * blocks..].as_ptr();
+        let at = linear.at + row;
+        let mut q = share.rows.quants.as_slice()[at * blocks * BLOCK..].as_ptr();
+        let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();
+        let mut row_sums = share.rows.sums.as_slice()[at * blocks..].as_ptr();
         let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
         for block in 0..blocks {
             for p in 0..P {
@@ -392,6 +515,66 @@ unsafe fn quant_tile<F: QuantFormat, S: Simd, const P: usize, const T: usize>(
             row_sums = row_sums.add(stride);
         }
         store::<S, P, T>(share, panel, row, &sums);
+    }
+}
+
+/// A kernel of integer products whose tiles [`panels`] walks.
+trait Tile {
+    /// What it needs to know of the format at run time.
+    type Format: Copy;
+
+    /// Integer products of `T` activation rows from `row` with `P` panels from `panel`.
+    ///
+    /// # Safety
+    /// The share's panels are in the kernel's format, and the processor has the instructions of `S`.
+    unsafe fn tile<S: Simd, const P: usize, const T: usize>(
+        share: &Share<'_>,
+        format: Self::Format,
+        panel: usize,
+        row: usize,
+    );
+}
+
+/// Walks a share: single rows several panels at a time, others in the tiles they are laid out for.
+///
+/// # Safety
+/// The processor has the instructions of `S`, and the share's rows are laid out for it.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise
+unsafe fn panels<K: Tile, S: Simd>(share: &Share<'_>, format: K::Format) {
+    unsafe {
+        let rows = share.linear.rows;
+        if rows == 1 {
+            let mut panel = share.first;
+            while panel + SINGLE_PANELS <= share.last {
+                K::tile::<S, SINGLE_PANELS, 1>(share, format, panel, 0);
+                panel += SINGLE_PANELS;
+            }
+            while panel < share.last {
+                K::tile::<S, 1, 1>(share, format, panel, 0);
+                panel += 1;
+            }
+            return;
+        }
+        let cached = share.cached_rows(share.segment.cols);
+        let mut begin = 0;
+        while begin < rows {
+            let end = (begin + cached).min(rows);
+            for panel in share.first..share.last {
+                let mut row = begin;
+                while row < end {
+                    match (end - row).min(S::QUANT_ROWS) {
+                        1 => K::tile::<S, 1, 1>(share, format, panel, row),
+                        2 => K::tile::<S, 1, 2>(share, format, panel, row),
+                        3 | 4 => K::tile::<S, 1, 4>(share, format, panel, row),
+                        _ if S::QUANT_ROWS > 4 => K::tile::<S, 1, 8>(share, format, panel, row),
+                        _ => unreachable!("tiles have 4 or 8 rows"),
+                    }
+                    row += S::QUANT_ROWS;
+                }
+            }
+            begin = end;
+        }
     }
 }
 
@@ -465,11 +648,12 @@ float_kernel!(panels_bf16, Bf16, u16, vload_bf16);
 
 /// Makes an integer format's kernel: its dot product, and the walk over a share.
 macro_rules! quant_kernel {
-    ($panels:ident, $format:ident, $quants:ident, $dot:ident) => {
+    ($panels:ident, $format:ident, $quants:ident, $offset:literal, $dot:ident) => {
         struct $format;
 
         impl QuantFormat for $format {
             const QUANTS: usize = $quants;
+            const OFFSET: i32 = $offset;
 
             #[inline(always)]
             unsafe fn dots<S: Simd, const T: usize>(
@@ -493,8 +677,8 @@ macro_rules! quant_kernel {
     };
 }
 
-quant_kernel!(panels_q8_0, Q8_0, Q8_0_QUANTS, dot_i8);
-quant_kernel!(panels_q4_0, Q4_0, Q4_0_QUANTS, dot_q4);
+quant_kernel!(panels_q8_0, Q8_0, Q8_0_QUANTS, 128, dot_i8);
+quant_kernel!(panels_q4_0, Q4_0, Q4_0_QUANTS, 8, dot_q4);
 
 /// Multiplies a share with the kernel of its format.
 fn multiply(share: &Share<'_>, isa: Isa) {
@@ -517,6 +701,8 @@ fn multiply(share: &Share<'_>, isa: Isa) {
         Format::Tq1_0 => blocks::tq1_0(share, isa),
         Format::Tq2_0 => blocks::tq2_0(share, isa),
         Format::Mxfp4 => blocks::mxfp4(share, isa),
+        Format::Grouped(grouped) => integers::multiply(share, grouped, isa),
+        Format::F8E4m3 { .. } => dispatch!(isa, panels_f8(share: &Share<'_>)),
     }
 }
 

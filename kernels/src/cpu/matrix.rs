@@ -8,16 +8,20 @@
 //! | f32, f16, bf16 | `[k][PANEL]` elements | each k: one element of every row |
 //! | Q8_0 | `[k/32]` × 8 groups of 64 bytes, then `[k/32][PANEL]` f16 scales | see [`super::simd::Simd::dot_i8`] |
 //! | Q4_0 | `[k/32]` × 4 groups of 64 bytes, then `[k/32][PANEL]` f16 scales | see [`super::simd::Simd::dot_q4`] |
+//! | grouped, E4M3 | one unit a group, see [`super::groups`] | `integers` and `float8` of [`super::linear`] |
 //! | other quantised ones | one unit a block, see [`super::planes`] | [`super::linear`]'s blocks |
+
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::{bf16, f16};
 
+use super::groups;
 use super::memory::{Buffer, Shared};
 use super::planes::{read_row, unit_bytes, write_row};
 use super::pool::Pool;
 pub(crate) use super::simd::PANEL;
 use super::simd::QUAD;
-use crate::quantize::{self, BLOCK, BlockFormat, with_block_format};
+use crate::quantize::{self, BLOCK, BlockFormat, LARGEST_BLOCK, Tq2_0, with_block_format};
 use crate::{Error, Format, MatrixPart};
 
 /// Bytes of a panel's f16 scales for one block.
@@ -32,6 +36,8 @@ pub struct Matrix {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) segments: Vec<Segment>,
+    /// Orders of columns, each the input feature of every column. `[cols]`
+    orders: Vec<Vec<u32>>,
 }
 
 /// Consecutive rows of a matrix, packed in one format.
@@ -41,7 +47,18 @@ pub(crate) struct Segment {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) format: Format,
+    /// Which of the matrix's orders its columns are in, where they are sorted.
+    order: Option<usize>,
     pub(crate) data: Buffer<u8>,
+}
+
+/// What a segment wants of the activations it is multiplied with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Layout {
+    /// Integers, or floats.
+    pub(crate) integers: bool,
+    /// Which of the matrix's orders they are in.
+    pub(crate) order: Option<usize>,
 }
 
 impl std::fmt::Debug for Matrix {
@@ -61,6 +78,8 @@ pub(crate) fn panel_bytes(format: Format, cols: usize) -> usize {
         Format::F16 | Format::Bf16 => PANEL * cols * 2,
         Format::Q8_0 => cols / BLOCK * (Q8_0_QUANTS + SCALES),
         Format::Q4_0 => cols / BLOCK * (Q4_0_QUANTS + SCALES),
+        Format::Grouped(grouped) => cols / grouped.group * groups::unit_bytes(grouped),
+        Format::F8E4m3 { group } => cols / group * groups::f8_unit_bytes(group),
         _ => with_block_format!(format, F => cols / F::SIZE * unit_bytes::<F>(), 0),
     }
 }
@@ -87,13 +106,23 @@ impl Matrix {
             .iter()
             .map(|part| target(part, quantize))
             .collect::<Result<Vec<_>, _>>()?;
+        let mut orders: Vec<Vec<u32>> = Vec::new();
         let mut segments = Vec::new();
         let (mut begin, mut first) = (0, 0);
         while begin < parts.len() {
             let format = targets[begin];
-            let same = targets[begin..].iter().take_while(|&&t| t == format);
+            let order = parts[begin].order;
+            let same = targets[begin..].iter().zip(&parts[begin..]);
+            let same = same.take_while(|&(&target, part)| target == format && part.order == order);
             let end = begin + same.count();
-            let segment = Segment::pack(&parts[begin..end], format, first, pool)?;
+            let order = order.map(|order| {
+                let known = orders.iter().position(|known| known == order);
+                known.unwrap_or_else(|| {
+                    orders.push(order.to_vec());
+                    orders.len() - 1
+                })
+            });
+            let segment = Segment::pack(&parts[begin..end], format, order, first, pool)?;
             first += segment.rows;
             begin = end;
             segments.push(segment);
@@ -102,6 +131,20 @@ impl Matrix {
             rows,
             cols,
             segments,
+            orders,
+        })
+    }
+
+    /// The input feature of each column of segments with this layout, where they are sorted.
+    pub(crate) fn order(&self, layout: Layout) -> Option<&[u32]> {
+        layout.order.map(|order| &self.orders[order][..])
+    }
+
+    /// Whether a panel has rows of two parts, where every part is `features` rows.
+    pub(crate) fn parts_share_a_panel(&self, features: usize) -> bool {
+        self.segments.iter().any(|segment| {
+            let left = features - segment.first % features;
+            segment.rows > left && !left.is_multiple_of(PANEL)
         })
     }
 
@@ -115,7 +158,8 @@ impl Matrix {
     pub(crate) fn row(&self, row: usize, scale: f32, out: &mut [f32]) {
         let last = self.segments.partition_point(|s| s.first <= row) - 1;
         let segment = &self.segments[last];
-        segment.row(row - segment.first, scale, out);
+        let order = self.order(segment.layout());
+        segment.row(row - segment.first, scale, order, out);
     }
 }
 
@@ -124,6 +168,7 @@ impl Segment {
     fn pack(
         parts: &[MatrixPart<'_>],
         format: Format,
+        order: Option<usize>,
         first: usize,
         pool: &Pool,
     ) -> Result<Self, Error> {
@@ -143,22 +188,42 @@ impl Segment {
         })?;
         let mut data = Buffer::zeroed(total, "a weight matrix")?;
         let out = Shared::new(data.as_mut_slice());
+        let lossy = AtomicUsize::new(usize::MAX);
         pool.each(panels, &|panel| {
             // SAFETY: each panel is written by one task, and `data` outlives the call.
             let out = unsafe { out.range(panel * bytes, bytes) };
             for lane in 0..PANEL {
-                if let Some((part, row)) = locate(parts, panel * PANEL + lane) {
-                    pack_row(part, row, format, lane, out);
+                let at = panel * PANEL + lane;
+                if let Some((part, row)) = locate(parts, at) {
+                    if format == Format::Tq2_0 && !part.format.is_quantised() {
+                        if pack_ternary(part, row, lane, out).is_err() {
+                            lossy.fetch_min(at, Ordering::Relaxed);
+                        }
+                    } else {
+                        pack_row(part, row, format, lane, out);
+                    }
                 }
             }
         });
+        if let Some((part, row)) = locate(parts, lossy.into_inner()) {
+            return Err(not_ternary(part, row));
+        }
         Ok(Self {
             first,
             rows,
             cols,
             format,
+            order,
             data,
         })
+    }
+
+    /// What it wants of activations.
+    pub(crate) fn layout(&self) -> Layout {
+        Layout {
+            integers: self.format.multiplies_integers(),
+            order: self.order,
+        }
     }
 
     /// One packed panel's bytes.
@@ -167,8 +232,8 @@ impl Segment {
         &self.data.as_slice()[panel * bytes..(panel + 1) * bytes]
     }
 
-    /// Widens row `row` to `out`, times `scale`. `[cols]`
-    fn row(&self, row: usize, scale: f32, out: &mut [f32]) {
+    /// Widens row `row` to `out`, times `scale`; column `k` goes to `order[k]`. `[cols]`
+    fn row(&self, row: usize, scale: f32, order: Option<&[u32]>, out: &mut [f32]) {
         let panel = self.panel(row / PANEL);
         let lane = row % PANEL;
         let at16 = |k: usize| {
@@ -201,6 +266,10 @@ impl Segment {
                     *out = value(k) * scale;
                 }
             }
+            Format::Grouped(grouped) => {
+                groups::read_row(grouped, panel, lane, scale, order, out);
+            }
+            Format::F8E4m3 { group } => groups::read_f8_row(group, panel, lane, scale, out),
             _ => with_block_format!(self.format, F => read_row::<F>(panel, lane, scale, out), ()),
         }
     }
@@ -217,12 +286,12 @@ fn scale_at(panel: &[u8], cols: usize, block: usize, lane: usize, quants: usize)
 }
 
 /// Where element `k` of a lane is in a block of Q8_0 quants.
-fn q8_0_offset(lane: usize, k: usize) -> usize {
+pub(crate) fn q8_0_offset(lane: usize, k: usize) -> usize {
     k / 4 * QUAD + lane * 4 + k % 4
 }
 
 /// Where element `k` of a lane is in a block of Q4_0 quants, and whether it is the high half of that byte.
-fn q4_0_offset(lane: usize, k: usize) -> (usize, bool) {
+pub(crate) fn q4_0_offset(lane: usize, k: usize) -> (usize, bool) {
     (k / 8 * QUAD + lane * 4 + k % 4, k % 8 >= 4)
 }
 
@@ -233,6 +302,7 @@ fn check(part: &MatrixPart<'_>, cols: usize) -> Result<(), Error> {
             part.rows, part.cols
         )));
     }
+    check_order(part)?;
     let expected = part
         .format
         .row_bytes(cols)
@@ -252,15 +322,41 @@ fn check(part: &MatrixPart<'_>, cols: usize) -> Result<(), Error> {
     }
 }
 
+/// Refuses an order that is no permutation: it would read activations that are not there.
+fn check_order(part: &MatrixPart<'_>) -> Result<(), Error> {
+    let Some(order) = part.order else {
+        return Ok(());
+    };
+    if !matches!(part.format, Format::Grouped(_)) {
+        return Err(Error::Shape(format!(
+            "{:?} with an order of columns; only grouped integers have one",
+            part.format
+        )));
+    }
+    let mut seen = vec![false; part.cols];
+    let mut once = |&feature: &u32| {
+        let seen = seen.get_mut(feature as usize);
+        seen.is_some_and(|seen| !std::mem::replace(seen, true))
+    };
+    if order.len() == part.cols && order.iter().all(&mut once) {
+        return Ok(());
+    }
+    Err(Error::Shape(format!(
+        "an order of {} columns that is no permutation of {}",
+        order.len(),
+        part.cols
+    )))
+}
+
 /// The format a part's rows are packed in: their own, or what they are quantised to.
 fn target(part: &MatrixPart<'_>, quantize: Option<Format>) -> Result<Format, Error> {
     match quantize {
         // Already quantised: kept as it is; widening it or quantising it again would change it.
         _ if part.format.is_quantised() => Ok(part.format),
         None => Ok(part.format),
-        Some(format @ (Format::Q8_0 | Format::Q4_0)) => Ok(format),
+        Some(format @ (Format::Q8_0 | Format::Q4_0 | Format::Tq2_0)) => Ok(format),
         Some(format) if format.is_quantised() => Err(Error::Shape(format!(
-            "cannot quantise to {format:?}; expected Q8_0 or Q4_0"
+            "cannot quantise to {format:?}; expected Q8_0, Q4_0 or Tq2_0"
         ))),
         Some(format) => Err(Error::Shape(format!(
             "{format:?} is not a quantised format"
@@ -336,8 +432,40 @@ fn pack_row(part: &MatrixPart<'_>, row: usize, format: Format, lane: usize, out:
                 }
             }
         }
+        Format::Grouped(grouped) => groups::write_row(grouped, stored, lane, out),
+        Format::F8E4m3 { group } => groups::write_f8_row(group, stored, lane, out),
         _ => with_block_format!(format, F => write_row::<F>(stored, lane, out), ()),
     }
+}
+
+/// Writes one stored row of floats into its lane of a panel of TQ2_0; refuses what would not be the same.
+fn pack_ternary(
+    part: &MatrixPart<'_>,
+    row: usize,
+    lane: usize,
+    out: &mut [u8],
+) -> Result<(), (f32, f32)> {
+    let bytes = part.data.len() / part.rows;
+    let stored = &part.data[row * bytes..(row + 1) * bytes];
+    let mut blocks = Vec::with_capacity(part.cols / LARGEST_BLOCK * Tq2_0::BYTES);
+    for block in 0..part.cols / LARGEST_BLOCK {
+        let at = |i| float_at(part.format, stored, block * LARGEST_BLOCK + i);
+        blocks.extend(quantize::tq2_0(&std::array::from_fn(at))?);
+    }
+    write_row::<Tq2_0>(&blocks, lane, out);
+    Ok(())
+}
+
+fn not_ternary(part: &MatrixPart<'_>, row: usize) -> Error {
+    let mut panel = vec![0; panel_bytes(Format::Tq2_0, part.cols)];
+    let why = match pack_ternary(part, row, 0, &mut panel) {
+        Err((value, largest)) if value != largest => format!("{value} beside {largest}"),
+        Err((value, _)) => format!("{value}, which is no f16"),
+        Ok(()) => "nothing".to_owned(),
+    };
+    Error::Shape(format!(
+        "cannot quantise to TQ2_0: row {row} has {why}, but every 256 weights must be -s, 0 and s for some s; is the model ternary?"
+    ))
 }
 
 fn block_at<const N: usize>(row: &[u8], block: usize) -> &[u8; N] {

@@ -15,10 +15,12 @@
 mod attention;
 mod backend;
 mod elementwise;
+mod groups;
 mod kv;
 mod linear;
 mod matrix;
 mod memory;
+mod moe;
 mod planes;
 mod pool;
 pub mod rows;

@@ -1,9 +1,13 @@
-//! GGML's block formats in plain Rust: what a stored block means, bit for bit.
+//! Quantised formats in plain Rust: what a stored block means, bit for bit.
 //!
-//! Every quantised format is one type that implements [`BlockFormat`], one file a family. It takes a stored block apart into *quants* (small
+//! Every one of GGML's formats is one type that implements [`BlockFormat`], one file a family. It takes a stored block apart into *quants* (small
 //! unsigned integers in order of k) and *side* data (scales and minima), from which both the exact values and the packed layout of the CPU
 //! kernels are made. The reference is the `gguf` Python package; `tests/dequantize.rs` compares.
+//!
+//! Checkpoints of other tools quantise groups whose size is the checkpoint's choice. They are data and not types: see [`Grouped`] and [`e4m3`].
 
+pub mod e4m3;
+mod grouped;
 mod iq4;
 mod k_quants;
 mod mxfp4;
@@ -16,6 +20,7 @@ use half::{bf16, f16};
 
 use crate::Format;
 
+pub use grouped::{Bits, Grouped, Scale, Zero};
 pub use iq4::{Iq4Nl, Iq4Xs};
 pub use k_quants::{Q2K, Q3K, Q4K, Q5K, Q6K};
 pub use mxfp4::{Mxfp4, e8m0_half};
@@ -23,7 +28,7 @@ pub use q4::{Q4_0, Q4_0_BYTES, Q4_1, q4_0, read_q4_0, write_q4_0};
 pub use q5::{Q5_0, Q5_1};
 pub use q8::{Q8_0, Q8_0_BYTES, q8_0, read_q8_0, write_q8_0};
 pub(crate) use tq::trit;
-pub use tq::{Tq1_0, Tq2_0};
+pub use tq::{Tq1_0, Tq2_0, tq2_0};
 
 /// Elements that one activation scale covers, along k; every block is a multiple of it.
 pub const BLOCK: usize = 32;
@@ -91,7 +96,11 @@ macro_rules! with_block_format {
     ($format:expr, $F:ident => $body:expr, $float:expr) => {{
         use $crate::quantize as q;
         match $format {
-            $crate::Format::F32 | $crate::Format::F16 | $crate::Format::Bf16 => $float,
+            $crate::Format::F32
+            | $crate::Format::F16
+            | $crate::Format::Bf16
+            | $crate::Format::Grouped(_)
+            | $crate::Format::F8E4m3 { .. } => $float,
             $crate::Format::Q4_0 => $crate::quantize::with_block_format!(@ $F, q::Q4_0, $body),
             $crate::Format::Q4_1 => $crate::quantize::with_block_format!(@ $F, q::Q4_1, $body),
             $crate::Format::Q5_0 => $crate::quantize::with_block_format!(@ $F, q::Q5_0, $body),
@@ -117,7 +126,7 @@ macro_rules! with_block_format {
 pub(crate) use with_block_format;
 
 impl Format {
-    /// Every format there is.
+    /// Every format that has no parameters.
     pub const ALL: [Self; 18] = [
         Self::F32,
         Self::F16,
@@ -160,26 +169,47 @@ impl Format {
             Self::Tq1_0 => "tq1_0",
             Self::Tq2_0 => "tq2_0",
             Self::Mxfp4 => "mxfp4",
+            Self::Grouped(grouped) => grouped.bits.name(),
+            Self::F8E4m3 { .. } => "f8_e4m3",
         }
     }
 
-    /// Whether elements are quants in blocks.
+    /// Whether elements are quants in blocks, under a scale.
     pub fn is_quantised(self) -> bool {
         !matches!(self, Self::F32 | Self::F16 | Self::Bf16)
     }
 
+    /// Whether products with it are of integers: activations are quantised for them.
+    pub fn multiplies_integers(self) -> bool {
+        self.is_quantised() && !matches!(self, Self::F8E4m3 { .. })
+    }
+
     /// Elements of a block; 1 for floats.
     pub fn block_size(self) -> usize {
-        with_block_format!(self, F => F::SIZE, 1)
+        match self {
+            Self::Grouped(grouped) => grouped.group,
+            Self::F8E4m3 { group } => group,
+            _ => with_block_format!(self, F => F::SIZE, 1),
+        }
     }
 
     /// Bytes of a stored block; of an element, for floats.
     pub fn block_bytes(self) -> usize {
-        with_block_format!(self, F => F::BYTES, if self == Self::F32 { 4 } else { 2 })
+        match self {
+            Self::Grouped(grouped) => grouped.block_bytes(),
+            Self::F8E4m3 { group } => e4m3::block_bytes(group),
+            Self::F32 => 4,
+            _ => with_block_format!(self, F => F::BYTES, 2),
+        }
     }
 
     /// Bytes of a stored row of `cols` elements; `None` where the format cannot hold it.
     pub fn row_bytes(self, cols: usize) -> Option<usize> {
+        if let Self::Grouped(grouped) = self
+            && !grouped.is_valid()
+        {
+            return None;
+        }
         if !cols.is_multiple_of(self.block_size()) {
             return None;
         }
@@ -204,6 +234,8 @@ impl Format {
                     .iter()
                     .map(|b| bf16::from_le_bytes(*b).to_f32()),
             ),
+            Self::Grouped(grouped) => grouped.dequantize(stored, out),
+            Self::F8E4m3 { group } => e4m3::dequantize(group, stored, out),
             _ => with_block_format!(self, F => dequantize_blocks::<F>(stored, out), ()),
         }
     }

@@ -71,3 +71,25 @@ impl BlockFormat for Tq2_0 {
         side.halves[0].to_f32()
     }
 }
+
+/// Stores 256 weights that are minus something, zero and plus something as a TQ2_0 block: nothing is lost.
+///
+/// # Errors
+/// Not ternary: a weight that does not fit, and the largest magnitude.
+pub fn tq2_0(x: &[f32; LARGEST_BLOCK]) -> Result<[u8; Tq2_0::BYTES], (f32, f32)> {
+    let largest = x.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+    let scale = f16::from_f32(largest);
+    if scale.to_f32().to_bits() != largest.to_bits() {
+        return Err((largest, largest));
+    }
+    let mut block = [0; Tq2_0::BYTES];
+    for (k, &v) in x.iter().enumerate() {
+        if v != 0.0 && v.abs().to_bits() != largest.to_bits() {
+            return Err((v, largest));
+        }
+        let quant = 1 + u8::from(v > 0.0) - u8::from(v < 0.0);
+        block[32 * (k / 128) + k % 32] |= quant << (2 * (k % 128 / 32));
+    }
+    block[64..].copy_from_slice(&scale.to_le_bytes());
+    Ok(block)
+}

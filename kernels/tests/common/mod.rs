@@ -3,9 +3,34 @@
 
 use half::{bf16, f16};
 use quire_kernels::cpu::{Activations, CpuBackend, CpuOptions, Isa};
+use quire_kernels::quantize::{Bits, Grouped, Scale, Zero, e4m3};
 use quire_kernels::{Backend, Format, MatrixPart, Span, Step, quantize};
 
-pub const FORMATS: [Format; 18] = Format::ALL;
+/// Every format; of those with parameters, every kernel with groups and scales that make a difference.
+pub fn formats() -> Vec<Format> {
+    let grouped = |bits, group, scale, zero| {
+        Format::Grouped(Grouped {
+            bits,
+            group,
+            scale,
+            zero,
+        })
+    };
+    let mut formats = Format::ALL.to_vec();
+    formats.extend([
+        grouped(Bits::Two, 256, Scale::F32, Zero::Point),
+        grouped(Bits::Two, 32, Scale::Bf16, Zero::Bias),
+        grouped(Bits::Four, 32, Scale::F32, Zero::Point),
+        grouped(Bits::Four, 128, Scale::F16, Zero::Point),
+        grouped(Bits::Four, 64, Scale::Bf16, Zero::Bias),
+        grouped(Bits::Four, 96, Scale::F32, Zero::Bias),
+        grouped(Bits::Eight, 64, Scale::Bf16, Zero::Point),
+        grouped(Bits::Eight, 32, Scale::F16, Zero::Bias),
+        Format::F8E4m3 { group: 128 },
+        Format::F8E4m3 { group: 36 },
+    ]);
+    formats
+}
 
 /// SplitMix64 (Steele et al. 2014).
 pub struct Random(pub u64);
@@ -87,6 +112,20 @@ pub fn encode(format: Format, x: &[f32]) -> (Vec<u8>, Vec<f32>) {
                 values.extend(q.map(|q| scale.to_f32() * (f32::from(q) - 8.0)));
             }
         }
+        Format::Grouped(grouped) => {
+            for block in x.chunks_exact(grouped.group) {
+                bytes.extend(random_group(grouped, block));
+            }
+            format.dequantize(&bytes, &mut values);
+        }
+        Format::F8E4m3 { group } => {
+            for block in x.chunks_exact(group) {
+                bytes.extend((block[0] / 100.0).to_le_bytes());
+                let quants = block.iter().map(|x| x.to_bits().wrapping_mul(11) as u8);
+                bytes.extend(quants.map(|b| if e4m3::is_nan(b) { 1 } else { b }));
+            }
+            format.dequantize(&bytes, &mut values);
+        }
         _ => {
             for block in x.chunks_exact(format.block_size()) {
                 bytes.extend(random_block(format, block));
@@ -122,12 +161,32 @@ fn random_block(format: Format, x: &[f32]) -> Vec<u8> {
     block
 }
 
+/// A group of random quants: `x` decides its scale.
+fn random_group(grouped: Grouped, x: &[f32]) -> Vec<u8> {
+    let mut random = Random(u64::from(x[0].to_bits()));
+    let float = |x: f32| match grouped.scale {
+        Scale::F16 => f16::from_f32(x).to_le_bytes().to_vec(),
+        Scale::Bf16 => bf16::from_f32(x).to_le_bytes().to_vec(),
+        Scale::F32 => x.to_le_bytes().to_vec(),
+    };
+    let largest = (1 << grouped.bits.count()) as f32;
+    let mut block = float(x[0] / largest);
+    match grouped.zero {
+        Zero::Point => block.push(random.below(largest as usize) as u8),
+        Zero::Bias => block.extend(float(x[1])),
+    }
+    let quants = grouped.block_bytes() - block.len();
+    block.extend((0..quants).map(|_| random.next() as u8));
+    block
+}
+
 pub fn part(rows: usize, cols: usize, format: Format, data: &[u8]) -> MatrixPart<'_> {
     MatrixPart {
         rows,
         cols,
         format,
         data,
+        order: None,
     }
 }
 

@@ -6,8 +6,14 @@ use super::super::CheckpointError;
 use super::Gguf;
 use super::reader::Value;
 
+/// What llama.cpp calls the families whose names differ from transformers'.
+const ARCHITECTURES: [(&str, &str); 3] = [
+    ("qwen3moe", "qwen3_moe"),
+    ("gemma3", "gemma3_text"),
+    ("gpt-oss", "gpt_oss"),
+];
 /// Fields of `config.json`, and what follows the architecture's name in GGUF metadata.
-const FIELDS: [(&str, &str); 9] = [
+const FIELDS: [(&str, &str); 20] = [
     ("hidden_size", "embedding_length"),
     ("intermediate_size", "feed_forward_length"),
     ("num_hidden_layers", "block_count"),
@@ -17,17 +23,32 @@ const FIELDS: [(&str, &str); 9] = [
     ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
     ("max_position_embeddings", "context_length"),
     ("rope_theta", "rope.freq_base"),
+    ("rope_local_base_freq", "rope.freq_base_swa"),
+    ("sliding_window", "attention.sliding_window"),
+    ("attn_logit_softcapping", "attn_logit_softcapping"),
+    ("final_logit_softcapping", "final_logit_softcapping"),
+    ("attention_multiplier", "attention.scale"),
+    ("embedding_multiplier", "embedding_scale"),
+    ("residual_multiplier", "residual_scale"),
+    ("logits_scaling", "logit_scale"),
+    ("num_experts", "expert_count"),
+    ("num_experts_per_tok", "expert_used_count"),
+    ("moe_intermediate_size", "expert_feed_forward_length"),
 ];
-/// Keys whose presence means arithmetic that the decoder does not have, unless they have this value.
-const UNSUPPORTED: [(&str, f64); 8] = [
-    ("expert_count", 0.0),
-    ("attention.sliding_window", 0.0),
-    ("attn_logit_softcapping", 0.0),
-    ("final_logit_softcapping", 0.0),
-    ("logit_scale", 1.0),
-    ("embedding_scale", 1.0),
-    ("residual_scale", 1.0),
-    ("attention.scale", 0.0),
+/// Keys whose presence means arithmetic that the decoder does for these architectures only; to others they may say what is so anyway.
+const SPECIAL: [(&str, f64, &[&str]); 8] = [
+    ("expert_count", 0.0, &["qwen3moe", "gpt-oss"]),
+    (
+        "attention.sliding_window",
+        0.0,
+        &["gemma2", "gemma3", "gpt-oss", "phi3"],
+    ),
+    ("attn_logit_softcapping", 0.0, &["gemma2"]),
+    ("final_logit_softcapping", 0.0, &["gemma2", "gemma3"]),
+    ("logit_scale", 1.0, &["granite"]),
+    ("embedding_scale", 1.0, &["granite"]),
+    ("residual_scale", 1.0, &["granite"]),
+    ("attention.scale", 0.0, &["granite"]),
 ];
 /// What `general.sampling.` calls the fields of a `generation_config.json`.
 const SAMPLING: [(&str, &str); 5] = [
@@ -42,14 +63,19 @@ const SAMPLING: [(&str, &str); 5] = [
 pub(super) fn config_json(gguf: &Gguf) -> Result<Json, CheckpointError> {
     let architecture = gguf.architecture();
     let mut json = Map::new();
-    json.insert("model_type".to_owned(), architecture.into());
+    let renamed = ARCHITECTURES.iter().find(|pair| pair.0 == architecture);
+    let family = renamed.map_or(architecture, |pair| pair.1);
+    json.insert("model_type".to_owned(), family.into());
     for (field, key) in FIELDS {
         let key = format!("{architecture}.{key}");
         if let Some(value) = gguf.metadata(&key) {
             json.insert(field.to_owned(), uniform(value.json(gguf.data())));
         }
     }
-    for (key, allowed) in UNSUPPORTED {
+    for (key, allowed, by) in SPECIAL {
+        if by.contains(&architecture) {
+            continue;
+        }
         let key = format!("{architecture}.{key}");
         if let Some(value) = gguf.metadata(&key) {
             let number = value.unsigned().map(|v| v as f64).or(value.float());
@@ -70,8 +96,51 @@ pub(super) fn config_json(gguf: &Gguf) -> Result<Json, CheckpointError> {
     ] {
         json.insert(field.to_owned(), gguf.shape(tensor).is_some().into());
     }
+    habits(architecture, &mut json);
     rope(gguf, architecture, &mut json)?;
     Ok(json.into())
+}
+
+/// What llama.cpp knows of an architecture and does not write.
+fn habits(architecture: &str, json: &mut Map<String, Json>) {
+    let number = |json: &Map<String, Json>, field: &str| json.get(field).and_then(Json::as_u64);
+    // None is written as 0.
+    if number(json, "sliding_window") == Some(0) {
+        json.remove("sliding_window");
+    }
+    match architecture {
+        "qwen3moe" => {
+            json.insert("norm_topk_prob".to_owned(), true.into());
+        }
+        "gemma2" | "gemma3" => {
+            // The largest of either scales attention by the width of a head that has as many as it should.
+            let largest = if architecture == "gemma2" { 46 } else { 62 };
+            let scalar = if number(json, "num_hidden_layers") == Some(largest) {
+                number(json, "hidden_size")
+                    .zip(number(json, "num_attention_heads"))
+                    .and_then(|(hidden, heads)| hidden.checked_div(heads))
+            } else {
+                number(json, "head_dim")
+            };
+            if let Some(scalar) = scalar {
+                json.insert("query_pre_attn_scalar".to_owned(), scalar.into());
+            }
+        }
+        "gpt-oss" => {
+            if let Some(width) = json.get("moe_intermediate_size").cloned() {
+                json.insert("intermediate_size".to_owned(), width);
+            }
+        }
+        _ => {}
+    }
+    // A family's defaults are for files that leave out what these never do.
+    for field in [
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "sliding_window",
+    ] {
+        json.entry(field).or_insert(Json::Null);
+    }
 }
 
 fn rope(
@@ -89,9 +158,13 @@ fn rope(
     if let (Some(rotated), Some(of_head)) = (number("dimension_count"), of_head)
         && rotated != of_head
     {
-        let value = Value::Unsigned(rotated);
-        let expected = format!("the size of a head ({of_head})");
-        return Err(gguf.wrong(&key("dimension_count"), &value, &expected));
+        if rotated == 0 || rotated > of_head || rotated % 2 != 0 {
+            let value = Value::Unsigned(rotated);
+            let expected = format!("an even number up to the size of a head ({of_head})");
+            return Err(gguf.wrong(&key("dimension_count"), &value, &expected));
+        }
+        let share = rotated as f64 / of_head as f64;
+        json.insert("partial_rotary_factor".to_owned(), share.into());
     }
     let value_length = gguf.metadata(&format!("{architecture}.attention.value_length"));
     if let (Some(value), Some(of_head)) = (value_length, of_head)
@@ -108,8 +181,22 @@ fn rope(
         Some(kind) => {
             let mut scaling = Map::new();
             scaling.insert("rope_type".to_owned(), kind);
-            if let Some(factor) = gguf.metadata(&key("scaling.factor")) {
-                scaling.insert("factor".to_owned(), factor.json(gguf.data()));
+            for (field, of) in [
+                ("factor", "scaling.factor"),
+                (
+                    "original_max_position_embeddings",
+                    "scaling.original_context_length",
+                ),
+                ("beta_fast", "scaling.yarn_beta_fast"),
+                ("beta_slow", "scaling.yarn_beta_slow"),
+            ] {
+                if let Some(value) = gguf.metadata(&key(of)) {
+                    scaling.insert(field.to_owned(), value.json(gguf.data()));
+                }
+            }
+            // As its authors have it; llama.cpp rounds.
+            if architecture == "gpt-oss" {
+                scaling.insert("truncate".to_owned(), false.into());
             }
             json.insert("rope_scaling".to_owned(), scaling.into());
         }

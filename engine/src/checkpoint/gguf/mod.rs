@@ -17,20 +17,24 @@ use super::files::{self, Bytes};
 use super::tensors::Tensors;
 use super::{Checkpoint, CheckpointError};
 use crate::model::RopeScaling;
-use crate::tokenizer::{ChatTemplate, Tokenizer, Vocabulary};
+use crate::tokenizer::{ChatTemplate, Token, Tokenizer, Vocabulary};
 
 use reader::{Header, Value};
 
-pub(super) use names::{ours, theirs};
+pub(super) use names::Names;
 pub(super) use reader::TensorInfo;
 
 /// Tokens of this text end an answer, whatever the metadata says: as llama.cpp sees it.
-const ENDS: [&str; 8] = [
+const ENDS: [&str; 12] = [
     "<|eot_id|>",
     "<|im_end|>",
     "<|end|>",
     "<|return|>",
+    "<|call|>",
     "<|endoftext|>",
+    "<|end_of_text|>",
+    "<EOT>",
+    "</s>",
     "<|eom_id|>",
     "<end_of_turn>",
     "<｜end▁of▁sentence｜>",
@@ -136,25 +140,35 @@ impl Gguf {
             .map_err(|error| CheckpointError::file(self.file(), error))?;
 
         // Converters for the llama architecture store the rows of a head in the order of the other RoPE: pairs side by side.
-        let interleaved = (self.architecture() == "llama").then_some(config.head_dim);
+        let pairs = ["llama", "granite", "smollm3"].contains(&self.architecture());
+        let interleaved = pairs.then_some(config.head_dim);
+        let names = Names::of(self.architecture());
+        // They also add what Gemma's norms are stored less of.
+        config.norm_offset = 0.0;
+        let attention_factor = self.rope_number("scaling.attn_factor");
+        let original = self.rope_number("scaling.original_context_length");
         let name = model_name(self.file());
         let license = self.string("general.license")?.map(str::to_owned);
         let parts = self.parts.into_iter().zip(self.headers);
         let parts = parts.map(|(part, header)| (part.name, part.bytes, header.tensors));
-        let mut tensors = Tensors::from_gguf(parts, interleaved)?;
-        let factors = "rope_freqs.weight";
-        if tensors.contains(factors) {
-            let view = tensors.get(factors, &[config.head_dim / 2])?;
-            let mut values = Vec::new();
-            view.format.dequantize(&view.data, &mut values);
-            if let Some(wrong) = values.iter().find(|&&v| !(v > 0.0 && v < 1e9)) {
-                return Err(CheckpointError::file(
-                    name,
-                    format!("tensor `{factors}` holds {wrong}, expected positive numbers"),
-                ));
-            }
-            config.rope.scaling = RopeScaling::Divisors(values);
-            tensors.leave_out(factors);
+        let mut tensors = Tensors::from_gguf(parts, names, interleaved)?;
+        let count = config.ropes[0].rotated / 2;
+        if let Some(divisors) = divisors(&mut tensors, &name, "rope_freqs.weight", count)? {
+            config.ropes[0].scaling = RopeScaling::Divisors(divisors);
+        }
+        let long = divisors(&mut tensors, &name, "rope_factors_long.weight", count)?;
+        let short = divisors(&mut tensors, &name, "rope_factors_short.weight", count)?;
+        if let (Some(long), Some(short)) = (long, short) {
+            let original = original.unwrap_or(config.max_position as f64);
+            config.ropes[0].scaling = RopeScaling::LongRope {
+                short,
+                long,
+                original_max_position: original as u32,
+            };
+            config.ropes[0].scale = attention_factor.unwrap_or_else(|| {
+                let factor = config.max_position as f64 / original;
+                (1.0 + factor.max(1.0).ln() / original.ln()).sqrt()
+            }) as f32;
         }
         Ok(Checkpoint {
             name,
@@ -165,6 +179,13 @@ impl Gguf {
             license,
             tensors,
         })
+    }
+
+    /// A positive number that the metadata has under the architecture's `rope.`.
+    fn rope_number(&self, key: &str) -> Option<f64> {
+        let value = self.metadata(&format!("{}.rope.{key}", self.architecture()))?;
+        let number = value.unsigned().map(|v| v as f64).or(value.float());
+        number.filter(|number| (1.0..1e9).contains(number))
     }
 
     fn generation(
@@ -179,11 +200,7 @@ impl Gguf {
         for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
             generation.eos.extend(self.token_id(key, vocab_size)?);
         }
-        for (id, token) in vocabulary.tokens.iter().enumerate() {
-            if token.kind.is_special() && ENDS.contains(&token.text.as_str()) {
-                generation.eos.push(TokenId(id as u32));
-            }
-        }
+        generation.eos.extend(ends(&vocabulary.tokens));
         generation.eos.sort_unstable();
         generation.eos.dedup();
         generation.eos.retain(|id| (id.0 as usize) < vocab_size);
@@ -247,6 +264,48 @@ impl Gguf {
         }
         Ok(special)
     }
+}
+
+/// The tokens that end an answer by what they are called.
+fn ends(tokens: &[Token]) -> Vec<TokenId> {
+    let control = |text: &str| {
+        let is = |token: &Token| token.kind.is_special() && token.text == text;
+        tokens.iter().any(is)
+    };
+    // In gpt-oss's format <|end|> ends a message, of which an answer has several.
+    let harmony = control("<|return|>") && control("<|call|>");
+    let mut ends = Vec::new();
+    for (id, token) in tokens.iter().enumerate() {
+        let text = token.text.as_str();
+        let named = ENDS.contains(&text) && !(harmony && text == "<|end|>");
+        if named && token.kind.is_special() {
+            ends.push(TokenId(id as u32));
+        }
+    }
+    ends
+}
+
+/// Takes a tensor of divisors of rotary frequencies out of the model's, if it is there.
+fn divisors(
+    tensors: &mut Tensors,
+    file: &str,
+    name: &str,
+    count: usize,
+) -> Result<Option<Vec<f32>>, CheckpointError> {
+    if !tensors.contains(name) {
+        return Ok(None);
+    }
+    let view = tensors.get(name, &[count])?;
+    let mut values = Vec::new();
+    view.format.dequantize(&view.data, &mut values);
+    if let Some(wrong) = values.iter().find(|&&v| !(v > 0.0 && v < 1e9)) {
+        return Err(CheckpointError::file(
+            file,
+            format!("tensor `{name}` holds {wrong}, expected positive numbers"),
+        ));
+    }
+    tensors.leave_out(name);
+    Ok(Some(values))
 }
 
 /// Reads only the tokenizer of a file, which needs no weights.
@@ -326,6 +385,24 @@ fn model_name(file: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tokenizer::TokenKind;
+
+    #[test]
+    fn a_message_that_ends_does_not_end_an_answer_of_several() {
+        let ends = |texts: &[&str]| -> Vec<u32> {
+            let control = |text: &&str| Token {
+                text: (*text).to_owned(),
+                kind: TokenKind::Control,
+            };
+            let tokens: Vec<Token> = texts.iter().map(control).collect();
+            super::ends(&tokens).iter().map(|id| id.0).collect()
+        };
+        assert_eq!(ends(&["<|start|>", "<|end|>", "<|endoftext|>"]), [1, 2]);
+        assert_eq!(
+            ends(&["<|start|>", "<|end|>", "<|return|>", "<|call|>"]),
+            [2, 3]
+        );
+    }
 
     #[test]
     fn parts_of_a_split_file_are_found_by_their_names() {

@@ -19,7 +19,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<Vocabulary, CheckpointError> {
     };
     let model = gguf
         .string(&key("model"))?
-        .ok_or_else(|| missing(key("model"), "gpt2 or llama"))?;
+        .ok_or_else(|| missing(key("model"), "gpt2, llama or gemma4"))?;
     let texts = array(gguf, &key("tokens"))?
         .ok_or_else(|| missing(key("tokens"), "an array of strings"))?;
     let count = texts.len();
@@ -62,28 +62,31 @@ pub(super) fn read(gguf: &Gguf) -> Result<Vocabulary, CheckpointError> {
         };
         tokens.push(Token { text, kind });
     }
-    let algorithm = match model {
-        "gpt2" => {
-            let array = array(gguf, &key("merges"))?
-                .ok_or_else(|| missing(key("merges"), "an array of strings"))?;
-            let mut merges = Vec::with_capacity(array.len());
-            for merge in strings("merges", array)? {
-                let Some((left, right)) = merge.split_once(' ') else {
-                    return Err(CheckpointError::Field {
-                        file: gguf.file().to_owned().into(),
-                        field: key("merges"),
-                        value: format!("{merge:?}"),
-                        expected: "two tokens with a space between".to_owned(),
-                    });
-                };
-                merges.push((left.to_owned(), right.to_owned()));
-            }
-            Algorithm::ByteLevel {
-                merges,
-                pre: gguf.string(&key("pre"))?.unwrap_or("default").to_owned(),
-            }
+    let merges = || -> Result<Vec<(String, String)>, CheckpointError> {
+        let array = array(gguf, &key("merges"))?
+            .ok_or_else(|| missing(key("merges"), "an array of strings"))?;
+        let mut merges = Vec::with_capacity(array.len());
+        for merge in strings("merges", array)? {
+            let Some((left, right)) = merge.split_once(' ') else {
+                return Err(CheckpointError::Field {
+                    file: gguf.file().to_owned().into(),
+                    field: key("merges"),
+                    value: format!("{merge:?}"),
+                    expected: "two tokens with a space between".to_owned(),
+                });
+            };
+            merges.push((left.to_owned(), right.to_owned()));
         }
-        "llama" => {
+        Ok(merges)
+    };
+    let pre = gguf.string(&key("pre"))?.unwrap_or("default");
+    let algorithm = match (model, pre) {
+        ("gemma4", _) | ("gpt2", "gemma4") => Algorithm::Pieces { merges: merges()? },
+        ("gpt2", _) => Algorithm::ByteLevel {
+            merges: merges()?,
+            pre: pre.to_owned(),
+        },
+        ("llama", _) => {
             let scores =
                 scalars("scores")?.ok_or_else(|| missing(key("scores"), "an array of numbers"))?;
             let scores = scores
@@ -97,20 +100,20 @@ pub(super) fn read(gguf: &Gguf) -> Result<Vocabulary, CheckpointError> {
         _ => {
             let value = gguf.metadata(&key("model")).cloned();
             let value = value.unwrap_or(Value::Bool(false));
-            return Err(gguf.wrong(&key("model"), &value, "gpt2 or llama"));
+            return Err(gguf.wrong(&key("model"), &value, "gpt2, llama or gemma4"));
         }
     };
-    let sentence_piece = matches!(algorithm, Algorithm::SentencePiece { .. });
-    let llama3 = matches!(
-        gguf.string(&key("pre"))?,
-        Some("llama3" | "llama-v3" | "llama-bpe")
-    );
-    let adds_bos = flag(gguf, &key("add_bos_token"))?.unwrap_or(sentence_piece || llama3);
+    let byte_level = matches!(algorithm, Algorithm::ByteLevel { .. });
+    let adds_bos = match flag(gguf, &key("add_bos_token"))? {
+        // Some of Gemma 4's files say that it has none, which it cannot do without; llama.cpp does not believe them either.
+        Some(flag) if !matches!(algorithm, Algorithm::Pieces { .. }) => flag,
+        _ => algorithm.adds_bos(),
+    };
     let id = |name: &str| gguf.token_id(name, count).map(|id| id.map(|id| id.0));
     Ok(Vocabulary {
         tokens,
         algorithm,
-        unknown: id("unknown_token_id")?.filter(|_| sentence_piece),
+        unknown: id("unknown_token_id")?.filter(|_| !byte_level),
         bos: id("bos_token_id")?.filter(|_| adds_bos),
         eos: match flag(gguf, &key("add_eos_token"))? {
             Some(true) => id("eos_token_id")?,

@@ -8,7 +8,7 @@ use super::super::planes::{
     unit_bytes,
 };
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
-use super::{SINGLE_PANELS, Share, panels_at, store};
+use super::{Share, Tile, panels, panels_at, store};
 use crate::quantize::{
     BLOCK, BlockFormat, Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q3K, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Tq1_0,
     Tq2_0,
@@ -157,7 +157,25 @@ unsafe fn codes<F: BlockFormat, S: Simd>(planes: *const u8, block: usize, group:
     }
 }
 
-/// Integer products of `T` activation rows from `row` with `P` panels from `panel`.
+/// The kernel of a block format.
+struct Blocks<F: Scales>(std::marker::PhantomData<F>);
+
+impl<F: Scales> Tile for Blocks<F> {
+    type Format = ();
+
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const P: usize, const T: usize>(
+        share: &Share<'_>,
+        (): (),
+        panel: usize,
+        row: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { tile::<F, S, P, T>(share, panel, row) }
+    }
+}
+
+/// See [`Tile::tile`].
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
 unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
@@ -169,10 +187,11 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
         let blocks = share.segment.cols / BLOCK;
         let stride = share.interleave;
         let weights = panels_at::<P>(share.segment, panel);
-        let mut q = share.rows.quants.as_slice()[row * blocks * BLOCK..].as_ptr();
-        let mut scales = share.rows.scales.as_slice()[row * blocks..].as_ptr();
-        let mut row_sums = share.rows.sums.as_slice()[row * blocks..].as_ptr();
-        let mut first_sums = share.rows.first_sums.as_slice()[row * blocks..].as_ptr();
+        let at = share.linear.at + row;
+        let mut q = share.rows.quants.as_slice()[at * blocks * BLOCK..].as_ptr();
+        let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();
+        let mut row_sums = share.rows.sums.as_slice()[at * blocks..].as_ptr();
+        let mut first_sums = share.rows.first_sums.as_slice()[at * blocks..].as_ptr();
         // One sub-block of 32, or two of 16.
         let subs = BLOCK.div_ceil(F::SUB);
         let per_unit = F::SIZE / BLOCK;
@@ -231,49 +250,6 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
     }
 }
 
-/// Walks a share: single rows several panels at a time, others in the tiles they are laid out for.
-///
-/// # Safety
-/// The processor has the instructions of `S`, and the share's rows are laid out for it.
-#[inline(always)]
-#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise
-unsafe fn panels<F: Scales, S: Simd>(share: &Share<'_>) {
-    unsafe {
-        let rows = share.linear.rows;
-        if rows == 1 {
-            let mut panel = share.first;
-            while panel + SINGLE_PANELS <= share.last {
-                tile::<F, S, SINGLE_PANELS, 1>(share, panel, 0);
-                panel += SINGLE_PANELS;
-            }
-            while panel < share.last {
-                tile::<F, S, 1, 1>(share, panel, 0);
-                panel += 1;
-            }
-            return;
-        }
-        let cached = share.cached_rows(share.segment.cols);
-        let mut begin = 0;
-        while begin < rows {
-            let end = (begin + cached).min(rows);
-            for panel in share.first..share.last {
-                let mut row = begin;
-                while row < end {
-                    match (end - row).min(S::QUANT_ROWS) {
-                        1 => tile::<F, S, 1, 1>(share, panel, row),
-                        2 => tile::<F, S, 1, 2>(share, panel, row),
-                        3 | 4 => tile::<F, S, 1, 4>(share, panel, row),
-                        _ if S::QUANT_ROWS > 4 => tile::<F, S, 1, 8>(share, panel, row),
-                        _ => unreachable!("tiles have 4 or 8 rows"),
-                    }
-                    row += S::QUANT_ROWS;
-                }
-            }
-            begin = end;
-        }
-    }
-}
-
 /// Makes a format's entry point.
 macro_rules! kernels {
     ($($name:ident: $format:ty;)*) => {$(
@@ -281,7 +257,7 @@ macro_rules! kernels {
             #[inline(always)]
             unsafe fn walk<S: Simd>(share: &Share<'_>) {
                 // SAFETY: the caller's promise.
-                unsafe { panels::<$format, S>(share) }
+                unsafe { panels::<Blocks<$format>, S>(share, ()) }
             }
             dispatch!(isa, walk(share: &Share<'_>));
         }

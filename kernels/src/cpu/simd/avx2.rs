@@ -129,6 +129,18 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn vload_f8(p: *const u8) -> Self::V {
+        unsafe {
+            let wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(p.cast()));
+            let sign = _mm_and_si128(wide, _mm_set1_epi16(0x80));
+            let rest = _mm_and_si128(wide, _mm_set1_epi16(0x7f));
+            _mm256_cvtph_ps(_mm_or_si128(
+                _mm_slli_epi16::<8>(sign),
+                _mm_slli_epi16::<7>(rest),
+            ))
+        }
+    }
+    #[inline(always)]
     unsafe fn vstore(p: *mut f32, x: Self::V) {
         unsafe { Self::store(p, x) }
     }
@@ -155,6 +167,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn vexp2_int(n: Self::W) -> Self::V {
         unsafe { Self::exp2_int(n) }
+    }
+    #[inline(always)]
+    unsafe fn vdiv(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { _mm256_div_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn vmul(a: Self::V, b: Self::V) -> Self::V {

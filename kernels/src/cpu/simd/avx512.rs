@@ -116,6 +116,18 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn vload_f8(p: *const u8) -> Self::V {
+        unsafe {
+            let wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
+            let sign = _mm256_and_si256(wide, _mm256_set1_epi16(0x80));
+            let rest = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
+            _mm512_cvtph_ps(_mm256_or_si256(
+                _mm256_slli_epi16::<8>(sign),
+                _mm256_slli_epi16::<7>(rest),
+            ))
+        }
+    }
+    #[inline(always)]
     unsafe fn vstore(p: *mut f32, x: Self::V) {
         unsafe { _mm512_storeu_ps(p, x) }
     }
@@ -145,6 +157,10 @@ impl Simd for Avx512 {
             let biased = _mm512_add_epi32(n, _mm512_set1_epi32(127));
             _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
         }
+    }
+    #[inline(always)]
+    unsafe fn vdiv(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { _mm512_div_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn vmul(a: Self::V, b: Self::V) -> Self::V {

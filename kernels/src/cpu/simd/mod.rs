@@ -142,10 +142,13 @@ pub(crate) trait Simd: Copy {
     unsafe fn vload(p: *const f32) -> Self::V;
     unsafe fn vload_f16(p: *const u16) -> Self::V;
     unsafe fn vload_bf16(p: *const u16) -> Self::V;
+    /// A 256th of what E4M3 bytes, none of them NaN, are worth; see [`crate::quantize::e4m3`].
+    unsafe fn vload_f8(p: *const u8) -> Self::V;
     unsafe fn vstore(p: *mut f32, x: Self::V);
     unsafe fn vadd(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn vsub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn vmul(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn vdiv(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn vfma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn vmax(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn vmin(a: Self::V, b: Self::V) -> Self::V;
@@ -274,6 +277,43 @@ pub(crate) unsafe fn vexp<S: Simd>(x: S::V) -> S::V {
             x, vsplat, vmin, vmax, vmul, vadd, vfma, vto_int, vto_float, vexp2_int
         )
     }
+}
+
+/// The body of [`tanh`] and [`vtanh`]: `(1 - e) / (1 + e)` with `e = exp(-2|x|)`, and the sign of x. Within 1e-7.
+macro_rules! hyperbolic_tangent {
+    ($x:ident, $exp:ident, $splat:ident, $min:ident, $max:ident, $sub:ident, $add:ident, $mul:ident, $div:ident) => {{
+        let zero = S::$splat(0.0);
+        let one = S::$splat(1.0);
+        let magnitude = S::$max($x, S::$sub(zero, $x));
+        let e = $exp::<S>(S::$mul(magnitude, S::$splat(-2.0)));
+        let t = S::$div(S::$sub(one, e), S::$add(one, e));
+        // The sign: -1 or 1, or 0 for zero, where t is 0 as well. (Multiplied first: x may be tiny.)
+        let sign = S::$max(
+            S::$min(S::$mul($x, S::$splat(f32::MAX)), one),
+            S::$splat(-1.0),
+        );
+        S::$mul(t, sign)
+    }};
+}
+
+/// The hyperbolic tangent of every lane.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+pub(crate) unsafe fn tanh<S: Simd>(x: S::F) -> S::F {
+    unsafe { hyperbolic_tangent!(x, exp, splat, min, max, sub, add, mul, div) }
+}
+
+/// [`tanh`] of a wide vector.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+pub(crate) unsafe fn vtanh<S: Simd>(x: S::V) -> S::V {
+    unsafe { hyperbolic_tangent!(x, vexp, vsplat, vmin, vmax, vsub, vadd, vmul, vdiv) }
 }
 
 /// The sum of eight lanes, pairwise: ((0+4)+(2+6)) + ((1+5)+(3+7)).

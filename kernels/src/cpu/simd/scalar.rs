@@ -1,6 +1,7 @@
 //! [`Scalar`]: plain Rust, lane by lane. What the vector code must equal to the last bit.
 
 use super::{LANES, PANEL, QUAD, Simd};
+use crate::quantize::e4m3::half_bits;
 
 /// Plain Rust.
 #[derive(Clone, Copy)]
@@ -120,6 +121,11 @@ impl Simd for Scalar {
         bits.map(|b| f32::from_bits(u32::from(b) << 16))
     }
     #[inline(always)]
+    unsafe fn vload_f8(p: *const u8) -> Self::V {
+        let bytes = unsafe { p.cast::<[u8; PANEL]>().read_unaligned() };
+        bytes.map(|b| half::f16::from_bits(half_bits(b)).to_f32())
+    }
+    #[inline(always)]
     unsafe fn vstore(p: *mut f32, x: Self::V) {
         unsafe { p.cast::<Self::V>().write_unaligned(x) }
     }
@@ -146,6 +152,10 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn vexp2_int(n: Self::W) -> Self::V {
         n.map(|n| f32::from_bits((n.wrapping_add(127) << 23) as u32))
+    }
+    #[inline(always)]
+    unsafe fn vdiv(a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a / b)
     }
     #[inline(always)]
     unsafe fn vmul(a: Self::V, b: Self::V) -> Self::V {

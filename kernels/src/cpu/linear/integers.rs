@@ -1,0 +1,168 @@
+//! Products with integers in groups whose size is data: see [`super::super::groups`] for how they lie in a panel.
+//!
+//! For every 32 of k: the exact integer dot product of the quants, brought to the group's zero — exactly, too, since it stays below 2²⁴ — times the scales;
+//! then the bias, where there is one, times the activations' sum.
+
+use super::super::groups::{Q2_QUANTS, side_bytes, unit_bytes};
+use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
+use super::{Q4_0, Q8_0, QuantFormat, Share, Tile, panels, panels_at, store};
+use crate::quantize::{BLOCK, Bits, Grouped, Scale, Zero};
+
+/// Pairs of bits, each plus 1.
+struct Q2;
+
+impl QuantFormat for Q2 {
+    const QUANTS: usize = Q2_QUANTS;
+    const OFFSET: i32 = 1;
+
+    #[inline(always)]
+    unsafe fn dots<S: Simd, const T: usize>(
+        quants: *const u8,
+        x: *const i8,
+        sums: *const i32,
+    ) -> [S::W; T] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut dots = [S::wsplat(0); T];
+            for plane in 0..2 {
+                let four = S::bload(quants.add(plane * QUAD));
+                for group in 0..4 {
+                    let codes = S::band(S::bshr(four, 2 * group), 3);
+                    for t in 0..T {
+                        let at = BLOCK * t + 16 * plane + 4 * group as usize;
+                        let x = x.add(at).cast::<i32>().read_unaligned();
+                        dots[t] = S::bdot(dots[t], codes, x);
+                    }
+                }
+            }
+            for t in 0..T {
+                dots[t] = S::wsub(dots[t], S::wsplat(*sums.add(t)));
+            }
+            dots
+        }
+    }
+}
+
+/// Quants of one size with one kind of zero.
+struct Groups<F: QuantFormat, const BIAS: bool>(std::marker::PhantomData<F>);
+
+/// Loads scales or biases for a vector of lanes.
+#[inline(always)]
+unsafe fn floats<S: Simd>(at: *const u8, kind: Scale, lane: usize) -> S::V {
+    // SAFETY: the caller's promise: a field of floats begins at `at`.
+    unsafe {
+        match kind {
+            Scale::F16 => S::vload_f16(at.add(2 * lane).cast()),
+            Scale::Bf16 => S::vload_bf16(at.add(2 * lane).cast()),
+            Scale::F32 => S::vload(at.add(4 * lane).cast()),
+        }
+    }
+}
+
+impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
+    type Format = Grouped;
+
+    #[inline(always)]
+    #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
+    unsafe fn tile<S: Simd, const P: usize, const T: usize>(
+        share: &Share<'_>,
+        grouped: Grouped,
+        panel: usize,
+        row: usize,
+    ) {
+        unsafe {
+            let blocks = share.segment.cols / BLOCK;
+            let per_unit = grouped.group / BLOCK;
+            let stride = share.interleave;
+            let mut units = panels_at::<P>(share.segment, panel);
+            let at = share.linear.at + row;
+            let mut q = share.rows.quants.as_slice()[at * blocks * BLOCK..].as_ptr();
+            let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();
+            let mut row_sums = share.rows.sums.as_slice()[at * blocks..].as_ptr();
+            let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
+            for _ in 0..blocks / per_unit {
+                let mut side = [[[S::vsplat(0.0); 2]; 2]; P];
+                for p in 0..P {
+                    let zeros = units[p].add(PANEL * grouped.scale.size());
+                    for half in 0..S::HALVES {
+                        let lane = half * S::WIDE;
+                        side[p][half][0] = floats::<S>(units[p], grouped.scale, lane);
+                        side[p][half][1] = if BIAS {
+                            floats::<S>(zeros, grouped.scale, lane)
+                        } else {
+                            // What the dot product, which takes the offset for zero, has too much of.
+                            let point = S::wload_u8(zeros.add(lane));
+                            S::vto_float(S::wsub(S::wsplat(F::OFFSET), point))
+                        };
+                    }
+                }
+                for block in 0..per_unit {
+                    for p in 0..P {
+                        let quants = units[p].add(side_bytes(grouped) + block * F::QUANTS);
+                        for half in 0..S::HALVES {
+                            let [scale, zero] = side[p][half];
+                            let dots = F::dots::<S, T>(quants.add(half * 4 * S::WIDE), q, row_sums);
+                            for t in 0..T {
+                                let sum = *row_sums.add(t);
+                                let x_scale = S::vsplat(*scales.add(t));
+                                let y = sums[p][t][half];
+                                sums[p][t][half] = if BIAS {
+                                    let dot = S::wsub(dots[t], S::wsplat(-F::OFFSET * sum));
+                                    let scale = S::vmul(scale, x_scale);
+                                    let y = S::vfma(scale, S::vto_float(dot), y);
+                                    S::vfma(S::vmul(zero, x_scale), S::vsplat(sum as f32), y)
+                                } else {
+                                    let dot = S::vto_float(dots[t]);
+                                    let dot = S::vfma(zero, S::vsplat(sum as f32), dot);
+                                    S::vfma(S::vmul(scale, x_scale), dot, y)
+                                };
+                            }
+                        }
+                    }
+                    q = q.add(stride * BLOCK);
+                    scales = scales.add(stride);
+                    row_sums = row_sums.add(stride);
+                }
+                for unit in &mut units {
+                    *unit = unit.add(unit_bytes(grouped));
+                }
+            }
+            store::<S, P, T>(share, panel, row, &sums);
+        }
+    }
+}
+
+macro_rules! kernels {
+    ($($name:ident: $tile:ty;)*) => {$(
+        fn $name(share: &Share<'_>, grouped: Grouped, isa: Isa) {
+            #[inline(always)]
+            unsafe fn walk<S: Simd>(share: &Share<'_>, grouped: Grouped) {
+                // SAFETY: the caller's promise.
+                unsafe { panels::<$tile, S>(share, grouped) }
+            }
+            dispatch!(isa, walk(share: &Share<'_>, grouped: Grouped));
+        }
+    )*};
+}
+
+kernels! {
+    two: Groups<Q2, false>;
+    two_bias: Groups<Q2, true>;
+    four: Groups<Q4_0, false>;
+    four_bias: Groups<Q4_0, true>;
+    eight: Groups<Q8_0, false>;
+    eight_bias: Groups<Q8_0, true>;
+}
+
+/// Multiplies a share with the kernel of its quants.
+pub(super) fn multiply(share: &Share<'_>, grouped: Grouped, isa: Isa) {
+    let kernel = match (grouped.bits, grouped.zero) {
+        (Bits::Two, Zero::Point) => two,
+        (Bits::Two, Zero::Bias) => two_bias,
+        (Bits::Four, Zero::Point) => four,
+        (Bits::Four, Zero::Bias) => four_bias,
+        (Bits::Eight, Zero::Point) => eight,
+        (Bits::Eight, Zero::Bias) => eight_bias,
+    };
+    kernel(share, grouped, isa);
+}
