@@ -8,7 +8,7 @@ use super::super::planes::{
     unit_bytes,
 };
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
-use super::{Share, Tile, panels, panels_at, store};
+use super::{Share, Tile, ahead, panels, panels_at, store};
 use crate::quantize::{
     BLOCK, BlockFormat, Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q3K, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Tq1_0,
     Tq2_0,
@@ -198,6 +198,10 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
         let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
         for block in 0..blocks {
             let within = block % per_unit;
+            if T == 1 {
+                let bytes = unit_bytes::<F>() / per_unit;
+                ahead::<S>(weights[0].add(block * bytes), bytes);
+            }
             for p in 0..P {
                 let unit = weights[p].add(block / per_unit * unit_bytes::<F>());
                 for h in 0..S::HALVES {

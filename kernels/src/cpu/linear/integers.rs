@@ -5,7 +5,7 @@
 
 use super::super::groups::{Q2_QUANTS, side_bytes, unit_bytes};
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
-use super::{Q4_0, Q8_0, QuantFormat, Share, Tile, panels, panels_at, store};
+use super::{Q4_0, Q8_0, QuantFormat, Share, Tile, ahead, panels, panels_at, store};
 use crate::quantize::{BLOCK, Bits, Grouped, Scale, Zero};
 
 /// Pairs of bits, each plus 1.
@@ -81,6 +81,9 @@ impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
             let mut row_sums = share.rows.sums.as_slice()[at * blocks..].as_ptr();
             let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
             for _ in 0..blocks / per_unit {
+                if T == 1 {
+                    ahead::<S>(units[0], unit_bytes(grouped));
+                }
                 let mut side = [[[S::vsplat(0.0); 2]; 2]; P];
                 for p in 0..P {
                     let zeros = units[p].add(PANEL * grouped.scale.size());

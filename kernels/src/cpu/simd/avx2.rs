@@ -25,6 +25,10 @@ impl Simd for Avx2 {
     const QUERIES: usize = 4;
 
     #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     unsafe fn splat(x: f32) -> Self::F {
         unsafe { _mm256_set1_ps(x) }
     }

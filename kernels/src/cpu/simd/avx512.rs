@@ -24,6 +24,10 @@ impl Simd for Avx512 {
     const QUERIES: usize = 8;
 
     #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        unsafe { Avx2::prefetch(p) }
+    }
+    #[inline(always)]
     unsafe fn splat(x: f32) -> Self::F {
         unsafe { Avx2::splat(x) }
     }

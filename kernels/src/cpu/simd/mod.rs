@@ -111,6 +111,9 @@ pub(crate) trait Simd: Copy {
     /// Queries that pass over a tile of keys and values at once.
     const QUERIES: usize;
 
+    /// Asks for the cache line at `p`, which need not be there.
+    unsafe fn prefetch(p: *const u8);
+
     unsafe fn splat(x: f32) -> Self::F;
     unsafe fn load(p: *const f32) -> Self::F;
     /// Widens eight IEEE half floats.

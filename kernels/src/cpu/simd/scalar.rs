@@ -27,6 +27,8 @@ impl Simd for Scalar {
     const QUERIES: usize = 2;
 
     #[inline(always)]
+    unsafe fn prefetch(_p: *const u8) {}
+    #[inline(always)]
     unsafe fn splat(x: f32) -> Self::F {
         [x; LANES]
     }
