@@ -360,7 +360,7 @@ macro_rules! walk {
         let rows = $share.linear.rows;
         if rows == 1 {
             let mut panel = $share.first;
-            while panel + $single <= $share.last {
+            while $share.last - panel >= $single {
                 $body::<$format, S, { $single }, 1>($share, panel, 0);
                 panel += $single;
             }

@@ -261,6 +261,17 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn bdots<const K: usize>(sums: Self::W, w: &[Self::B; K], x: *const i32) -> Self::W {
+        unsafe {
+            let mut pairs = _mm256_maddubs_epi16(w[0], _mm256_set1_epi32(x.read_unaligned()));
+            for k in 1..K {
+                let x = _mm256_set1_epi32(x.add(k).read_unaligned());
+                pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[k], x));
+            }
+            _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    }
+    #[inline(always)]
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {
         unsafe {
             // The top bit by itself: two products of at most 128 · 127 fit 16 bits.
