@@ -79,11 +79,46 @@ pub(crate) fn write_row<F: BlockFormat>(stored: &[u8], lane: usize, panel: &mut 
             write_ternary(quants, lane, planes);
             continue;
         }
-        for (k, &quant) in quants.iter().enumerate() {
-            for (at, shift, from, mask) in places::<F>(k, lane).into_iter().flatten() {
-                planes[at] |= ((quant >> from) & mask) << shift;
-            }
+        let blocks = planes.chunks_exact_mut(plane_bytes(F::BITS));
+        for (quants, planes) in quants.as_chunks::<BLOCK>().0.iter().zip(blocks) {
+            write_block(F::BITS, quants, lane, planes);
         }
+    }
+}
+
+/// Writes 32 quants of a lane into their planes: what [`places`] says, four neighbours at a time.
+#[inline(always)]
+pub(crate) fn write_block(bits: u32, quants: &[u8; BLOCK], lane: usize, planes: &mut [u8]) {
+    let quads = quants.as_chunks::<GROUP>().0;
+    let quad = |group: usize| u32::from_le_bytes(quads[group]);
+    let mut put = |plane: usize, word: u32| {
+        let at = plane + lane * GROUP;
+        planes[at..at + GROUP].copy_from_slice(&word.to_le_bytes());
+    };
+    let mut above = 0;
+    if has_nibbles(bits) {
+        for i in 0..4 {
+            let (low, high) = (quad(2 * i) & 0x0f0f_0f0f, quad(2 * i + 1) & 0x0f0f_0f0f);
+            put(i * QUAD, low | high << 4);
+        }
+        above = 4;
+    }
+    if has_pairs(bits) {
+        for i in 0..2 {
+            let pair = |j: usize| (quad(4 * i + j) >> above & 0x0303_0303) << (2 * j);
+            put(
+                pairs_at(bits) + i * QUAD,
+                (0..4).fold(0, |word, j| word | pair(j)),
+            );
+        }
+        above += 2;
+    }
+    if has_single_bits(bits) {
+        let bit = |group: usize| (quad(group) >> above & 0x0101_0101) << group;
+        put(
+            single_bits_at(bits),
+            (0..8).fold(0, |word, group| word | bit(group)),
+        );
     }
 }
 

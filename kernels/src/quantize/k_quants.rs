@@ -163,12 +163,16 @@ impl BlockFormat for Q6K {
 
     fn split(stored: &[u8], quants: &mut [u8]) -> Side {
         let (low, rest) = stored.split_at(128);
-        for (k, quant) in quants.iter_mut().enumerate() {
-            let (half, quarter, l) = (k / 128, k % 128 / 32, k % 32);
-            let nibbles = low[64 * half + 32 * (quarter % 2) + l];
-            let nibble = (nibbles >> (4 * (quarter / 2))) & 15;
-            let high = (rest[32 * half + l] >> (2 * quarter)) & 3;
-            *quant = nibble | (high << 4);
+        for half in 0..2 {
+            let (first, second) = low[64 * half..64 * (half + 1)].split_at(32);
+            let pairs = &rest[32 * half..32 * (half + 1)];
+            let quants = &mut quants[128 * half..128 * (half + 1)];
+            for l in 0..32 {
+                quants[l] = first[l] & 15 | (pairs[l] & 3) << 4;
+                quants[32 + l] = second[l] & 15 | (pairs[l] >> 2 & 3) << 4;
+                quants[64 + l] = first[l] >> 4 | (pairs[l] >> 4 & 3) << 4;
+                quants[96 + l] = second[l] >> 4 | (pairs[l] >> 6) << 4;
+            }
         }
         let mut side = Side {
             halves: [half_at(stored, 208), f16::ZERO],
