@@ -441,7 +441,7 @@ trait QuantFormat {
         quants: *const u8,
         x: *const i8,
         sums: *const i32,
-    ) -> [S::W; T];
+    ) -> [[S::W; 2]; T];
 }
 
 /// `T` activation rows from `row` times `P` panels from `panel`.
@@ -512,13 +512,13 @@ unsafe fn quant_tile<F: QuantFormat, S: Simd, const P: usize, const T: usize>(
                 let weight_scales = weights[p]
                     .add(blocks * F::QUANTS + block * SCALES)
                     .cast::<u16>();
+                let dots = F::dots::<S, T>(weights[p].add(block * F::QUANTS), q, row_sums);
                 for half in 0..S::HALVES {
-                    let quants = weights[p].add(block * F::QUANTS + half * 4 * S::WIDE);
-                    let dots = F::dots::<S, T>(quants, q, row_sums);
                     let weight_scales = S::vload_f16(weight_scales.add(half * S::WIDE));
                     for t in 0..T {
                         let scale = S::vmul(weight_scales, S::vsplat(*scales.add(t)));
-                        sums[p][t][half] = S::vfma(scale, S::vto_float(dots[t]), sums[p][t][half]);
+                        sums[p][t][half] =
+                            S::vfma(scale, S::vto_float(dots[t][half]), sums[p][t][half]);
                     }
                 }
             }
@@ -681,7 +681,7 @@ macro_rules! quant_kernel {
                 quants: *const u8,
                 x: *const i8,
                 sums: *const i32,
-            ) -> [S::W; T] {
+            ) -> [[S::W; 2]; T] {
                 // SAFETY: the caller's promise.
                 unsafe { S::$dot(quants, x, sums) }
             }

@@ -251,7 +251,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    unsafe fn dot_i8<const T: usize>(w: *const u8, x: *const i8, _: *const i32) -> [Self::W; T] {
+    unsafe fn dot_i8<const T: usize>(
+        w: *const u8,
+        x: *const i8,
+        _: *const i32,
+    ) -> [[Self::W; 2]; T] {
         std::array::from_fn(|t| {
             let mut sums = [0; PANEL];
             for g in 0..8 {
@@ -263,11 +267,15 @@ impl Simd for Scalar {
                     }
                 }
             }
-            sums
+            [sums; 2]
         })
     }
     #[inline(always)]
-    unsafe fn dot_q4<const T: usize>(w: *const u8, x: *const i8, _: *const i32) -> [Self::W; T] {
+    unsafe fn dot_q4<const T: usize>(
+        w: *const u8,
+        x: *const i8,
+        _: *const i32,
+    ) -> [[Self::W; 2]; T] {
         std::array::from_fn(|t| {
             let mut sums = [0; PANEL];
             for g in 0..4 {
@@ -284,7 +292,7 @@ impl Simd for Scalar {
                     }
                 }
             }
-            sums
+            [sums; 2]
         })
     }
 }
