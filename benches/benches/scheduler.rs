@@ -26,6 +26,7 @@ fn config(max_seqs: u32, max_batch_tokens: u32, num_blocks: u32) -> Config {
         num_blocks,
         max_batch_tokens,
         max_chunk_tokens: 256,
+        max_prompt_logits: 32,
         max_seqs,
         max_model_len: 1 << 16,
         recompute_beyond: None,
@@ -74,6 +75,7 @@ impl Workload {
             priority,
             tenant: 0,
             salt: 0,
+            prompt_logits: false,
         };
         let added = self.scheduler.add(new, Time(self.now));
         added.expect("the queue and the cache are large enough")

@@ -399,7 +399,7 @@ fn wrong_parts_of_quantised_matrices_are_named() {
     let cases: [(&str, &[&str]); 9] = [
         ("mlx-4bit", &["weight", "scales", "biases"]),
         (
-            "gptq-4bit-g32-act-order",
+            "gptq-4bit-g32-desc-act",
             &["qweight", "qzeros", "scales", "g_idx"],
         ),
         ("gptq-8bit-row", &["qweight", "qzeros", "scales"]),
@@ -504,20 +504,20 @@ fn wrong_contents_of_quantised_matrices_are_named() {
     type Break = fn(&mut [u8]);
     let cases: [(&str, &str, Break, &str); 8] = [
         (
-            "gptq-4bit-g32-act-order",
+            "gptq-4bit-g32-desc-act",
             "g_idx",
             |b| b[4..8].copy_from_slice(&2_i32.to_le_bytes()),
             "g_idx[1] is 2, expected a group below 2",
         ),
         (
-            "gptq-4bit-g32-act-order",
+            "gptq-4bit-g32-desc-act",
             "g_idx",
             |b| b[..4].copy_from_slice(&(-1_i32).to_le_bytes()),
             "g_idx[0] is -1",
         ),
         (
             // A group of 31 columns beside one of 33.
-            "gptq-4bit-g32-act-order",
+            "gptq-4bit-g32-desc-act",
             "g_idx",
             |b| b[0] ^= 1,
             "multiples of 32",
@@ -562,7 +562,7 @@ fn wrong_contents_of_quantised_matrices_are_named() {
 fn no_single_wrong_value_of_a_quantisation_panics() {
     for name in [
         "mlx-mixed-f32",
-        "gptq-4bit-g32-act-order",
+        "gptq-4bit-g32-desc-act",
         "awq-row",
         "bitnet-online",
         "fp8-blocks",

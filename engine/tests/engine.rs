@@ -232,6 +232,30 @@ fn a_second_prompt_with_the_same_beginning_finds_it_in_the_cache() {
 }
 
 #[test]
+fn the_logprobs_of_a_prompt_are_told_once_whatever_is_cached_and_however_many_samples_there_are() {
+    let engine = start(&EngineConfig::default());
+    let mut plain = request(100, 1);
+    answers(submit(&engine, &plain));
+    plain.sampling.prompt_logprobs = Some(2);
+    plain.sampling.n = 3;
+    let mut stream = submit(&engine, &plain);
+    assert_eq!(
+        stream.next_blocking(),
+        Some(Event::Admitted { cached_tokens: 0 })
+    );
+    let all = answers(stream);
+    assert_eq!(all[0].prompt_logprobs.len(), 99);
+    assert!(all[1].prompt_logprobs.is_empty() && all[2].prompt_logprobs.is_empty());
+    // It left its blocks for others.
+    plain.sampling.prompt_logprobs = None;
+    let mut after = submit(&engine, &plain);
+    assert_eq!(
+        after.next_blocking(),
+        Some(Event::Admitted { cached_tokens: 96 })
+    );
+}
+
+#[test]
 fn settings_outside_their_range_are_named() {
     let try_start = |config: &EngineConfig| {
         let backend = common::backend(1);

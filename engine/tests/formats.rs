@@ -13,14 +13,20 @@ use common::sequence::Sequence;
 use quire::checkpoint::{Checkpoint, ModelSource, Summary};
 use quire_kernels::{Backend, Format, MatrixPart, Span, Step};
 use safetensors::SafeTensors;
+use serde_json::{Value, json};
 
 /// Each checkpoint and what `quire show` calls the format of most of it.
-const CHECKPOINTS: [(&str, &str); 20] = [
+const CHECKPOINTS: [(&str, &str); 22] = [
     ("mlx-4bit", "mlx 4-bit (groups of 64)"),
     ("mlx-8bit-f16", "mlx 8-bit (groups of 32)"),
     ("mlx-mixed-f32", "mlx 4-bit (groups of 32)"),
+    ("mlx-experts", "mlx 4-bit (groups of 32)"),
     (
-        "gptq-4bit-g32-act-order",
+        "gptq-experts-desc-act",
+        "gptq 4-bit (groups of 32, desc_act)",
+    ),
+    (
+        "gptq-4bit-g32-desc-act",
         "gptq 4-bit (groups of 32, desc_act)",
     ),
     ("gptq-4bit-g128", "gptq 4-bit (groups of 128)"),
@@ -60,7 +66,9 @@ fn matrices_are_worth_what_the_formats_own_code_says_bit_for_bit() {
         for (tensor, expected) in expected {
             let shape = checkpoint.tensors.shape(&tensor).unwrap();
             let view = checkpoint.tensors.get(&tensor, shape).unwrap();
-            let [rows, cols] = [shape[0], shape[1]];
+            // The experts of a layer may be one tensor.
+            let (&cols, before) = shape.split_last().unwrap();
+            let rows = before.iter().product();
             let mut values = Vec::new();
             view.format.dequantize(&view.data, &mut values);
             if let Some(order) = &view.order {
@@ -121,11 +129,16 @@ fn models_give_the_logits_transformers_gives_with_the_matrices_they_stand_for() 
         // Floats are multiplied as floats; integers with activations of 8 bits, as in GGUF files.
         let limit = if golden.rounded.is_none() { 1e-9 } else { 1e-3 };
         assert!(mean <= limit, "{name}: {mean}");
-        // And that those 8 bits are all that differs, transformers says when it rounds the same activations.
+        // And that those 8 bits are all that differs, transformers says when it rounds the same activations. Where one lies between two of its
+        // steps to the last bit, it may go the other way there; most rows have none that does.
         if let Some(rounded) = golden.rounded {
-            let mean = mean_divergence(&rounded, &ours, vocab);
-            println!("{name}: {mean:.1e} from transformers with rounded activations");
-            assert!(mean <= 2e-5, "{name}: {mean}");
+            let mut rows = divergences(&rounded, &ours, vocab);
+            rows.sort_by(f64::total_cmp);
+            let (median, most) = (rows[rows.len() / 2], rows[rows.len() - 1]);
+            println!(
+                "{name}: {median:.1e}, at most {most:.1e}, from transformers with rounded activations"
+            );
+            assert!(median <= 1e-10 && most <= 1e-3, "{name}: {rows:?}");
         }
         // Rows that are all alike would prove nothing.
         let apart = mean_divergence(&golden.logits[vocab..], &golden.logits, vocab);
@@ -140,11 +153,15 @@ fn models_give_the_logits_transformers_gives_with_the_matrices_they_stand_for() 
     }
 }
 
-/// Of `q`'s rows from `p`'s.
-fn mean_divergence(p: &[f32], q: &[f32], vocab: usize) -> f64 {
+/// Of each of `q`'s rows from `p`'s.
+fn divergences(p: &[f32], q: &[f32], vocab: usize) -> Vec<f64> {
     let rows = p.chunks(vocab).zip(q.chunks(vocab));
-    let divergences: Vec<f64> = rows.map(|(p, q)| divergence(p, q)).collect();
-    divergences.iter().sum::<f64>() / divergences.len() as f64
+    rows.map(|(p, q)| divergence(p, q)).collect()
+}
+
+fn mean_divergence(p: &[f32], q: &[f32], vocab: usize) -> f64 {
+    let rows = divergences(p, q, vocab);
+    rows.iter().sum::<f64>() / rows.len() as f64
 }
 
 #[test]
@@ -200,7 +217,11 @@ fn what_is_shown_names_the_format_and_counts_its_scales() {
 fn each_format_multiplies_in_its_own_precision() {
     for (name, _) in CHECKPOINTS {
         let checkpoint = open(name);
-        let tensor = "model.layers.0.mlp.down_proj.weight";
+        let tensor = match name {
+            "mlx-experts" => "model.layers.0.mlp.experts.down_proj.weight",
+            "gptq-experts-desc-act" => "model.layers.0.mlp.experts.3.down_proj.weight",
+            _ => "model.layers.0.mlp.down_proj.weight",
+        };
         let shape = checkpoint.tensors.shape(tensor).unwrap();
         let view = checkpoint.tensors.get(tensor, shape).unwrap();
         let bits = match view.format {
@@ -215,9 +236,27 @@ fn each_format_multiplies_in_its_own_precision() {
             _ => 4,
         };
         assert_eq!(bits, expected, "{name}");
-        let sorted = name == "gptq-4bit-g32-act-order";
+        let sorted = name.ends_with("desc-act");
         assert_eq!(view.order.is_some(), sorted, "{name}");
     }
+}
+
+/// Its experts have a reader of their own, which needs no words in `config.json`; files in the wild have them.
+#[test]
+fn gpt_oss_may_say_that_it_is_in_mxfp4() {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gpt-oss");
+    let to = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.path().join(entry.file_name())).unwrap();
+    }
+    let path = to.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["quantization_config"] =
+        json!({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]});
+    std::fs::write(&path, config.to_string()).unwrap();
+    let checkpoint = Checkpoint::open(&ModelSource::Path(to.path().to_owned())).unwrap();
+    Sequence::new(&checkpoint).rows(&[1, 2, 3], 1);
 }
 
 /// As zlib computes it.

@@ -111,6 +111,25 @@ fn pruned_vocabularies_give_the_expected_ids() {
     assert_eq!(check_all(&pruned()), 6);
 }
 
+/// What a gateway is given to tokenise with must give the same ids.
+#[test]
+fn a_vocabulary_written_as_tokenizer_json_gives_the_same_ids() {
+    for entry in std::fs::read_dir(pruned()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "gguf") {
+            continue;
+        }
+        let original = gguf_tokenizer(&path).unwrap();
+        let written = Tokenizer::from_json(original.to_json().unwrap().as_bytes()).unwrap();
+        let inputs = std::fs::read_to_string(format!("{}.inp", path.display())).unwrap();
+        for text in inputs.split(SEPARATOR) {
+            let ids = original.encode(text, true).unwrap();
+            assert_eq!(written.encode(text, true).unwrap(), ids, "{text:?}");
+            assert_eq!(written.decode(&ids, true), original.decode(&ids, true));
+        }
+    }
+}
+
 #[test]
 fn whole_vocabularies_give_the_expected_ids() {
     let Some(directory) = std::env::var_os("QUIRE_VOCAB_DIR") else {

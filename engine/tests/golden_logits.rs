@@ -11,11 +11,13 @@ use std::path::PathBuf;
 
 use common::sequence::{Sequence, argmax};
 use quire::checkpoint::{Checkpoint, ModelSource};
-use quire::core::{Engine, EngineConfig};
+use quire::core::{Engine, EngineConfig, Request};
 use quire::generation::{GenerationRequest, Generator, Output, Prompt};
 use quire::model::{ModelConfig, RopeScaling};
+use quire::sampling::SamplingParams;
 use quire::tokenizer::Conversation;
 use quire_kernels::KvDtype;
+use quire_scheduler::TokenId;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
@@ -221,6 +223,51 @@ fn compare(name: &str, checkpoint: &Checkpoint) {
     println!("{name}: largest relative error {worst:.1e}");
 }
 
+/// Prompt and answer as a prompt: the log-probability of each token of the answer is what transformers' logits make of it.
+#[test]
+fn the_logprobs_of_a_prompt_are_those_of_transformers() {
+    for name in ["qwen3", "qwen2", "llama3-rope", "llama-linear-rope"] {
+        let golden = Golden::read(name);
+        let (_, answer) = golden.tokens.split_last().unwrap();
+        let prompt = [&golden.prompt[..], answer].concat();
+        let config = EngineConfig {
+            kv_dtype: KvDtype::F32,
+            max_batch_tokens: 24,
+            kv_cache_memory: Some(1 << 20),
+            ..EngineConfig::default()
+        };
+        let engine =
+            Engine::start(&open(name), common::backend(1), &config, None, &mut |_| {}).unwrap();
+        let request = Request {
+            id: name.into(),
+            prompt: prompt.iter().copied().map(TokenId).collect(),
+            sampling: SamplingParams {
+                max_tokens: 1,
+                prompt_logprobs: Some(1),
+                ..SamplingParams::default()
+            },
+            priority: 0,
+            tenant: "".into(),
+            cache_salt: 0,
+            deadline: None,
+        };
+        let told = &common::answers(common::submit(&engine, &request))[0].prompt_logprobs;
+        assert_eq!(told.len(), prompt.len() - 1);
+        let of_answer = &told[golden.prompt.len() - 1..];
+        for (row, (logprob, rank, top)) in of_answer.iter().enumerate() {
+            let logits = golden.row(row);
+            let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let sum: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
+            let expected = logits[answer[row] as usize] - largest - sum.ln();
+            let error = (f32::from_bits(*logprob) - expected).abs();
+            let scale = logits.iter().fold(1.0, |most: f32, x| x.abs().max(most));
+            assert!(error <= 2.0 * TOLERANCE * scale, "{name}, {row}: {error}");
+            // The answer is greedy.
+            assert_eq!((*rank, top[0]), (1, (TokenId(answer[row]), *logprob)));
+        }
+    }
+}
+
 /// What transformers made of a checkpoint.
 struct Golden {
     prompt: Vec<u32>,
@@ -343,7 +390,7 @@ async fn ask(generator: &Generator, question: &str) -> String {
     while let Some(output) = generation.next().await {
         match output {
             Output::Chunk { text, .. } | Output::Finished { text, .. } => answer.push_str(&text),
-            Output::Started { .. } => {}
+            Output::Started { .. } | Output::PromptLogprobs(_) => {}
         }
     }
     answer

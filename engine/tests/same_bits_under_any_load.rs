@@ -2,7 +2,7 @@
 //!
 //! 200 requests of mixed lengths, seeds and sampling go through engines whose token budget, chunk size, block count, block size,
 //! policy, prefix cache and thread count are drawn at random — with blocks few enough to force preemption — and every answer is
-//! compared bit for bit with the one the same request gets alone in an engine without a cache.
+//! compared bit for bit — log-probabilities of prompts included — with the one the same request gets alone in an engine without a cache.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -45,9 +45,10 @@ fn weights_of_other_formats() {
     let names = [
         "mlx-4bit",
         "mlx-8bit-f16",
-        "gptq-4bit-g32-act-order",
+        "gptq-4bit-g32-desc-act",
         "gptq-8bit-g64-v2",
         "awq-g128",
+        "gptq-experts-desc-act",
         "bitnet",
         "fp8-blocks",
     ];
@@ -130,10 +131,15 @@ fn alone(checkpoint: &Checkpoint, base: &EngineConfig, requests: &[Request]) -> 
         ..base.clone()
     };
     let engine = start(checkpoint, &config, 1);
-    let answers = requests
+    let answers: Vec<Vec<Answer>> = requests
         .iter()
         .map(|request| answers(submit(&engine, request)))
         .collect();
+    for (request, answers) in requests.iter().zip(&answers) {
+        let asked = request.sampling.prompt_logprobs.is_some();
+        let told = if asked { request.prompt.len() - 1 } else { 0 };
+        assert_eq!(answers[0].prompt_logprobs.len(), told);
+    }
     assert_eq!(engine.stats().preemptions, 0);
     answers
 }
@@ -197,6 +203,7 @@ fn requests(random: &mut Random, vocab: u32) -> Vec<Request> {
                 max_tokens: 1 + random.below(30) as u32,
                 ignore_eos: random.below(2) == 0,
                 logprobs: Some(random.below(4) as u32),
+                prompt_logprobs: (at % 5 == 0).then(|| random.below(4) as u32),
                 seed: Some(random.next()),
                 ..sampling(random)
             };

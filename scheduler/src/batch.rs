@@ -13,6 +13,9 @@ pub struct Scheduled {
     pub len: u32,
     /// Trailing rows whose logits are wanted: 1 when the last known token is computed (a token is to be sampled), else 0.
     pub logits: u32,
+    /// Rows before those whose logits are wanted, too: of prompt tokens, where [`crate::NewSequence::prompt_logits`] asks for them. The row at
+    /// position `p` tells of the known token at `p + 1`. Each is asked for once, however often it is computed.
+    pub prompt_logits: u32,
     /// Prompt tokens found in the prefix cache; present the first time the sequence is scheduled after it was admitted.
     pub cached: Option<u32>,
     /// The sequence knows more than [`crate::Config::recompute_beyond`] tokens, and all its keys are computed accordingly.

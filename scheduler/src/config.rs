@@ -26,6 +26,9 @@ pub struct Config {
     pub max_batch_tokens: u32,
     /// Most tokens of one prompt in one step while others wait for prefill.
     pub max_chunk_tokens: u32,
+    /// Most rows of one step whose logits are wanted for prompt tokens, of all sequences that ask for them: bounds what the logits of a step
+    /// occupy. Their chunks are shorter for it.
+    pub max_prompt_logits: u32,
     /// Most sequences that run at once, samples not yet forked included.
     pub max_seqs: u32,
     /// Longest prompt plus generation, in tokens.
@@ -114,6 +117,7 @@ impl Config {
             ("num_blocks", self.num_blocks),
             ("max_batch_tokens", self.max_batch_tokens),
             ("max_chunk_tokens", self.max_chunk_tokens),
+            ("max_prompt_logits", self.max_prompt_logits),
             ("max_seqs", self.max_seqs),
             ("max_model_len", self.max_model_len),
             ("max_waiting", self.max_waiting),

@@ -106,11 +106,8 @@ impl Scheduler {
         let groups = &self.config.groups;
         for (at, group) in groups.iter().enumerate() {
             let passed = group.passed(sequence.filled, self.config.block_size) as usize;
-            for (index, &block) in sequence.blocks[at..]
-                .iter()
-                .step_by(groups.len())
-                .enumerate()
-            {
+            let entries = sequence.blocks.iter().skip(at).step_by(groups.len());
+            for (index, &block) in entries.enumerate() {
                 assert_eq!(
                     block == BlockId::NONE,
                     index < passed,

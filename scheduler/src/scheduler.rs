@@ -26,6 +26,9 @@ pub struct NewSequence {
     pub tenant: u64,
     /// Mixed into prefix hashes: sequences with different salts never share blocks.
     pub salt: u64,
+    /// Logits are wanted of every token of the prompt, once (see [`Scheduled::prompt_logits`]). Such a sequence computes its whole prompt, whatever
+    /// the prefix cache has of it.
+    pub prompt_logits: bool,
 }
 
 /// Gauges now, counters since the start.
@@ -69,6 +72,8 @@ pub struct Scheduler {
     pub(crate) rotation: usize,
     /// Kept for its memory: sequences that want prefill, in order.
     pub(crate) prefills: Vec<(Key, SeqId)>,
+    /// Rows of prompts whose logits the step being planned may still ask for.
+    pub(crate) prompt_logits_left: u32,
     pub(crate) prefix_queries: u64,
     pub(crate) prefix_hits: u64,
     pub(crate) preemptions: u64,
@@ -93,6 +98,7 @@ impl Scheduler {
             forked: Vec::new(),
             rotation: 0,
             prefills: Vec::new(),
+            prompt_logits_left: 0,
             prefix_queries: 0,
             prefix_hits: 0,
             preemptions: 0,
@@ -132,6 +138,8 @@ impl Scheduler {
             blocks: Vec::new(),
             filled: 0,
             chain: PrefixCache::root(realm),
+            told: 0,
+            to_tell: if new.prompt_logits { prompt - 1 } else { 0 },
             pending_forks: new.samples - 1,
             scheduled: 0,
             awaiting: false,
@@ -217,6 +225,8 @@ impl Scheduler {
             blocks,
             filled: sequence.filled,
             chain: sequence.chain,
+            told: 0,
+            to_tell: 0,
             pending_forks: 0,
             scheduled: 0,
             awaiting: true,
@@ -248,6 +258,7 @@ impl Scheduler {
             unanswered += logits as usize;
             if let Some(sequence) = self.slots.get_mut(seq) {
                 sequence.computed += std::mem::take(&mut sequence.scheduled);
+                sequence.told = sequence.told.max(sequence.computed.min(sequence.to_tell));
                 if !sequence.awaiting && sequence.has_filled_a_block(size) {
                     self.settle_blocks(seq);
                 }

@@ -32,6 +32,10 @@ pub(crate) struct Sequence {
     pub filled: u32,
     /// Their chain in the prefix cache.
     pub chain: Link,
+    /// Rows of the prompt whose logits are wanted and were not told: those from `told` up to `to_tell`. Nothing before `told` need be computed for
+    /// its logits again.
+    pub told: u32,
+    pub to_tell: u32,
     /// Samples still to be forked off.
     pub pending_forks: u32,
     /// Tokens it computes in the current batch.
@@ -56,6 +60,11 @@ impl Sequence {
     /// Whether there is a full, computed block that [`Sequence::filled`] does not count yet.
     pub fn has_filled_a_block(&self, block_size: u32) -> bool {
         (self.filled + 1) * block_size <= self.computed
+    }
+
+    /// How many of the rows `begin..end` are to be told.
+    pub fn rows_to_tell(&self, begin: u32, end: u32) -> u32 {
+        end.min(self.to_tell).saturating_sub(begin.max(self.told))
     }
 
     /// Known tokens not computed yet.

@@ -3,7 +3,7 @@
 use crate::groups::most_blocks;
 use crate::pool::Worth;
 use crate::prefix_cache::Prefix;
-use crate::sequence::State;
+use crate::sequence::{Sequence, State};
 use crate::{Batch, BlockCopy, BlockId, Scheduled, Scheduler, SeqId, Time};
 
 impl Scheduler {
@@ -21,6 +21,7 @@ impl Scheduler {
             });
         }
         self.prefills.clear();
+        self.prompt_logits_left = self.config.max_prompt_logits;
         self.schedule_decodes();
         let decodes = self.batch.sequences.len();
         self.schedule_prefills();
@@ -107,8 +108,11 @@ impl Scheduler {
             if let Some(sequence) = self.slots.get(seq)
                 && sequence.state == State::Running
             {
-                let tokens = sequence.remaining().min(cap).min(self.budget());
-                self.compute(seq, tokens);
+                let most = self.most_for_logits(sequence).min(self.budget());
+                let tokens = sequence.remaining().min(cap).min(most);
+                if tokens > 0 {
+                    self.compute(seq, tokens);
+                }
             }
         }
         for &(_, seq) in &prefills {
@@ -120,13 +124,24 @@ impl Scheduler {
                 && sequence.state == State::Running
                 && sequence.scheduled > 0
             {
-                let more = (sequence.remaining() - sequence.scheduled).min(budget);
+                let left = sequence.remaining() - sequence.scheduled;
+                let more = left.min(budget).min(self.most_for_logits(sequence));
                 if more > 0 {
                     self.compute(seq, more);
                 }
             }
         }
         self.prefills = prefills;
+    }
+
+    /// The most tokens a sequence may compute next for want of rows whose logits may be asked for; the last token's does not count.
+    fn most_for_logits(&self, sequence: &Sequence) -> u32 {
+        let next = sequence.computed + sequence.scheduled;
+        let (begin, end) = (sequence.told.max(next), sequence.to_tell);
+        if end.saturating_sub(begin) <= self.prompt_logits_left {
+            return u32::MAX;
+        }
+        begin - next + self.prompt_logits_left
     }
 
     /// Gives the head of the queue what the prefix cache has of it and lets it run, if there is room for all it knows.
@@ -181,7 +196,8 @@ impl Scheduler {
         sequence.computed = cached;
         sequence.cached = Some(cached);
         let (key, forks) = (sequence.key, sequence.pending_forks);
-        if !std::mem::replace(&mut sequence.counted, true) && self.config.prefix_cache {
+        let looks = self.config.prefix_cache && sequence.to_tell == 0;
+        if !std::mem::replace(&mut sequence.counted, true) && looks {
             self.prefix_queries += u64::from(known);
             self.prefix_hits += u64::from(cached);
         }
@@ -193,11 +209,16 @@ impl Scheduler {
         true
     }
 
-    /// The cached blocks a waiting sequence can begin with. At least its last token is left to compute: its logits are wanted.
+    /// The cached blocks a waiting sequence can begin with. At least its last token is left to compute, and the prompt's tokens of which logits are
+    /// still to be told.
     fn find_prefix(&self, seq: SeqId) -> Prefix {
         let sequence = self.slots.get(seq).expect("the caller has looked it up");
         let size = self.config.block_size as usize;
-        let most = (sequence.tokens.len() - 1) / size;
+        let mut most = sequence.tokens.len() - 1;
+        if sequence.told < sequence.to_tell {
+            most = most.min(sequence.told as usize);
+        }
+        let most = most / size;
         let blocks = sequence.tokens.chunks_exact(size);
         let hashes = sequence.hashes.iter().copied();
         self.blocks
@@ -241,10 +262,12 @@ impl Scheduler {
                 start: first,
                 len: 1,
                 logits: u32::from(sequence.awaiting),
+                prompt_logits: 0,
                 cached: sequence.cached.take(),
                 beyond: sequence.realm.beyond,
             });
         }
+        self.prompt_logits_left -= sequence.rows_to_tell(first, end);
         sequence.scheduled += tokens;
         self.batch.tokens += tokens;
     }
@@ -313,6 +336,8 @@ impl Scheduler {
                 scheduled.len = sequence.scheduled;
                 sequence.awaiting = sequence.remaining() == sequence.scheduled;
                 scheduled.logits = u32::from(sequence.awaiting);
+                let end = sequence.computed + sequence.scheduled;
+                scheduled.prompt_logits = sequence.rows_to_tell(scheduled.start, end);
             }
         }
     }

@@ -56,6 +56,7 @@ fn run(groups: Vec<PageGroup>) {
         groups,
         max_batch_tokens: 4096,
         max_chunk_tokens: 4096,
+        max_prompt_logits: 32,
         max_seqs: SEQUENCES,
         max_model_len: 2048,
         recompute_beyond: None,
@@ -74,6 +75,7 @@ fn run(groups: Vec<PageGroup>) {
             priority: 0,
             tenant: 0,
             salt: 0,
+            prompt_logits: false,
         };
         scheduler
             .add(new, Time(u64::from(n)))

@@ -67,6 +67,9 @@ const GROUPS: [&[u32]; 9] = [
 struct Live {
     seq: SeqId,
     salt: u64,
+    /// Rows of its prompt whose logits it asks for, and those it was given.
+    to_tell: u32,
+    told: u32,
     /// Tokens still to be generated.
     left: u32,
     /// Samples still to be forked.
@@ -93,6 +96,8 @@ struct World {
     passed_hits: u64,
     /// Sequences computed anew beyond the switch.
     switched: u64,
+    /// Rows of prompts whose logits were told.
+    prompt_logits: u64,
     refused: u64,
     unanswered: u64,
     /// Of every batch so far, in order.
@@ -118,6 +123,7 @@ impl World {
             num_blocks,
             max_batch_tokens,
             max_chunk_tokens: 1 + r.below(u64::from(max_batch_tokens)) as u32,
+            max_prompt_logits: 1 + r.below(20) as u32,
             max_seqs: 1 + r.below(16) as u32,
             max_model_len: 10 + r.below(u64::from(block_size * num_blocks)) as u32,
             recompute_beyond: r.chance(3).then(|| 1 + r.below(70) as u32),
@@ -141,6 +147,7 @@ impl World {
             hits: 0,
             passed_hits: 0,
             switched: 0,
+            prompt_logits: 0,
             refused: 0,
             unanswered: 0,
             trace: DefaultHasher::new(),
@@ -177,11 +184,14 @@ impl World {
             priority: r.below(7) as i32 - 3,
             tenant: r.below(3),
             salt,
+            prompt_logits: r.chance(6),
         };
         match self.scheduler.add(new.clone(), Time(self.now)) {
             Ok(seq) => self.live.push(Live {
                 seq,
                 salt,
+                to_tell: if new.prompt_logits { len as u32 - 1 } else { 0 },
+                told: 0,
                 left: max_tokens,
                 forks: samples - 1,
                 added: self.now,
@@ -259,6 +269,24 @@ impl World {
             let (from, to) = (copy.from.0 as usize * size, copy.to.0 as usize * size);
             self.slots.copy_within(from..from + size, to);
         }
+        let mut rows = 0;
+        for s in &batch.sequences {
+            let live = self.live.iter_mut().find(|l| l.seq == s.seq).unwrap();
+            // The next ones, in order, until all were told: none is left out, none comes twice.
+            let told = (s.start + s.len).min(live.to_tell).max(live.told) - live.told;
+            assert_eq!(s.prompt_logits, told, "{s:?}");
+            assert!(
+                told == 0 || s.start <= live.told,
+                "row {} was skipped",
+                live.told
+            );
+            assert!(s.logits == 0 || live.told + told == live.to_tell);
+            live.told += told;
+            rows += told;
+            self.prompt_logits += u64::from(told);
+            (s.prompt_logits, s.beyond).hash(&mut self.trace);
+        }
+        assert!(rows <= self.config.max_prompt_logits);
         let by_seq: HashMap<SeqId, &Live> = self.live.iter().map(|l| (l.seq, l)).collect();
         let distinct: HashSet<SeqId> = batch.sequences.iter().map(|s| s.seq).collect();
         assert_eq!(
@@ -369,6 +397,8 @@ impl World {
                 let child = Live {
                     seq: fork,
                     salt: parent.salt,
+                    to_tell: 0,
+                    told: 0,
                     left: parent.left,
                     forks: 0,
                     added: self.now,
@@ -497,6 +527,7 @@ impl World {
 fn a_million_random_steps_keep_every_invariant() {
     let (mut steps, mut preemptions, mut copies) = (0, 0, 0);
     let (mut hits, mut passed_hits, mut switched) = (0, 0, 0);
+    let mut prompt_logits = 0;
     let (mut refused, mut unanswered) = (0, 0);
     let mut seed = 1;
     while steps < STEPS {
@@ -508,13 +539,14 @@ fn a_million_random_steps_keep_every_invariant() {
         hits += world.hits;
         passed_hits += world.passed_hits;
         switched += world.switched;
+        prompt_logits += world.prompt_logits;
         refused += world.refused;
         unanswered += world.unanswered;
         seed += 1;
     }
     println!(
         "{steps} steps, {seed} configurations: {preemptions} preemptions, {copies} copies on write, {hits} cached tokens, {passed_hits} blocks \
-         that windows had passed, {switched} sequences computed anew, {refused} refusals, {unanswered} steps in vain"
+         that windows had passed, {switched} sequences computed anew, {prompt_logits} prompt rows told, {refused} refusals, {unanswered} steps in vain"
     );
     assert!(steps >= STEPS);
     assert!(
@@ -523,6 +555,7 @@ fn a_million_random_steps_keep_every_invariant() {
             && hits > 10_000
             && passed_hits > 10_000
             && switched > 10_000
+            && prompt_logits > 10_000
             && refused > 1000
             && unanswered > 1000,
         "the workloads were to force all of it"

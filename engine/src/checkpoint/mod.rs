@@ -16,6 +16,7 @@ mod quantised;
 mod rope;
 mod summary;
 mod tensors;
+mod tokenizer_files;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -31,6 +32,7 @@ pub use error::CheckpointError;
 pub use generation::GenerationDefaults;
 pub use summary::{ExpertsSummary, KindSummary, RopeSummary, Summary, WindowSummary};
 pub use tensors::{TensorView, Tensors};
+pub use tokenizer_files::{NamedFile, tokenizer_files};
 
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 

@@ -191,7 +191,7 @@ impl Session<'_> {
         let mut out = std::io::stdout();
         while let Some(output) = generation.next().await {
             let text = match output {
-                Output::Started { .. } => continue,
+                Output::Started { .. } | Output::PromptLogprobs(_) => continue,
                 Output::Chunk { text, .. } => text,
                 Output::Finished { text, reason, .. } => {
                     if reason == crate::core::FinishReason::Failed {

@@ -9,10 +9,10 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use flume::{Receiver, Selector, Sender};
 use quire_kernels::{Backend, Step};
-use quire_scheduler::{NewSequence, Sampled, Scheduler, SeqId, Time, TokenId};
+use quire_scheduler::{NewSequence, Sampled, Scheduled, Scheduler, SeqId, Time, TokenId};
 
 use crate::model::Decoder;
-use crate::sampling::{Choice, Sampler, Scratch};
+use crate::sampling::{Choice, Sampler, Scratch, logprobs_of};
 
 use super::config::StepReport;
 use super::handle::{EngineStats, Shared, Submission};
@@ -61,6 +61,8 @@ struct Active {
     events: Sender<Event>,
     samples: Vec<Sample>,
     admitted: bool,
+    /// It has a token.
+    answered: bool,
 }
 
 /// Where one of a request's `n` samples is.
@@ -77,6 +79,8 @@ struct Sequence {
     request: RequestKey,
     index: u32,
     sampler: Sampler,
+    /// Alternatives to report for each token of the prompt.
+    prompt_logprobs: Option<u32>,
     events: Sender<Event>,
     limits: Arc<Limits>,
 }
@@ -194,6 +198,7 @@ impl<B: Backend> EngineLoop<B> {
             events,
             samples: vec![Sample::Pending; sampling.n as usize],
             admitted: false,
+            answered: false,
         };
         if active.ticket.aborted.load(Ordering::SeqCst) {
             self.end_all(active, FinishReason::Aborted);
@@ -220,6 +225,7 @@ impl<B: Backend> EngineLoop<B> {
                 priority: request.priority,
                 tenant: tenant.finish(),
                 salt: request.cache_salt,
+                prompt_logits: sampling.prompt_logprobs.is_some(),
             },
             self.now(),
         );
@@ -237,6 +243,7 @@ impl<B: Backend> EngineLoop<B> {
             request: key,
             index: 0,
             sampler,
+            prompt_logprobs: sampling.prompt_logprobs,
             events: active.events.clone(),
             limits: Arc::new(Limits {
                 max_tokens: sampling.max_tokens,
@@ -346,6 +353,10 @@ impl<B: Backend> EngineLoop<B> {
         let mut row = 0;
         for at in 0..self.scheduler.batch().sequences.len() {
             let scheduled = self.scheduler.batch().sequences[at];
+            if scheduled.prompt_logits > 0 {
+                self.tell_prompt(scheduled, row * vocab);
+                row += scheduled.prompt_logits as usize;
+            }
             if scheduled.logits == 0 {
                 continue;
             }
@@ -363,6 +374,25 @@ impl<B: Backend> EngineLoop<B> {
             self.choose(parent, &mut logits[range]);
             self.logits = logits;
         }
+    }
+
+    /// Reports the prompt tokens that follow the rows of logits from element `begin` on.
+    fn tell_prompt(&mut self, scheduled: Scheduled, begin: usize) {
+        let Some(sequence) = &self.sequences[scheduled.seq.slot()] else {
+            return;
+        };
+        let vocab = self.decoder.config().vocab_size;
+        let count = scheduled.prompt_logits as usize;
+        let end = (scheduled.start + scheduled.len - scheduled.logits) as usize;
+        let next = &self.scheduler.tokens(scheduled.seq)[end - count + 1..=end];
+        let alternatives = sequence.prompt_logprobs.unwrap_or(0) as usize;
+        let logprobs = next
+            .iter()
+            .zip(self.logits[begin..].chunks_exact(vocab))
+            .map(|(&token, row)| logprobs_of(row, token, alternatives, &mut self.scratch))
+            .collect();
+        self.outbox
+            .push((sequence.events.clone(), Event::PromptLogprobs(logprobs)));
     }
 
     /// The sequences forked from `parent` now that its prompt is computed; none if it wants a single sample or has forked before.
@@ -386,6 +416,8 @@ impl<B: Backend> EngineLoop<B> {
                     request: key,
                     index,
                     sampler: sequence.sampler.fork(index),
+                    // Sample 0 tells it for all.
+                    prompt_logprobs: None,
                     events: sequence.events.clone(),
                     limits: Arc::clone(&sequence.limits),
                 };
@@ -405,6 +437,12 @@ impl<B: Backend> EngineLoop<B> {
         let Choice { token, logprobs } = sequence.sampler.sample(logits, &mut self.scratch);
         self.generation_tokens += 1;
         let index = sequence.index;
+        if sequence.sampler.generated() == 1
+            && let Some(active) = self.active.get_mut(&sequence.request)
+            && !std::mem::replace(&mut active.answered, true)
+        {
+            self.shared.answered(active.ticket.prompt);
+        }
         self.outbox.push((
             sequence.events.clone(),
             Event::Token {
@@ -527,6 +565,9 @@ impl<B: Backend> EngineLoop<B> {
         if !active.admitted {
             self.shared.left_queue(active.ticket.prompt);
         }
+        if !active.answered {
+            self.shared.answered(active.ticket.prompt);
+        }
         let now = Instant::now();
         let interval = now.duration_since(self.last_finish);
         self.last_finish = now;
@@ -562,6 +603,8 @@ impl<B: Backend> EngineLoop<B> {
             // Counted where requests are handed over.
             waiting_tokens: 0,
             in_flight: 0,
+            unanswered_tokens: 0,
+            silence: None,
         });
     }
 

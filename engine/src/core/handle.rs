@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use flume::{Receiver, Sender, TrySendError};
 use quire_scheduler::{Config, TokenId};
@@ -77,6 +78,10 @@ pub struct EngineStats {
     pub blocks_used_peak: u32,
     /// Requests that have a stream and are not finished.
     pub in_flight: u32,
+    /// Prompt tokens of those of them that have no token yet.
+    pub unanswered_tokens: u64,
+    /// How long ago the engine last did something while requests were in flight; `None`: none is.
+    pub silence: Option<Duration>,
 }
 
 /// A request on its way to the engine thread.
@@ -100,6 +105,11 @@ pub(super) struct Shared {
     waiting_tokens: AtomicU64,
     /// Requests submitted and not ended.
     in_flight: AtomicUsize,
+    /// Prompt tokens of those that have no token yet.
+    unanswered_tokens: AtomicU64,
+    started: Instant,
+    /// When the engine last finished a step, or began to have something in flight: microseconds since `started`.
+    last_sign: AtomicU64,
     /// Smoothed microseconds between the ends of requests.
     finish_interval: AtomicU64,
     draining: AtomicBool,
@@ -121,6 +131,9 @@ impl Shared {
             waiting: AtomicUsize::new(0),
             waiting_tokens: AtomicU64::new(0),
             in_flight: AtomicUsize::new(0),
+            unanswered_tokens: AtomicU64::new(0),
+            started: Instant::now(),
+            last_sign: AtomicU64::new(0),
             finish_interval: AtomicU64::new(1_000_000),
             draining: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
@@ -133,6 +146,19 @@ impl Shared {
     /// The engine thread's view after a step.
     pub fn publish(&self, stats: EngineStats) {
         *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = stats;
+        self.sign();
+    }
+
+    /// The engine lives.
+    fn sign(&self) {
+        let now = self.started.elapsed().as_micros() as u64;
+        self.last_sign.store(now, Ordering::SeqCst);
+    }
+
+    /// A request with a prompt of so many tokens has its first token, or ends without one.
+    pub fn answered(&self, prompt: u32) {
+        self.unanswered_tokens
+            .fetch_sub(u64::from(prompt), Ordering::SeqCst);
     }
 
     /// A request with a prompt of so many tokens left the queue: to run, or because it ended while it waited.
@@ -226,9 +252,15 @@ impl Engine {
             .waiting_tokens
             .fetch_add(u64::from(prompt), Ordering::SeqCst);
         // Counted before the flag is read: a drain that misses this request finds it in flight.
-        shared.in_flight.fetch_add(1, Ordering::SeqCst);
+        if shared.in_flight.fetch_add(1, Ordering::SeqCst) == 0 {
+            shared.sign();
+        }
+        shared
+            .unanswered_tokens
+            .fetch_add(u64::from(prompt), Ordering::SeqCst);
         let refuse = |error| {
             shared.left_queue(prompt);
+            shared.answered(prompt);
             shared.ended();
             Err(error)
         };
@@ -272,6 +304,10 @@ impl Engine {
         stats.waiting += self.requests.len() as u32;
         stats.waiting_tokens = shared.waiting_tokens.load(Ordering::SeqCst);
         stats.in_flight = shared.in_flight.load(Ordering::SeqCst) as u32;
+        stats.unanswered_tokens = shared.unanswered_tokens.load(Ordering::SeqCst);
+        let last_sign = Duration::from_micros(shared.last_sign.load(Ordering::SeqCst));
+        let silence = shared.started.elapsed().saturating_sub(last_sign);
+        stats.silence = (stats.in_flight > 0).then_some(silence);
         stats
     }
 

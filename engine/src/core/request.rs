@@ -34,6 +34,9 @@ pub enum Event {
         /// Prompt tokens whose keys and values came from the prefix cache.
         cached_tokens: u32,
     },
+    /// Log-probabilities of the next tokens of the prompt, in order and each once, from the second token on. Present if asked for, and complete
+    /// before any `Token`.
+    PromptLogprobs(Vec<TokenLogprobs>),
     /// A token was chosen.
     Token {
         /// Which of the `n` samples.

@@ -73,6 +73,7 @@ impl Engine {
             num_blocks: sizes.blocks,
             max_batch_tokens: config.max_batch_tokens,
             max_chunk_tokens: config.max_chunk_tokens.min(config.max_batch_tokens),
+            max_prompt_logits: max_prompt_logits(model.vocab_size),
             max_seqs: config.max_seqs,
             max_model_len: sizes.max_model_len,
             recompute_beyond: groups::recompute_beyond(model),
@@ -140,6 +141,17 @@ impl Engine {
             .map_err(StartError::Thread)?;
         Ok(engine)
     }
+}
+
+/// Bytes that the logits of prompt tokens may occupy in one step; a sampled token's row comes on top for each sequence.
+const PROMPT_LOGITS: usize = 64 << 20;
+/// Rows they may be in any case, however large the vocabulary.
+const FEWEST_PROMPT_LOGITS: usize = 32;
+
+/// Rows of logits that one step may compute for prompts whose log-probabilities are wanted.
+fn max_prompt_logits(vocab_size: usize) -> u32 {
+    let rows = PROMPT_LOGITS / (vocab_size * size_of::<f32>());
+    u32::try_from(rows.max(FEWEST_PROMPT_LOGITS)).unwrap_or(u32::MAX)
 }
 
 /// Refuses what would only fail later and less clearly.

@@ -35,7 +35,8 @@ pub(super) fn fill(scheduler: &Scheduler, step: &mut Step, copies: &mut Vec<(u32
         let table = scheduler.block_table(scheduled.seq);
         step.block_tables
             .extend(table[..entries].iter().map(|block| block.0));
-        step.logit_rows
-            .extend(row + scheduled.len - scheduled.logits..row + scheduled.len);
+        let end = row + scheduled.len;
+        let rows = scheduled.prompt_logits + scheduled.logits;
+        step.logit_rows.extend(end - rows..end);
     }
 }

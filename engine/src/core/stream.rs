@@ -113,7 +113,7 @@ impl RequestStream {
     /// Whether the event belongs to a sample that was not stopped; notes the sample's end.
     fn passes(&self, event: &Event) -> bool {
         match *event {
-            Event::Admitted { .. } => true,
+            Event::Admitted { .. } | Event::PromptLogprobs(_) => true,
             Event::Token { index, .. } => self.open[index as usize].load(Ordering::Relaxed),
             Event::Finished { index, .. } => {
                 self.open[index as usize].swap(false, Ordering::Relaxed)

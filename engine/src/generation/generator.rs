@@ -189,6 +189,7 @@ impl Generator {
             skip_special: request.skip_special,
             ends: ends.into(),
             samples: sampling.n,
+            prompt_logprobs: sampling.prompt_logprobs.is_some(),
         };
         let (max_tokens, n) = (sampling.max_tokens, sampling.n);
         let stream = inner.engine.submit(Request {

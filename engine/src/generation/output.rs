@@ -11,7 +11,7 @@ use crate::core::{AbortHandle, Event, FinishReason, RequestStream};
 use crate::sampling::TokenLogprobs;
 use crate::tokenizer::{Detokenizer, Tokenizer};
 
-/// What happens to a request, in order: `Started`, then for each sample chunks and a `Finished`.
+/// What happens to a request, in order: `Started`, `PromptLogprobs` if they were asked for, then for each sample chunks and a `Finished`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output {
     /// The request left the queue.
@@ -19,6 +19,8 @@ pub enum Output {
         /// Prompt tokens found in the prefix cache.
         cached_tokens: u32,
     },
+    /// The log-probabilities of the prompt's tokens, from the second on; the first has none.
+    PromptLogprobs(Arc<[TokenLogprobs]>),
     /// One more token of a sample.
     Chunk {
         /// Which of the `n` samples.
@@ -83,6 +85,8 @@ pub struct Generation {
     ends: Arc<[TokenId]>,
     pending: VecDeque<Output>,
     prompt: Arc<[TokenId]>,
+    /// Those that have come; `None`: nobody asked for them, or they were handed on.
+    prompt_logprobs: Option<Vec<TokenLogprobs>>,
     usage: Usage,
     observation: Observation,
     /// Held as long as there is something to read.
@@ -110,6 +114,8 @@ pub(super) struct TextOptions {
     pub skip_special: bool,
     pub ends: Arc<[TokenId]>,
     pub samples: u32,
+    /// The prompt's log-probabilities were asked for.
+    pub prompt_logprobs: bool,
 }
 
 impl Generation {
@@ -137,6 +143,7 @@ impl Generation {
                 ..Usage::default()
             },
             prompt,
+            prompt_logprobs: text.prompt_logprobs.then(Vec::new),
             observation,
             _unread: unread,
         }
@@ -177,7 +184,9 @@ impl Generation {
                 self.usage.cached_tokens = cached_tokens;
                 self.observation.admitted();
                 self.pending.push_back(Output::Started { cached_tokens });
+                self.take_prompt_logprobs(Vec::new());
             }
+            Event::PromptLogprobs(next) => self.take_prompt_logprobs(next),
             Event::Token {
                 index,
                 token,
@@ -193,6 +202,19 @@ impl Generation {
                 };
                 self.finish(index, text, reason, stop);
             }
+        }
+    }
+
+    /// Hands the prompt's log-probabilities on when all have come.
+    fn take_prompt_logprobs(&mut self, next: Vec<TokenLogprobs>) {
+        let Some(mut all) = self.prompt_logprobs.take() else {
+            return;
+        };
+        all.extend(next);
+        if all.len() + 1 == self.prompt.len() {
+            self.pending.push_back(Output::PromptLogprobs(all.into()));
+        } else {
+            self.prompt_logprobs = Some(all);
         }
     }
 

@@ -46,6 +46,7 @@ pub struct SamplingRequest {
     pub stop_token_ids: Vec<TokenId>,
     pub ignore_eos: bool,
     pub logprobs: Option<u32>,
+    pub prompt_logprobs: Option<u32>,
 }
 
 impl SamplingRequest {
@@ -74,6 +75,7 @@ impl SamplingRequest {
             stop_token_ids: self.stop_token_ids,
             ignore_eos: self.ignore_eos,
             logprobs: self.logprobs,
+            prompt_logprobs: self.prompt_logprobs,
         }
     }
 }

@@ -8,10 +8,10 @@ use quire_scheduler::TokenId;
 use super::Scratch;
 use super::filter::best;
 
-/// Log-probabilities of one generated position, of the model's raw distribution (before temperature, penalties and filters).
+/// Log-probabilities of one position, generated or of a prompt, of the model's raw distribution (before temperature, penalties and filters).
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenLogprobs {
-    /// ln p of the chosen token.
+    /// ln p of the token that was chosen, or is there in the prompt.
     pub logprob: f32,
     /// The chosen token's place among all tokens, 1 = likeliest.
     pub rank: u32,
@@ -42,7 +42,7 @@ fn log_sum_exp(logits: &[f32], exponentials: &mut Vec<f32>) -> (f32, f64) {
 }
 
 /// What is reported of `chosen`, with the `count` likeliest tokens. `scratch` is working memory.
-pub(super) fn of(
+pub(crate) fn of(
     logits: &[f32],
     chosen: TokenId,
     count: usize,

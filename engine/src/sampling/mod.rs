@@ -14,5 +14,6 @@ mod random;
 mod sampler;
 
 pub use logprobs::TokenLogprobs;
+pub(crate) use logprobs::of as logprobs_of;
 pub use params::{InvalidParam, MAX_LOGPROBS, MAX_SAMPLES, SamplingParams};
 pub use sampler::{Choice, Sampler, Scratch};

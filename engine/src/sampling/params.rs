@@ -37,6 +37,8 @@ pub struct SamplingParams {
     pub ignore_eos: bool,
     /// Report the chosen token's log-probability and those of this many likeliest tokens.
     pub logprobs: Option<u32>,
+    /// Report the same of the prompt's tokens, given what is before each: of all but the first. The whole prompt is then computed, whatever is cached.
+    pub prompt_logprobs: Option<u32>,
 }
 
 impl Default for SamplingParams {
@@ -57,6 +59,7 @@ impl Default for SamplingParams {
             stop_token_ids: Vec::new(),
             ignore_eos: false,
             logprobs: None,
+            prompt_logprobs: None,
         }
     }
 }
@@ -111,14 +114,15 @@ impl SamplingParams {
                 &format!("at most max_tokens ({})", self.max_tokens),
             ));
         }
-        if let Some(count) = self.logprobs
-            && count > MAX_LOGPROBS
-        {
-            return Err(invalid(
-                "logprobs",
-                count,
-                &format!("at most {MAX_LOGPROBS}"),
-            ));
+        for (name, count) in [
+            ("logprobs", self.logprobs),
+            ("prompt_logprobs", self.prompt_logprobs),
+        ] {
+            if let Some(count) = count
+                && count > MAX_LOGPROBS
+            {
+                return Err(invalid(name, count, &format!("at most {MAX_LOGPROBS}")));
+            }
         }
         let known = |name, token: TokenId| {
             if token.0 < vocab_size {
@@ -190,7 +194,7 @@ mod tests {
     #[test]
     fn each_parameter_outside_its_range_is_named() {
         type Change = fn(&mut SamplingParams);
-        let cases: [(&str, Change); 22] = [
+        let cases: [(&str, Change); 23] = [
             ("temperature", |p| p.temperature = -0.1),
             ("temperature", |p| p.temperature = f32::NAN),
             ("temperature", |p| p.temperature = f32::INFINITY),
@@ -211,6 +215,7 @@ mod tests {
             ("max_tokens", |p| p.max_tokens = 0),
             ("min_tokens", |p| p.min_tokens = 17),
             ("logprobs", |p| p.logprobs = Some(21)),
+            ("prompt_logprobs", |p| p.prompt_logprobs = Some(21)),
             ("logit_bias", |p| p.logit_bias = vec![(TokenId(10), 0.0)]),
             ("logit_bias", |p| {
                 p.logit_bias = vec![(TokenId(1), f32::NAN)];

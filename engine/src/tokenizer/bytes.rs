@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use quire_scheduler::TokenId;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// How a vocabulary spells bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +43,29 @@ impl Spelling {
             }
             _ => None,
         }
+    }
+}
+
+impl Spelling {
+    /// The `decoder` of a tokenizer.json that undoes it.
+    pub fn decoder(self) -> Value {
+        let strip = match self {
+            Self::ByteLevel => {
+                return json!({
+                    "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
+                });
+            }
+            Self::Pieces { strip } => strip,
+        };
+        let mut steps = vec![
+            json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+            json!({"type": "ByteFallback"}),
+            json!({"type": "Fuse"}),
+        ];
+        if strip {
+            steps.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+        }
+        json!({"type": "Sequence", "decoders": steps})
     }
 }
 
@@ -112,6 +135,10 @@ impl TokenBytes {
         self.special.get(token.0 as usize).copied().unwrap_or(false)
     }
 
+    pub fn spelling(&self) -> Spelling {
+        self.spelling
+    }
+
     pub fn strips_first(&self) -> bool {
         matches!(self.spelling, Spelling::Pieces { strip: true })
     }
@@ -179,6 +206,17 @@ mod tests {
         assert_eq!(alphabet[&'Ġ'], b' ');
         assert_eq!(alphabet[&'Ċ'], b'\n');
         assert_eq!(alphabet[&'a'], b'a');
+    }
+
+    #[test]
+    fn the_decoder_of_a_spelling_is_recognised_as_it() {
+        for spelling in [
+            Spelling::ByteLevel,
+            Spelling::Pieces { strip: false },
+            Spelling::Pieces { strip: true },
+        ] {
+            assert_eq!(Spelling::of(&spelling.decoder()), Some(spelling));
+        }
     }
 
     #[test]

@@ -83,6 +83,20 @@ impl Tokenizer {
         Ok(Self { inner, bytes })
     }
 
+    /// The `tokenizer.json` of it.
+    ///
+    /// # Errors
+    /// It has no such form.
+    pub fn to_json(&self) -> Result<String, TokenizerError> {
+        let mut file = serde_json::to_value(&self.inner)
+            .map_err(|error| TokenizerError::Invalid(error.to_string()))?;
+        // One made from a vocabulary has none: we decode ourselves.
+        if file["decoder"].is_null() {
+            file["decoder"] = self.bytes.spelling().decoder();
+        }
+        Ok(file.to_string())
+    }
+
     /// Special tokens written in `text` become their ids; `add_special` adds what the model's post-processor adds (BOS …).
     ///
     /// # Errors

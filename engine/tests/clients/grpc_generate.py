@@ -197,6 +197,23 @@ def logprobs_are_ranked_and_ordered(server: Server) -> None:
         expect.equal(b"".join(one.token_bytes for one in best).decode(errors="replace"), twenty.text, "their bytes are the text")
 
 
+def a_prompt_has_the_logprobs_it_has_when_it_is_generated(server: Server) -> None:
+    with QuireClient(server) as client:
+        made = whole(client.Generate(text_request(PROMPT, 12, output=pb.OutputOptions(logprobs=3, prompt_token_ids=True))))
+        prompt = list(made.started.prompt_token_ids)
+        options = pb.OutputOptions(prompt_logprobs=3)
+        request = text_request("", 2, output=options, sampling=pb.SamplingParams(seed=1, n=2))
+        request.tokens.ids.extend(prompt + made.samples[0].ids)
+        single = whole(client.Generate(request))
+        streamed = collect(client.GenerateStream(request))
+    for answer in (single, streamed):
+        told = answer.prompt_logprobs
+        expect.equal([token.id for token in told], list(request.tokens.ids), "the prompt's tokens")
+        expect.equal([token.HasField("logprobs") for token in told], [False] + [True] * (len(told) - 1), "all but the first")
+        expect.equal(told[len(prompt) :], made.samples[0].tokens, "what was generated, as a prompt")
+        expect.equal(answer.usage.cached_tokens, 0, "it is computed, whatever is cached")
+
+
 def echo_begins_with_the_prompt(server: Server) -> None:
     request = text_request(PROMPT, 10, output=pb.OutputOptions(echo=True), sampling=pb.SamplingParams(seed=1, n=2))
     with QuireClient(server) as client:

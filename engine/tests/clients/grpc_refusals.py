@@ -37,6 +37,7 @@ def an_invalid_value_names_its_field(server: Server) -> None:
     ]
     wrong += [(name, text_request(PROMPT, stop=pb.StopConditions(**fields))) for name, fields in stops]
     wrong += [("logprobs", text_request(PROMPT, output=pb.OutputOptions(logprobs=21)))]
+    wrong += [("prompt_logprobs", text_request(PROMPT, output=pb.OutputOptions(prompt_logprobs=21)))]
     wrong += [
         ("prompt", pb.GenerateRequest()),
         ("prompt", text_request("")),

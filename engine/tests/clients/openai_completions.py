@@ -158,6 +158,48 @@ def logprobs_line_up_with_the_text(server: Server) -> None:
         expect.that(sum(math.exp(value) for value in top.values()) <= 1.0001, f"probabilities add up to more than 1: {top}")
 
 
+def echo_with_logprobs_tells_those_of_the_prompt_too(server: Server) -> None:
+    # Control tokens are tokens, too; here they are text as well.
+    extra = {"ignore_eos": True, "skip_special_tokens": False, "return_token_ids": True}
+    request = GREEDY | {"extra_body": extra, "logprobs": 3}
+    ids = server.tokens(PROMPT)
+    with _lenient(server) as client:
+        made = client.completions.create(**request).choices[0]
+        echoed = client.completions.create(**request, echo=True).choices[0]
+        scored = client.completions.create(**request | {"prompt": ids + made.token_ids, "max_tokens": 1}, echo=True).choices[0]
+        chunks = list(client.completions.create(**request, echo=True, stream=True))
+    expect.equal(len(echoed.logprobs.tokens), len(ids) + 24)
+    expect.equal("".join(echoed.logprobs.tokens), echoed.text, "the tokens' text")
+    for token, offset in zip(echoed.logprobs.tokens, echoed.logprobs.text_offset):
+        expect.that(echoed.text[offset:].startswith(token), f"{token!r} at {offset}")
+    expect.equal((echoed.logprobs.token_logprobs[0], echoed.logprobs.top_logprobs[0]), (None, None), "nothing precedes the first")
+    expect.that(all(value <= 0 for value in echoed.logprobs.token_logprobs[1:]), "a logprob above 0")
+    expect.equal(echoed.logprobs.token_logprobs[len(ids) :], made.logprobs.token_logprobs, "of what is generated")
+    # What was generated, as a prompt: the same numbers to the last bit.
+    for name in ("token_logprobs", "top_logprobs"):
+        whole, of_prompt = getattr(echoed.logprobs, name), getattr(scored.logprobs, name)
+        expect.equal(of_prompt[: len(whole)], whole, name)
+        told = [value for chunk in chunks for choice in chunk.choices if choice.logprobs for value in getattr(choice.logprobs, name)]
+        expect.equal(told, whole, f"streamed {name}")
+
+
+def a_prompt_is_scored_without_an_answer(server: Server) -> None:
+    ids = server.tokens(PROMPT)
+    with _lenient(server) as client:
+        for n in (1, 2):
+            answer = client.completions.create(model="demo", prompt=[ids, ids[:1]], max_tokens=0, echo=True, logprobs=1, n=n)
+            expect.equal([len(choice.logprobs.tokens) for choice in answer.choices], [len(ids)] * n + [1] * n)
+            expect.equal([choice.text for choice in answer.choices[:n]], [PROMPT] * n)
+            expect.equal({choice.finish_reason for choice in answer.choices}, {"length"})
+            expect.equal(answer.usage.completion_tokens, 0)
+        chunks = list(client.completions.create(model="demo", prompt=PROMPT, max_tokens=0, echo=True, logprobs=1, stream=True))
+        expect.equal("".join(choice.text for chunk in chunks for choice in chunk.choices), PROMPT)
+        expect.equal(chunks[-1].choices[0].finish_reason, "length")
+        with expect.raises(openai.BadRequestError) as error:
+            client.completions.create(model="demo", prompt=PROMPT, max_tokens=0)
+        expect.contains(str(error.value), "max_tokens", "message")
+
+
 def logprobs_of_a_sampled_token_are_its_own(server: Server) -> None:
     request = GREEDY | {"temperature": 2, "seed": 1, "max_tokens": 60}
     with server.openai() as client:

@@ -79,18 +79,22 @@ class Collected:
     started: Any
     samples: list[Answer]
     usage: Any
+    prompt_logprobs: list[Any] = dataclasses.field(default_factory=list)
 
 
 def collect(events: Any) -> Collected:
     """Reads a stream to its end, and checks its order: Started, for each sample chunks and one Finish, Usage."""
     samples: dict[int, Answer] = {}
-    started, usage = None, None
+    started, usage, prompt_logprobs = None, None, []
     for event in events:
         kind = event.WhichOneof("event")
         expect.that(usage is None, f"{kind} after usage")
         expect.equal(started is None, kind == "started", f"started comes first and once; {kind} came")
         if kind == "started":
             started = event.started
+        elif kind == "prompt_logprobs":
+            expect.that(not samples and not prompt_logprobs, "prompt_logprobs come once and before all samples")
+            prompt_logprobs = list(event.prompt_logprobs.tokens)
         elif kind == "chunk":
             sample = samples.setdefault(event.chunk.index, Answer())
             expect.that(sample.finish is None, f"a chunk of sample {event.chunk.index} after its finish")
@@ -107,7 +111,7 @@ def collect(events: Any) -> Collected:
     expect.that(usage is not None, "the stream ended without usage")
     expect.equal(sorted(samples), list(range(len(samples))), "indexes of the samples")
     expect.that(all(sample.finish for sample in samples.values()), "a sample without a finish")
-    return Collected(started, [samples[index] for index in sorted(samples)], usage)
+    return Collected(started, [samples[index] for index in sorted(samples)], usage, prompt_logprobs)
 
 
 def whole(response: Any) -> Collected:
@@ -120,7 +124,7 @@ def whole(response: Any) -> Collected:
         cached_tokens=response.usage.cached_tokens,
         prompt_token_ids=response.prompt_token_ids,
     )
-    return Collected(started, samples, response.usage)
+    return Collected(started, samples, response.usage, list(response.prompt_logprobs))
 
 
 def text_request(text: str, max_tokens: int = 16, **fields: Any) -> Any:

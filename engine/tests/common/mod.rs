@@ -7,6 +7,7 @@ pub mod sequence;
 use half::bf16;
 use quire::checkpoint::{Checkpoint, ModelSource};
 use quire::core::{Engine, Event, FinishReason, Request, RequestStream};
+use quire::sampling::TokenLogprobs;
 use quire_kernels::cpu::{CpuBackend, CpuOptions};
 use quire_scheduler::TokenId;
 use safetensors::tensor::{Dtype, TensorView};
@@ -20,6 +21,8 @@ const DEMO_WEIGHTS: &[u8] = include_bytes!("../../demo-model/model.safetensors")
 pub struct Answer {
     pub tokens: Vec<TokenId>,
     pub logprobs: Vec<LogprobBits>,
+    /// Of the prompt, with the first sample.
+    pub prompt_logprobs: Vec<LogprobBits>,
     pub reason: Option<FinishReason>,
 }
 
@@ -36,6 +39,11 @@ pub fn answers(mut stream: RequestStream) -> Vec<Answer> {
     while let Some(event) = stream.next_blocking() {
         match event {
             Event::Admitted { .. } => {}
+            Event::PromptLogprobs(logprobs) => {
+                let answer = at(&mut answers, 0);
+                assert_eq!(answer.tokens, [], "the prompt comes first");
+                answer.prompt_logprobs.extend(logprobs.iter().map(bits));
+            }
             Event::Token {
                 index,
                 token,
@@ -44,15 +52,17 @@ pub fn answers(mut stream: RequestStream) -> Vec<Answer> {
                 let answer = at(&mut answers, index);
                 assert_eq!(answer.reason, None, "no token follows the end");
                 answer.tokens.push(token);
-                if let Some(l) = logprobs {
-                    let top = l.top.iter().map(|&(id, p)| (id, p.to_bits())).collect();
-                    answer.logprobs.push((l.logprob.to_bits(), l.rank, top));
-                }
+                answer.logprobs.extend(logprobs.as_deref().map(bits));
             }
             Event::Finished { index, reason } => at(&mut answers, index).reason = Some(reason),
         }
     }
     answers
+}
+
+fn bits(reported: &TokenLogprobs) -> LogprobBits {
+    let top = reported.top.iter().map(|&(id, p)| (id, p.to_bits()));
+    (reported.logprob.to_bits(), reported.rank, top.collect())
 }
 
 fn at(answers: &mut Vec<Answer>, index: u32) -> &mut Answer {

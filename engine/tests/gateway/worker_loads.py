@@ -23,6 +23,7 @@ def at_rest_all_say_that_nothing_runs(server: Server) -> None:
     record = _pushed(client, alone=True)
     expect.equal((record.running_requests, record.waiting_requests, record.token_usage), (0, 0, 0.0))
     expect.equal(record.cache_hit_rate, load.cache_hit_rate)
+    expect.equal((record.HasField("engine_silence_ms"), record.engine_reports_steps, record.prefill_pending_tokens), (False, True, 0))
 
 
 def under_load_all_say_what_runs_and_waits(start) -> None:
@@ -53,6 +54,8 @@ def under_load_all_say_what_runs_and_waits(start) -> None:
             expect.that(low <= usage <= high, f"usage {usage} between {low} and {high}")
         expect.equal(load.num_waiting_uncached_tokens, WAITING * len(prompt))
         expect.equal(record.waiting_uncached_tokens, WAITING * len(prompt))
+        expect.equal(record.prefill_pending_tokens, WAITING * len(prompt), "those that run have tokens")
+        expect.that(record.HasField("engine_silence_ms") and record.engine_silence_ms < 2000, f"silent for {record.engine_silence_ms} ms")
     expect.within(3, lambda: client.load().gen_throughput > 0, "tokens are made")
     for stream in streams:
         stream.cancel()

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import zipfile
 
 import grpc
@@ -54,6 +55,31 @@ def a_stream_brings_the_same_tokens_one_by_one(server: Server) -> None:
         expect.equal(ends[index], complete.finish_reason)
 
 
+def the_logprobs_of_a_prompt_are_those_it_had_when_it_was_generated(server: Server) -> None:
+    client = VllmClient(server)
+    tokens = server.tokens(PROMPT)
+    [made] = client.generate(tokens, max_tokens=20, logprobs=3, ignore_eos=True)
+    prompt = [*tokens, *made.output_ids]
+    whole = client.generate(prompt, max_tokens=2, prompt_logprobs=3, n=2)
+    firsts = {}
+    for response in client.stub.Generate(client.request(prompt, stream=True, max_tokens=2, prompt_logprobs=3, n=2), timeout=60):
+        if response.HasField("chunk"):
+            told = response.chunk.HasField("input_logprobs")
+            expect.equal(told, response.chunk.index not in firsts, "with the first chunk of a sample")
+            firsts.setdefault(response.chunk.index, response.chunk.input_logprobs)
+    expect.equal(sorted(firsts), [0, 1])
+    for told in [*(complete.input_logprobs for complete in whole), *firsts.values()]:
+        expect.equal(list(told.token_ids), prompt)
+        expect.equal([one.HasField("value") for one in told.token_logprobs], [False] + [True] * (len(prompt) - 1))
+        expect.equal(
+            [bits(one.value) for one in told.token_logprobs[len(tokens) :]],
+            [bits(value) for value in made.output_logprobs.token_logprobs],
+        )
+        expect.equal(list(told.top_logprobs[len(tokens) :]), list(made.output_logprobs.top_logprobs))
+    [plain] = client.generate(prompt, max_tokens=2)
+    expect.that(not plain.HasField("input_logprobs"), "only if asked for")
+
+
 def what_stopped_a_sample_is_told(server: Server) -> None:
     client = VllmClient(server)
     [free] = client.generate(PROMPT, max_tokens=10, ignore_eos=True)
@@ -77,7 +103,7 @@ def cached_tokens_are_counted(server: Server) -> None:
 def what_is_not_served_is_refused_by_name(server: Server) -> None:
     client = VllmClient(server)
     constraints = {"json_schema": "{}", "regex": "a", "grammar": "a", "structural_tag": "a", "json_object": True}
-    others = {"prompt_logprobs": 1, "truncate_prompt_tokens": 4, "logprobs": -1, "top_p": 2.0, "choice": pb.ChoiceConstraint()}
+    others = {"prompt_logprobs": -1, "truncate_prompt_tokens": 4, "logprobs": -1, "top_p": 2.0, "choice": pb.ChoiceConstraint()}
     for name, value in (constraints | others).items():
         with expect.status(grpc.StatusCode.INVALID_ARGUMENT, naming=name):
             client.generate(PROMPT, **{name: value})
@@ -123,6 +149,16 @@ def the_tokenizer_is_an_archive_of_its_files(server: Server) -> None:
     expect.equal(archive.testzip(), None)
     expect.that("chat_template.jinja" in archive.namelist(), "the chat template is there")
     expect.that(json.loads(archive.read("tokenizer.json"))["model"], "a tokenizer")
+
+
+def the_tokenizer_of_a_gguf_file_is_written_as_the_files_it_would_be(start) -> None:
+    server = start("--model", os.path.join(os.path.dirname(__file__), "..", "golden", "gguf", "qwen3.gguf"))
+    client = VllmClient(server)
+    data = b"".join(chunk.data for chunk in client.stub.GetTokenizer(common.GetTokenizerRequest(), timeout=10))
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    expect.equal(sorted(archive.namelist()), ["tokenizer.json", "tokenizer_config.json"])
+    expect.that(json.loads(archive.read("tokenizer.json"))["model"]["vocab"], "a tokenizer")
+    expect.that(isinstance(json.loads(archive.read("tokenizer_config.json")), dict), "its configuration")
 
 
 def a_flush_waits_for_rest_and_empties_the_cache(server: Server) -> None:

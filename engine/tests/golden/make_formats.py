@@ -37,7 +37,7 @@ import torch
 from make import randomise
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, BitNetConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 OUT = pathlib.Path(__file__).parent / "formats"
 PROMPT = 32
@@ -91,11 +91,54 @@ def rounded(x, order):
     return blocks if order is None else torch.empty_like(blocks).index_copy_(-1, order, blocks)
 
 
+def fused(state):
+    """Experts as transformers has them: one parameter for the gates and inputs of all, one for the outputs."""
+    state = dict(state)
+    stacks = {}
+    for name in [name for name in state if ".mlp.experts." in name or ".switch_mlp." in name]:
+        layer, rest = name.replace("switch_mlp", "experts").split(".experts.")
+        *expert, projection, _ = rest.split(".")
+        stacks.setdefault((layer, projection), {})[int(expert[0]) if expert else 0] = state.pop(name)
+    for layer in {layer for layer, _ in stacks}:
+        gate, up, down = (
+            torch.stack([value for _, value in sorted(stacks[layer, projection].items())]) for projection in ("gate_proj", "up_proj", "down_proj")
+        )
+        gate, up, down = (x[0] if x.dim() == 4 else x for x in (gate, up, down))
+        state |= {f"{layer}.experts.gate_up_proj": torch.cat([gate, up], 1), f"{layer}.experts.down_proj": down}
+    return state
+
+
+@contextlib.contextmanager
+def rounding(model, matrices, orders):
+    """Rounds what is multiplied with the matrices."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = {}
+    for module in matrices:
+        layer, _, rest = module.replace("switch_mlp", "experts").partition(".experts.")
+        if not rest:
+            weights[parameters[f"{module}.weight"].data_ptr()] = orders.get(module)
+            continue
+        *expert, projection = rest.split(".")
+        stack = parameters[f"{layer}.experts.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"]
+        for at in [int(expert[0])] if expert else range(len(stack)):
+            weights[stack[at].data_ptr()] = orders.get(module)
+    plain = torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        if weight.data_ptr() in weights:
+            x = rounded(x, weights[weight.data_ptr()])
+        return plain(x, weight, bias)
+
+    torch.nn.functional.linear = linear
+    yield
+    torch.nn.functional.linear = plain
+
+
 def finish(directory, config, floats, matrices, orders={}, integers=True):
     """Logits of the model whose parameters are `floats` with `matrices` in their places."""
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").float().eval()
     state = {name: value.float() for name, value in floats.items()} | {f"{m}.weight": v.float() for m, v in matrices.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing, unexpected = model.load_state_dict(fused(state), strict=False)
     assert not unexpected and all(name == "lm_head.weight" for name in missing), (missing, unexpected)
     model.tie_weights()
     ids = torch.randint(0, config.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(5))
@@ -103,14 +146,12 @@ def finish(directory, config, floats, matrices, orders={}, integers=True):
     with torch.no_grad():
         golden["logits"] = model(ids[None], use_cache=False).logits[0].contiguous()
         if integers:
-            for name, module in model.named_modules():
-                tied = name == "lm_head" and config.tie_word_embeddings and "model.embed_tokens" in matrices
-                if name in matrices and isinstance(module, torch.nn.Linear) or tied:
-                    module.register_forward_pre_hook(lambda _, x, order=orders.get(name): (rounded(x[0], order),))
-            golden["rounded"] = model(ids[None], use_cache=False).logits[0].contiguous()
+            with rounding(model, matrices, orders):
+                golden["rounded"] = model(ids[None], use_cache=False).logits[0].contiguous()
     save_file(golden, directory / "golden.safetensors")
     crc = lambda m: zlib.crc32(m.float().contiguous().numpy().astype("<f4").tobytes())
-    (directory / "matrices.json").write_text(json.dumps({f"{m}.weight": crc(v) for m, v in matrices.items()}, indent=1) + "\n")
+    matrices = {f"{module.replace('switch_mlp', 'experts')}.weight": crc(value) for module, value in matrices.items()}
+    (directory / "matrices.json").write_text(json.dumps(matrices, indent=1) + "\n")
     sizes = {f.name: f.stat().st_size >> 10 for f in directory.iterdir()}
     print(f"{directory.name}: {sizes}")
 
@@ -155,6 +196,9 @@ def mlx(name, config, dtype, bits, group, predicate=None):
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
         # mlx-lm wants a tokenizer that transformers can load.
         (directory / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="PreTrainedTokenizerFast")))
+        if hasattr(config, "num_experts"):
+            # As transformers 4 spelt them.
+            configure(directory, num_experts=config.num_experts, rope_theta=config.rope_parameters["rope_theta"])
         convert(str(directory), f"{temporary}/out", quantize=True, q_bits=bits, q_group_size=group, quant_predicate=predicate)
         for file in ["model.safetensors", "config.json"]:
             shutil.copy(f"{temporary}/out/{file}", directory / file)
@@ -183,12 +227,14 @@ def gptq(name, config, bits, group, symmetric, desc_act, version, dtype=torch.fl
     from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
 
     directory = base(name, config, dtype)
-    generator = torch.Generator().manual_seed(7)
     orders = {}
 
     def one(module, weight):
         out, cols = weight.shape
         size = cols if group == -1 else min(group, cols)
+        # What is multiplied with the same features is sorted alike, since these decide the order; but attention's are kept apart here to see that they may be.
+        seen = module.rpartition(".")[0] + str(cols) if "experts" in module else module
+        generator = torch.Generator().manual_seed(zlib.crc32(seen.encode()))
         order = torch.randperm(cols, generator=generator) if desc_act else torch.arange(cols)
         g_idx = torch.empty(cols, dtype=torch.int32)
         g_idx[order] = torch.arange(cols, dtype=torch.int32) // size
@@ -362,7 +408,10 @@ if __name__ == "__main__":
     own = lambda path, *_: "v_proj" not in path and (dict(bits=8, group_size=128, mode="affine") if "down_proj" in path else dict(bits=4, group_size=32, mode="affine"))
     mlx("mlx-mixed-f32", untied, torch.float32, 4, 64, own)
 
-    gptq("gptq-4bit-g32-act-order", qwen3, 4, 32, False, True, "gptq")
+    experts = Qwen3MoeConfig(**SMALL | dict(num_hidden_layers=1), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True)
+    mlx("mlx-experts", experts, torch.bfloat16, 4, 32)
+    gptq("gptq-experts-desc-act", experts, 4, 32, False, True, "gptq_v2")
+    gptq("gptq-4bit-g32-desc-act", qwen3, 4, 32, False, True, "gptq")
     gptq("gptq-4bit-g128", wide, 4, 128, True, False, "gptq")
     gptq("gptq-8bit-g64-v2", llama, 8, 64, False, False, "gptq_v2")
     gptq("gptq-8bit-row", llama, 8, -1, False, True, "gptq")
@@ -372,7 +421,7 @@ if __name__ == "__main__":
     awq("awq-row", qwen3, -1)
 
     bitnet("bitnet", llama, "bitlinear")
-    bitnet("bitnet-auto", qwen3, "autobitlinear")
+    bitnet("bitnet-auto", BitNetConfig(**SMALL), "autobitlinear")
     bitnet_online("bitnet-online", untied)
 
     fp8("fp8-blocks", LlamaConfig(**WIDE | dict(intermediate_size=136, num_attention_heads=2)), [128, 128])

@@ -20,6 +20,8 @@ const TASK_ROWS: usize = 16;
 const TILES: usize = 4;
 /// Positions of a span.
 const SPAN: usize = TILES * TILE;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 /// Most queries at once.
 const QUERIES: usize = 8;
 
@@ -177,14 +179,21 @@ unsafe fn attend_over<S: Simd, E: Element>(work: &Work<'_>, floats: &mut [f32]) 
     let oldest = (first_position + 1).saturating_sub(window);
     for begin in (oldest / SPAN * SPAN..first_position + rows).step_by(SPAN) {
         let span = work.keys_and_values::<E>(begin, oldest);
+        let last = begin + SPAN >= first_position + rows;
+        let next = if last {
+            span
+        } else {
+            work.keys_and_values::<E>(begin + SPAN, oldest)
+        };
         // Rows before the span's begin have nothing in it, and rows whose window begins after it have not either.
         let mut query = begin.saturating_sub(first_position) * group;
         let after = (begin + SPAN)
             .saturating_add(window - 1)
             .saturating_sub(first_position);
-        let last = after.min(rows) * group;
-        while query < last {
-            let left = (last - query).min(S::QUERIES);
+        let end = after.min(rows) * group;
+        let first = query;
+        while query < end {
+            let left = (end - query).min(S::QUERIES);
             // The largest power of two that is left.
             let n = 1 << left.ilog2();
             let batch = Batch {
@@ -193,15 +202,16 @@ unsafe fn attend_over<S: Simd, E: Element>(work: &Work<'_>, floats: &mut [f32]) 
                 position: first_position,
                 begin,
                 window,
+                ahead: query == first && !last,
             };
             let maxima = &mut maxima[query..query + n];
             let sums = &mut sums[query..query + n];
             unsafe {
                 match n {
-                    1 => pass::<S, E, 1>(work, &span, &batch, maxima, sums),
-                    2 => pass::<S, E, 2>(work, &span, &batch, maxima, sums),
-                    4 => pass::<S, E, 4>(work, &span, &batch, maxima, sums),
-                    _ => pass::<S, E, 8>(work, &span, &batch, maxima, sums),
+                    1 => pass::<S, E, 1>(work, &span, &next, &batch, maxima, sums),
+                    2 => pass::<S, E, 2>(work, &span, &next, &batch, maxima, sums),
+                    4 => pass::<S, E, 4>(work, &span, &next, &batch, maxima, sums),
+                    _ => pass::<S, E, 8>(work, &span, &next, &batch, maxima, sums),
                 }
             }
             query += n;
@@ -228,6 +238,8 @@ struct Batch {
     begin: usize,
     /// How many positions a query sees.
     window: usize,
+    /// It is the first to pass over the span, and another span follows: to be asked for meanwhile.
+    ahead: bool,
 }
 
 impl Batch {
@@ -249,6 +261,7 @@ impl Batch {
 }
 
 /// Where the tiles of a span are: keys `[head_dim][16]`, values `[16][head_dim]`.
+#[derive(Clone, Copy)]
 struct KeysAndValues<E> {
     keys: [*const E; TILES],
     values: [*const E; TILES],
@@ -338,6 +351,7 @@ impl Work<'_> {
 unsafe fn pass<S: Simd, E: Element, const N: usize>(
     work: &Work<'_>,
     span: &KeysAndValues<E>,
+    next: &KeysAndValues<E>,
     batch: &Batch,
     maxima: &mut [f32],
     sums: &mut [f32],
@@ -358,12 +372,13 @@ unsafe fn pass<S: Simd, E: Element, const N: usize>(
         let tiles = most.div_ceil(TILE);
         if N <= 2 && tiles == TILES {
             // A query or two are a few chains of additions: all tiles at once hide their latency.
-            score::<S, E, N, TILES>(&queries, span, 0, d, &mut scores);
+            score::<S, E, N, TILES>(&queries, span, batch.ahead, 0, d, &mut scores);
         } else {
             for tile in 0..tiles {
-                score::<S, E, N, 1>(&queries, span, tile, d, &mut scores);
+                score::<S, E, N, 1>(&queries, span, batch.ahead, tile, d, &mut scores);
             }
         }
+        let next = batch.ahead.then_some(next);
         let shape = &work.attention.shape;
         for n in 0..N {
             shrink[n] = soften::<S>(
@@ -381,17 +396,17 @@ unsafe fn pass<S: Simd, E: Element, const N: usize>(
                 let own = batch.from(n);
                 if own < from {
                     let scores = std::array::from_ref(&scores[n]);
-                    weigh::<S, E, 1>(scores, own, from, &[shrink[n]], span, d, &[out[n]]);
+                    weigh::<S, E, 1>(scores, own, from, &[shrink[n]], span, None, d, &[out[n]]);
                     shrink[n] = 1.0;
                 }
             }
-            weigh::<S, E, N>(&scores, from, least, &shrink, span, d, &out);
+            weigh::<S, E, N>(&scores, from, least, &shrink, span, next, d, &out);
             if least < most {
                 for n in 0..N {
                     let valid = batch.valid(n);
                     if least < valid {
                         let own = std::array::from_ref(&scores[n]);
-                        weigh::<S, E, 1>(own, least, valid, &[1.0], span, d, &[out[n]]);
+                        weigh::<S, E, 1>(own, least, valid, &[1.0], span, None, d, &[out[n]]);
                     }
                 }
             }
@@ -399,25 +414,36 @@ unsafe fn pass<S: Simd, E: Element, const N: usize>(
             for n in 0..N {
                 let own = std::array::from_ref(&scores[n]);
                 let (from, valid) = (batch.from(n), batch.valid(n));
-                weigh::<S, E, 1>(own, from, valid, &[shrink[n]], span, d, &[out[n]]);
+                weigh::<S, E, 1>(own, from, valid, &[shrink[n]], span, None, d, &[out[n]]);
             }
         }
     }
 }
 
 /// Dot products of `N` queries with the keys of `M` tiles from `tile`: lane = position, summed along `head_dim` in order.
+///
+/// Meanwhile it asks for the tiles' values, if it is to look `ahead`: at long contexts keys and values come from memory, a few kilobytes here and
+/// a few there, which processors do not foresee.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
 unsafe fn score<S: Simd, E: Element, const N: usize, const M: usize>(
     queries: &[*const f32; N],
     span: &KeysAndValues<E>,
+    ahead: bool,
     tile: usize,
     d: usize,
     scores: &mut [[f32; SPAN]; QUERIES],
 ) {
     unsafe {
         let mut sums = [[[S::vsplat(0.0); 2]; M]; N];
+        // Elements of a cache line are one row of a tile's keys, or two.
+        let lines = LINE / (TILE * size_of::<E>());
         for i in 0..d {
+            if ahead && i % lines == 0 {
+                for m in 0..M {
+                    S::prefetch(span.values[tile + m].wrapping_add(i * TILE).cast());
+                }
+            }
             for n in 0..N {
                 let q = S::vsplat(*queries[n].add(i));
                 for m in 0..M {
@@ -507,14 +533,18 @@ unsafe fn soften<S: Simd>(
 }
 
 /// `out[n] = out[n] · shrink[n] + Σ weights[n][p] · values[p]` over positions `first..last`, in order.
+///
+/// Meanwhile it asks for the keys of the span that is `next`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+#[allow(clippy::too_many_arguments)] // what a sum of weighted values needs
 unsafe fn weigh<S: Simd, E: Element, const N: usize>(
     weights: &[[f32; SPAN]],
     first: usize,
     last: usize,
     shrink: &[f32; N],
     span: &KeysAndValues<E>,
+    next: Option<&KeysAndValues<E>>,
     d: usize,
     out: &[*mut f32; N],
 ) {
@@ -523,11 +553,13 @@ unsafe fn weigh<S: Simd, E: Element, const N: usize>(
         let mut i = 0;
         // As in `score`: with few queries, several vectors of each at once.
         while N <= 2 && i + 4 * S::WIDE <= vectors {
-            weigh_vectors::<S, E, N, 4>(weights, first, last, shrink, span, d, i, out);
+            let next = next.filter(|_| i == 0);
+            weigh_vectors::<S, E, N, 4>(weights, first, last, shrink, span, next, d, i, out);
             i += 4 * S::WIDE;
         }
         while i < vectors {
-            weigh_vectors::<S, E, N, 1>(weights, first, last, shrink, span, d, i, out);
+            let next = next.filter(|_| i == 0);
+            weigh_vectors::<S, E, N, 1>(weights, first, last, shrink, span, next, d, i, out);
             i += S::WIDE;
         }
         // Heads whose size is no multiple of the vector's: the same sums, an element at a time.
@@ -554,6 +586,7 @@ unsafe fn weigh_vectors<S: Simd, E: Element, const N: usize, const U: usize>(
     last: usize,
     shrink: &[f32; N],
     span: &KeysAndValues<E>,
+    next: Option<&KeysAndValues<E>>,
     d: usize,
     i: usize,
     out: &[*mut f32; N],
@@ -572,6 +605,13 @@ unsafe fn weigh_vectors<S: Simd, E: Element, const N: usize, const U: usize>(
             let end = last.min((tile + 1) * TILE);
             let mut value = span.values[tile].add(p % TILE * d + i);
             while p < end {
+                if let Some(next) = next {
+                    let row = d * size_of::<E>();
+                    let keys = next.keys[tile].cast::<u8>().wrapping_add(p % TILE * row);
+                    for line in (0..row).step_by(LINE) {
+                        S::prefetch(keys.wrapping_add(line));
+                    }
+                }
                 for u in 0..U {
                     let v = E::load::<S>(value.add(u * S::WIDE));
                     for n in 0..N {

@@ -20,10 +20,13 @@ use super::simd::{Isa, LANES, Simd, dispatch};
 use crate::quantize::BLOCK;
 use crate::{Error, Format};
 
-/// Panels multiplied at once when there is a single activation row: enough independent chains to hide an addition's latency.
+/// Panels multiplied at once when there is a single activation row and float weights: enough independent chains to hide an addition's latency.
+/// (Integer products have chains enough in one panel, and read it as one stream.)
 const SINGLE_PANELS: usize = 4;
-/// Panels a thread takes at a time.
+/// Panels a thread takes at a time, at least.
 const TASK_PANELS: usize = 4;
+/// Tasks for each thread when there is a single activation row: enough for balance, and each a long stretch of memory.
+const SINGLE_TASKS: usize = 8;
 /// Bytes of activations that stay in a core's cache while the panels of a task pass over them.
 const CACHED_ROWS: usize = 256 << 10;
 
@@ -118,8 +121,13 @@ impl<'a> Linear<'a> {
             laid_out = Some((layout, interleave));
             let rows = &*rows;
             let panels = segment.rows.div_ceil(PANEL);
-            pool.each(panels.div_ceil(TASK_PANELS), &|task| {
-                let first = task * TASK_PANELS;
+            let at_once = if self.rows == 1 {
+                (panels / (SINGLE_TASKS * pool.threads())).max(TASK_PANELS)
+            } else {
+                TASK_PANELS
+            };
+            pool.each(panels.div_ceil(at_once), &|task| {
+                let first = task * at_once;
                 let share = Share {
                     linear: self,
                     segment,
@@ -127,7 +135,7 @@ impl<'a> Linear<'a> {
                     interleave,
                     y,
                     first,
-                    last: (first + TASK_PANELS).min(panels),
+                    last: (first + at_once).min(panels),
                 };
                 multiply(&share, isa);
             });
@@ -348,13 +356,13 @@ impl Share<'_> {
 /// Walks a share. `$body::<$format, S, P, T>(share, panel, row)` computes `P` panels times `T` rows; tiles of `$rows` rows come first, what is left over is
 /// computed in the smallest tile that holds it, and rows that are not there are not stored.
 macro_rules! walk {
-    ($share:ident, $body:ident, $format:ident, $bytes:expr, $panels:expr, $rows:expr) => {{
+    ($share:ident, $body:ident, $format:ident, $bytes:expr, $single:expr, $panels:expr, $rows:expr) => {{
         let rows = $share.linear.rows;
         if rows == 1 {
             let mut panel = $share.first;
-            while panel + SINGLE_PANELS <= $share.last {
-                $body::<$format, S, SINGLE_PANELS, 1>($share, panel, 0);
-                panel += SINGLE_PANELS;
+            while $share.last - panel >= $single {
+                $body::<$format, S, { $single }, 1>($share, panel, 0);
+                panel += $single;
             }
             while panel < $share.last {
                 $body::<$format, S, 1, 1>($share, panel, 0);
@@ -433,7 +441,7 @@ trait QuantFormat {
         quants: *const u8,
         x: *const i8,
         sums: *const i32,
-    ) -> [S::W; T];
+    ) -> [[S::W; 2]; T];
 }
 
 /// `T` activation rows from `row` times `P` panels from `panel`.
@@ -495,18 +503,22 @@ unsafe fn quant_tile<F: QuantFormat, S: Simd, const P: usize, const T: usize>(
         let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();
         let mut row_sums = share.rows.sums.as_slice()[at * blocks..].as_ptr();
         let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
+        let bytes = F::QUANTS + SCALES;
         for block in 0..blocks {
+            if T == 1 && P == 1 {
+                ahead::<S>(weights[0].add(block * bytes), bytes);
+            }
             for p in 0..P {
                 let weight_scales = weights[p]
                     .add(blocks * F::QUANTS + block * SCALES)
                     .cast::<u16>();
+                let dots = F::dots::<S, T>(weights[p].add(block * F::QUANTS), q, row_sums);
                 for half in 0..S::HALVES {
-                    let quants = weights[p].add(block * F::QUANTS + half * 4 * S::WIDE);
-                    let dots = F::dots::<S, T>(quants, q, row_sums);
                     let weight_scales = S::vload_f16(weight_scales.add(half * S::WIDE));
                     for t in 0..T {
                         let scale = S::vmul(weight_scales, S::vsplat(*scales.add(t)));
-                        sums[p][t][half] = S::vfma(scale, S::vto_float(dots[t]), sums[p][t][half]);
+                        sums[p][t][half] =
+                            S::vfma(scale, S::vto_float(dots[t][half]), sums[p][t][half]);
                     }
                 }
             }
@@ -515,6 +527,20 @@ unsafe fn quant_tile<F: QuantFormat, S: Simd, const P: usize, const T: usize>(
             row_sums = row_sums.add(stride);
         }
         store::<S, P, T>(share, panel, row, &sums);
+    }
+}
+
+/// How far ahead of the multiplication a single row's weights are asked for, in bytes.
+const AHEAD: usize = 12 << 10;
+
+/// Asks for what will be read a little after the `bytes` at `at`. Panels follow each other in memory, so this runs into the next one.
+///
+/// Nothing but memory bounds the product with a single row, and processors do not look far enough ahead by themselves.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // a prefetch may name any address
+unsafe fn ahead<S: Simd>(at: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        unsafe { S::prefetch(at.wrapping_add(AHEAD + line)) };
     }
 }
 
@@ -535,7 +561,7 @@ trait Tile {
     );
 }
 
-/// Walks a share: single rows several panels at a time, others in the tiles they are laid out for.
+/// Walks a share: single rows a panel at a time, others in the tiles they are laid out for.
 ///
 /// # Safety
 /// The processor has the instructions of `S`, and the share's rows are laid out for it.
@@ -545,14 +571,8 @@ unsafe fn panels<K: Tile, S: Simd>(share: &Share<'_>, format: K::Format) {
     unsafe {
         let rows = share.linear.rows;
         if rows == 1 {
-            let mut panel = share.first;
-            while panel + SINGLE_PANELS <= share.last {
-                K::tile::<S, SINGLE_PANELS, 1>(share, format, panel, 0);
-                panel += SINGLE_PANELS;
-            }
-            while panel < share.last {
+            for panel in share.first..share.last {
                 K::tile::<S, 1, 1>(share, format, panel, 0);
-                panel += 1;
             }
             return;
         }
@@ -634,6 +654,7 @@ macro_rules! float_kernel {
                     float_tile,
                     $format,
                     bytes,
+                    SINGLE_PANELS,
                     3 - S::HALVES,
                     S::FLOAT_ROWS
                 );
@@ -660,7 +681,7 @@ macro_rules! quant_kernel {
                 quants: *const u8,
                 x: *const i8,
                 sums: *const i32,
-            ) -> [S::W; T] {
+            ) -> [[S::W; 2]; T] {
                 // SAFETY: the caller's promise.
                 unsafe { S::$dot(quants, x, sums) }
             }
@@ -671,7 +692,7 @@ macro_rules! quant_kernel {
             let bytes = share.linear.matrix.cols;
             // SAFETY: a panel holds all its blocks' quants and then their scales; the rest is the caller's promise.
             unsafe {
-                walk!(share, quant_tile, $format, bytes, 1, S::QUANT_ROWS);
+                walk!(share, quant_tile, $format, bytes, 1, 1, S::QUANT_ROWS);
             }
         }
     };

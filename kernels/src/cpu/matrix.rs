@@ -17,7 +17,7 @@ use half::{bf16, f16};
 
 use super::groups;
 use super::memory::{Buffer, Shared};
-use super::planes::{read_row, unit_bytes, write_row};
+use super::planes::{read_row, unit_bytes, write_block, write_row};
 use super::pool::Pool;
 pub(crate) use super::simd::PANEL;
 use super::simd::QUAD;
@@ -412,9 +412,11 @@ fn pack_row(part: &MatrixPart<'_>, row: usize, format: Format, lane: usize, out:
                 };
                 let at = scale_offset(part.cols, block, lane, Q8_0_QUANTS);
                 out[at..at + 2].copy_from_slice(&scale.to_le_bytes());
-                for (k, q) in q.into_iter().enumerate() {
+                for (i, quad) in q.as_chunks::<4>().0.iter().enumerate() {
                     // Plus 128: unsigned bytes are what the products want.
-                    out[block * Q8_0_QUANTS + q8_0_offset(lane, k)] = q.cast_unsigned() ^ 0x80;
+                    let quad = quad.map(|q| q.cast_unsigned() ^ 0x80);
+                    let at = block * Q8_0_QUANTS + q8_0_offset(lane, 4 * i);
+                    out[at..at + 4].copy_from_slice(&quad);
                 }
             }
         }
@@ -426,10 +428,8 @@ fn pack_row(part: &MatrixPart<'_>, row: usize, format: Format, lane: usize, out:
                 };
                 let at = scale_offset(part.cols, block, lane, Q4_0_QUANTS);
                 out[at..at + 2].copy_from_slice(&scale.to_le_bytes());
-                for (k, q) in q.into_iter().enumerate() {
-                    let (offset, high) = q4_0_offset(lane, k);
-                    out[block * Q4_0_QUANTS + offset] |= if high { q << 4 } else { q };
-                }
+                // As planes of nibbles lie.
+                write_block(4, &q, lane, &mut out[block * Q4_0_QUANTS..][..Q4_0_QUANTS]);
             }
         }
         Format::Grouped(grouped) => groups::write_row(grouped, stored, lane, out),

@@ -61,7 +61,9 @@ impl BlockFormat for Q3K {
 
     fn split(stored: &[u8], quants: &mut [u8]) -> Side {
         crumbs(&stored[32..96], quants);
-        high_bits(&stored[..32], 2, quants);
+        for (k, quant) in quants.iter_mut().enumerate() {
+            *quant |= ((stored[k % 32] >> (k / 32)) & 1) << 2;
+        }
         let scales = &stored[96..108];
         let mut side = Side {
             halves: [half_at(stored, 108), f16::ZERO],
@@ -130,7 +132,9 @@ impl BlockFormat for Q5K {
         for (i, bytes) in stored[48..176].chunks_exact(32).enumerate() {
             super::nibbles(bytes, &mut quants[64 * i..64 * (i + 1)]);
         }
-        high_bits(&stored[16..48], 4, quants);
+        for (k, quant) in quants.iter_mut().enumerate() {
+            *quant |= ((stored[16 + k % 32] >> (k / 32)) & 1) << 4;
+        }
         scales_and_minima(stored)
     }
 
@@ -158,15 +162,16 @@ impl BlockFormat for Q6K {
     const OFFSET: i32 = 32;
 
     fn split(stored: &[u8], quants: &mut [u8]) -> Side {
-        // Runs of 32 with shifts of their own are what compilers make vectors of.
         let (low, rest) = stored.split_at(128);
-        for (run, quants) in quants.chunks_exact_mut(32).enumerate() {
-            let (half, quarter) = (run / 4, run % 4);
-            let nibbles = &low[64 * half + 32 * (quarter % 2)..][..32];
-            let pairs = &rest[32 * half..][..32];
-            for ((quant, nibble), pair) in quants.iter_mut().zip(nibbles).zip(pairs) {
-                let (nibble, high) = (nibble >> (4 * (quarter / 2)), pair >> (2 * quarter));
-                *quant = (nibble & 15) | ((high & 3) << 4);
+        for half in 0..2 {
+            let (first, second) = low[64 * half..64 * (half + 1)].split_at(32);
+            let pairs = &rest[32 * half..32 * (half + 1)];
+            let quants = &mut quants[128 * half..128 * (half + 1)];
+            for l in 0..32 {
+                quants[l] = first[l] & 15 | (pairs[l] & 3) << 4;
+                quants[32 + l] = second[l] & 15 | (pairs[l] >> 2 & 3) << 4;
+                quants[64 + l] = first[l] >> 4 | (pairs[l] >> 4 & 3) << 4;
+                quants[96 + l] = second[l] >> 4 | (pairs[l] >> 6) << 4;
             }
         }
         let mut side = Side {
@@ -184,20 +189,8 @@ impl BlockFormat for Q6K {
 
 /// Two bits of 256 elements: byte `l` of the first 32 holds elements `l`, `l + 32`, `l + 64` and `l + 96`.
 fn crumbs(bytes: &[u8], quants: &mut [u8]) {
-    for (run, quants) in quants.chunks_exact_mut(32).enumerate() {
-        let bytes = &bytes[32 * (run / 4)..][..32];
-        for (quant, byte) in quants.iter_mut().zip(bytes) {
-            *quant = (byte >> (2 * (run % 4))) & 3;
-        }
-    }
-}
-
-/// Bit `k / 32` of byte `k % 32` as bit `to` of quant `k`.
-fn high_bits(bytes: &[u8], to: u32, quants: &mut [u8]) {
-    for (run, quants) in quants.chunks_exact_mut(32).enumerate() {
-        for (quant, byte) in quants.iter_mut().zip(bytes) {
-            *quant |= ((byte >> run) & 1) << to;
-        }
+    for (k, quant) in quants.iter_mut().enumerate() {
+        *quant = (bytes[32 * (k / 128) + k % 32] >> (2 * (k % 128 / 32))) & 3;
     }
 }
 

@@ -15,8 +15,9 @@ pub struct Q5_1;
 /// `stored` begins with the word whose bit `i` is element `i`'s fifth.
 fn five_bits(stored: &[u8], quants: &mut [u8]) {
     nibbles(&stored[4..20], quants);
+    let bits = u32::from_le_bytes([stored[0], stored[1], stored[2], stored[3]]);
     for (i, quant) in quants.iter_mut().enumerate() {
-        *quant |= ((stored[i / 8] >> (i % 8)) & 1) << 4;
+        *quant |= ((bits >> i & 1) << 4) as u8;
     }
 }
 

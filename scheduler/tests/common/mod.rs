@@ -21,6 +21,7 @@ pub fn config(windows: &[u32], num_blocks: u32) -> Config {
         num_blocks,
         max_batch_tokens: 16,
         max_chunk_tokens: 16,
+        max_prompt_logits: 32,
         max_seqs: 8,
         max_model_len: 1000,
         recompute_beyond: None,
@@ -40,6 +41,7 @@ pub fn request(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) -> NewSeq
         priority: 0,
         tenant: 0,
         salt: 0,
+        prompt_logits: false,
     }
 }
 

@@ -224,6 +224,32 @@ impl Gguf {
         let Some(source) = self.string("tokenizer.chat_template")? else {
             return Ok(None);
         };
+        let special = self.special_tokens(vocabulary)?;
+        ChatTemplate::new(source, &special)
+            .map(|template| Some(Arc::new(template)))
+            .map_err(|error| {
+                CheckpointError::file(self.file(), format!("`tokenizer.chat_template`: {error}"))
+            })
+    }
+
+    /// What a `tokenizer.json` and a `tokenizer_config.json` would say.
+    pub fn tokenizer_files(&self) -> Result<(String, Json), CheckpointError> {
+        let vocabulary = vocabulary::read(self)?;
+        let tokenizer = Tokenizer::from_vocabulary(&vocabulary)
+            .and_then(|tokenizer| tokenizer.to_json())
+            .map_err(|error| CheckpointError::file(self.file(), error))?;
+        let mut config = self.special_tokens(&vocabulary)?;
+        if let Some(template) = self.string("tokenizer.chat_template")? {
+            config.insert("chat_template".to_owned(), template.into());
+        }
+        Ok((tokenizer, Json::Object(config)))
+    }
+
+    /// The texts of the special tokens that templates refer to, by their names.
+    fn special_tokens(
+        &self,
+        vocabulary: &Vocabulary,
+    ) -> Result<Map<String, Json>, CheckpointError> {
         let mut special = Map::new();
         for (name, key) in [
             ("bos_token", "bos_token_id"),
@@ -236,11 +262,7 @@ impl Gguf {
                 special.insert(name.to_owned(), text.as_str().into());
             }
         }
-        ChatTemplate::new(source, &special)
-            .map(|template| Some(Arc::new(template)))
-            .map_err(|error| {
-                CheckpointError::file(self.file(), format!("`tokenizer.chat_template`: {error}"))
-            })
+        Ok(special)
     }
 }
 

@@ -27,7 +27,7 @@ pub(super) fn find(
         if !words && !tensors.contains(&scales) {
             continue;
         }
-        let own = &section[&module];
+        let own = of_module(section, &module);
         let (bits, group) = if own.is_object() {
             parameters(own, &format!("{field}.{module}"))?
         } else {
@@ -80,10 +80,22 @@ pub(super) fn find(
                 group_of_column: false,
             }),
             parts: vec![name, scales, biases],
-            module,
+            // Experts, all in one tensor.
+            module: module.replace(".switch_mlp.", ".experts."),
         });
     }
     Ok(found)
+}
+
+/// What `section` says of a module, which in a model for pictures and text it may call by its place there.
+fn of_module<'a>(section: &'a Value, module: &str) -> &'a Value {
+    let spellings = [
+        module.to_owned(),
+        format!("language_model.{module}"),
+        module.replacen("model.", "model.language_model.", 1),
+    ];
+    let found = spellings.iter().find_map(|name| section.get(name));
+    found.unwrap_or(&Value::Null)
 }
 
 /// Bits and group size.

@@ -66,6 +66,7 @@ pub(super) fn generation(
             stop_token_ids: stop.token_ids.into_iter().map(TokenId).collect(),
             ignore_eos: stop.ignore_eos,
             logprobs: output.logprobs,
+            prompt_logprobs: output.prompt_logprobs,
         },
         stop: stop.strings,
         include_stop: stop.include_in_output,

@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use quire_proto::v1;
 use quire_proto::v1::generate_event::Event;
+use quire_scheduler::TokenId;
 use tonic::Status;
 
 use super::request::status;
 use crate::core::FinishReason;
-use crate::generation::{GenerateError, Generation, Output, OutputToken, StopCause, Usage};
+use crate::generation::{GenerateError, Generation, Output, StopCause, Usage};
+use crate::sampling::TokenLogprobs;
 use crate::serve::registry::Registered;
 use crate::tokenizer::Tokenizer;
 
@@ -81,8 +83,9 @@ impl Events {
     fn take(&mut self, output: Output) -> Result<(), Status> {
         match output {
             Output::Started { cached_tokens } => self.start(cached_tokens),
+            Output::PromptLogprobs(logprobs) => self.prompt_logprobs(&logprobs),
             Output::Chunk { index, text, token } => {
-                let token = self.token(token);
+                let token = self.token(token.id, token.logprobs.as_deref());
                 self.chunk(index, text, vec![token]);
             }
             Output::Finished {
@@ -123,6 +126,16 @@ impl Events {
         }
     }
 
+    fn prompt_logprobs(&mut self, logprobs: &[TokenLogprobs]) {
+        let reported = std::iter::once(None).chain(logprobs.iter().map(Some));
+        let tokens = self.generation.prompt().iter().zip(reported);
+        let tokens = tokens
+            .map(|(&id, logprobs)| self.token(id, logprobs))
+            .collect();
+        self.ready
+            .push_back(Event::PromptLogprobs(v1::PromptLogprobs { tokens }));
+    }
+
     fn chunk(&mut self, index: u32, text: String, tokens: Vec<v1::Token>) {
         let chunk = v1::Chunk {
             index,
@@ -132,8 +145,8 @@ impl Events {
         self.ready.push_back(Event::Chunk(chunk));
     }
 
-    fn token(&self, token: OutputToken) -> v1::Token {
-        let logprobs = token.logprobs.map(|reported| v1::Logprobs {
+    fn token(&self, id: TokenId, logprobs: Option<&TokenLogprobs>) -> v1::Token {
+        let logprobs = logprobs.map(|reported| v1::Logprobs {
             logprob: reported.logprob,
             rank: reported.rank,
             top: reported
@@ -146,10 +159,7 @@ impl Events {
                 })
                 .collect(),
         });
-        v1::Token {
-            id: token.id.0,
-            logprobs,
-        }
+        v1::Token { id: id.0, logprobs }
     }
 
     /// Everything at the end.
@@ -167,6 +177,7 @@ impl Events {
         while let Some(event) = self.next().await {
             match event? {
                 Event::Started(started) => response.prompt_token_ids = started.prompt_token_ids,
+                Event::PromptLogprobs(prompt) => response.prompt_logprobs = prompt.tokens,
                 Event::Chunk(chunk) => {
                     let sample = &mut response.samples[chunk.index as usize];
                     sample.text.push_str(&chunk.text);

@@ -8,7 +8,7 @@ use super::super::planes::{
     unit_bytes,
 };
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
-use super::{Share, Tile, panels, panels_at, store};
+use super::{Share, Tile, ahead, panels, panels_at, store};
 use crate::quantize::{
     BLOCK, BlockFormat, Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q3K, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Tq1_0,
     Tq2_0,
@@ -157,6 +157,58 @@ unsafe fn codes<F: BlockFormat, S: Simd>(planes: *const u8, block: usize, group:
     }
 }
 
+/// How many groups' products can be added up in 16 bits: two products of a code and a byte each.
+const fn together<F: BlockFormat>() -> usize {
+    let mut most = (1 << F::BITS) - 1;
+    if let Some(table) = F::CODES {
+        most = 0;
+        let mut i = 0;
+        while i < table.len() {
+            if table[i] as i32 > most {
+                most = table[i] as i32;
+            }
+            i += 1;
+        }
+    }
+    match i16::MAX as i32 / (2 * 127 * most) {
+        4.. => 4,
+        2 | 3 => 2,
+        _ => 1,
+    }
+}
+
+/// The exact dot products of the codes of some groups with `T` blocks of activations, `K` groups at a time.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise: as that of `codes`, and the activations are there
+unsafe fn dots<F: BlockFormat, S: Simd, const T: usize, const K: usize>(
+    planes: *const u8,
+    block: usize,
+    first: usize,
+    last: usize,
+    q: *const i8,
+) -> [S::W; T] {
+    unsafe {
+        let mut dots = [S::wsplat(0); T];
+        let mut group = first;
+        while group < last {
+            let mut w = [S::bload(planes); K];
+            for k in 0..K {
+                w[k] = codes::<F, S>(planes, block, group + k);
+            }
+            for t in 0..T {
+                let x = q.add(BLOCK * t + 4 * group).cast::<i32>();
+                dots[t] = if F::OFFSET > 63 {
+                    S::bdot_wide(dots[t], w[0], x.read_unaligned())
+                } else {
+                    S::bdots(dots[t], &w, x)
+                };
+            }
+            group += K;
+        }
+        dots
+    }
+}
+
 /// The kernel of a block format.
 struct Blocks<F: Scales>(std::marker::PhantomData<F>);
 
@@ -198,25 +250,22 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
         let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
         for block in 0..blocks {
             let within = block % per_unit;
+            if T == 1 {
+                let bytes = unit_bytes::<F>() / per_unit;
+                ahead::<S>(weights[0].add(block * bytes), bytes);
+            }
             for p in 0..P {
                 let unit = weights[p].add(block / per_unit * unit_bytes::<F>());
                 for h in 0..S::HALVES {
                     let lane = h * S::WIDE;
                     let planes = unit.add(side_bytes::<F>() + 4 * lane);
-                    let mut dots = [[S::wsplat(0); 2]; T];
-                    for group in 0..GROUPS {
-                        let codes = codes::<F, S>(planes, within, group);
-                        let sub = group * subs / GROUPS;
-                        for t in 0..T {
-                            let x = q.add(BLOCK * t + 4 * group).cast::<i32>().read_unaligned();
-                            dots[t][sub] = if F::OFFSET > 63 {
-                                S::bdot_wide(dots[t][sub], codes, x)
-                            } else {
-                                S::bdot(dots[t][sub], codes, x)
-                            };
-                        }
-                    }
                     for sub in 0..subs {
+                        let (from, to) = (sub * GROUPS / subs, (sub + 1) * GROUPS / subs);
+                        let dots = match together::<F>() {
+                            4 => dots::<F, S, T, 4>(planes, within, from, to, q),
+                            2 => dots::<F, S, T, 2>(planes, within, from, to, q),
+                            _ => dots::<F, S, T, 1>(planes, within, from, to, q),
+                        };
                         let (scale, min) =
                             F::scales::<S>(unit, (within * BLOCK + sub * 16) / F::SUB, lane);
                         for t in 0..T {
@@ -226,7 +275,7 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
                                 _ => *row_sums.add(t) - *first_sums.add(t),
                             };
                             let x_scale = S::vsplat(*scales.add(t));
-                            let mut dot = dots[t][sub];
+                            let mut dot = dots[t];
                             if F::OFFSET > 0 {
                                 dot = S::wsub(dot, S::wsplat(F::OFFSET * sum));
                             }

@@ -82,6 +82,7 @@ pub(super) unsafe fn panels_f8<S: Simd>(share: &Share<'_>) {
             scaled_tile,
             E4m3,
             bytes,
+            SINGLE_PANELS,
             3 - S::HALVES,
             S::FLOAT_ROWS
         );

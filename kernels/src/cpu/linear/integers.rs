@@ -5,7 +5,7 @@
 
 use super::super::groups::{Q2_QUANTS, side_bytes, unit_bytes};
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
-use super::{Q4_0, Q8_0, QuantFormat, Share, Tile, panels, panels_at, store};
+use super::{Q4_0, Q8_0, QuantFormat, Share, Tile, ahead, panels, panels_at, store};
 use crate::quantize::{BLOCK, Bits, Grouped, Scale, Zero};
 
 /// Pairs of bits, each plus 1.
@@ -20,23 +20,25 @@ impl QuantFormat for Q2 {
         quants: *const u8,
         x: *const i8,
         sums: *const i32,
-    ) -> [S::W; T] {
+    ) -> [[S::W; 2]; T] {
         // SAFETY: the caller's promise.
         unsafe {
-            let mut dots = [S::wsplat(0); T];
-            for plane in 0..2 {
-                let four = S::bload(quants.add(plane * QUAD));
-                for group in 0..4 {
-                    let codes = S::band(S::bshr(four, 2 * group), 3);
-                    for t in 0..T {
-                        let at = BLOCK * t + 16 * plane + 4 * group as usize;
-                        let x = x.add(at).cast::<i32>().read_unaligned();
-                        dots[t] = S::bdot(dots[t], codes, x);
+            let mut dots = [[S::wsplat(0); 2]; T];
+            for half in 0..S::HALVES {
+                for plane in 0..2 {
+                    let four = S::bload(quants.add(plane * QUAD + half * 4 * S::WIDE));
+                    for group in 0..4 {
+                        let codes = S::band(S::bshr(four, 2 * group), 3);
+                        for t in 0..T {
+                            let at = BLOCK * t + 16 * plane + 4 * group as usize;
+                            let x = x.add(at).cast::<i32>().read_unaligned();
+                            dots[t][half] = S::bdot(dots[t][half], codes, x);
+                        }
                     }
                 }
-            }
-            for t in 0..T {
-                dots[t] = S::wsub(dots[t], S::wsplat(*sums.add(t)));
+                for t in 0..T {
+                    dots[t][half] = S::wsub(dots[t][half], S::wsplat(*sums.add(t)));
+                }
             }
             dots
         }
@@ -81,6 +83,9 @@ impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
             let mut row_sums = share.rows.sums.as_slice()[at * blocks..].as_ptr();
             let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
             for _ in 0..blocks / per_unit {
+                if T == 1 {
+                    ahead::<S>(units[0], unit_bytes(grouped));
+                }
                 let mut side = [[[S::vsplat(0.0); 2]; 2]; P];
                 for p in 0..P {
                     let zeros = units[p].add(PANEL * grouped.scale.size());
@@ -99,20 +104,20 @@ impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
                 for block in 0..per_unit {
                     for p in 0..P {
                         let quants = units[p].add(side_bytes(grouped) + block * F::QUANTS);
+                        let dots = F::dots::<S, T>(quants, q, row_sums);
                         for half in 0..S::HALVES {
                             let [scale, zero] = side[p][half];
-                            let dots = F::dots::<S, T>(quants.add(half * 4 * S::WIDE), q, row_sums);
                             for t in 0..T {
                                 let sum = *row_sums.add(t);
                                 let x_scale = S::vsplat(*scales.add(t));
                                 let y = sums[p][t][half];
                                 sums[p][t][half] = if BIAS {
-                                    let dot = S::wsub(dots[t], S::wsplat(-F::OFFSET * sum));
+                                    let dot = S::wsub(dots[t][half], S::wsplat(-F::OFFSET * sum));
                                     let scale = S::vmul(scale, x_scale);
                                     let y = S::vfma(scale, S::vto_float(dot), y);
                                     S::vfma(S::vmul(zero, x_scale), S::vsplat(sum as f32), y)
                                 } else {
-                                    let dot = S::vto_float(dots[t]);
+                                    let dot = S::vto_float(dots[t][half]);
                                     let dot = S::vfma(zero, S::vsplat(sum as f32), dot);
                                     S::vfma(S::vmul(scale, x_scale), dot, y)
                                 };

@@ -25,6 +25,10 @@ impl Simd for Avx2 {
     const QUERIES: usize = 4;
 
     #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     unsafe fn splat(x: f32) -> Self::F {
         unsafe { _mm256_set1_ps(x) }
     }
@@ -257,6 +261,17 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn bdots<const K: usize>(sums: Self::W, w: &[Self::B; K], x: *const i32) -> Self::W {
+        unsafe {
+            let mut pairs = _mm256_maddubs_epi16(w[0], _mm256_set1_epi32(x.read_unaligned()));
+            for k in 1..K {
+                let x = _mm256_set1_epi32(x.add(k).read_unaligned());
+                pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[k], x));
+            }
+            _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    }
+    #[inline(always)]
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {
         unsafe {
             // The top bit by itself: two products of at most 128 · 127 fit 16 bits.
@@ -266,46 +281,75 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn dot_i8<const T: usize>(w: *const u8, x: *const i8, _: *const i32) -> [Self::W; T] {
+    unsafe fn dot_i8<const T: usize>(
+        w: *const u8,
+        x: *const i8,
+        _: *const i32,
+    ) -> [[Self::W; 2]; T] {
         unsafe {
             let ones = _mm256_set1_epi16(1);
             let offset = _mm256_set1_epi8(-128);
-            let mut dots = [_mm256_setzero_si256(); T];
+            let mut dots = [[_mm256_setzero_si256(); 2]; T];
             for g in 0..8 {
                 // |w| · sign(x, w): unsigned times signed, as `maddubs` wants. |w| <= 128 and |x| <= 127 cannot overflow 16 bits.
-                let w = _mm256_xor_si256(_mm256_loadu_si256(w.add(QUAD * g).cast()), offset);
-                let magnitude = _mm256_abs_epi8(w);
+                let mut weights = [offset; 2];
+                let mut magnitudes = [offset; 2];
+                for half in 0..2 {
+                    let w = _mm256_loadu_si256(w.add(QUAD * g + half * QUAD / 2).cast());
+                    weights[half] = _mm256_xor_si256(w, offset);
+                    magnitudes[half] = _mm256_abs_epi8(weights[half]);
+                }
                 for t in 0..T {
                     let x = _mm256_set1_epi32(x.add(32 * t + 4 * g).cast::<i32>().read_unaligned());
-                    let pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, w));
-                    dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(pairs, ones));
+                    for half in 0..2 {
+                        let x = _mm256_sign_epi8(x, weights[half]);
+                        let pairs = _mm256_maddubs_epi16(magnitudes[half], x);
+                        let four = _mm256_madd_epi16(pairs, ones);
+                        dots[t][half] = _mm256_add_epi32(dots[t][half], four);
+                    }
                 }
             }
             dots
         }
     }
     #[inline(always)]
-    unsafe fn dot_q4<const T: usize>(w: *const u8, x: *const i8, sums: *const i32) -> [Self::W; T] {
+    unsafe fn dot_q4<const T: usize>(
+        w: *const u8,
+        x: *const i8,
+        sums: *const i32,
+    ) -> [[Self::W; 2]; T] {
         unsafe {
             let low = _mm256_set1_epi8(15);
             // Eight sums of two products, each at most 15 · 127, fit 16 bits; they are widened once.
-            let mut pairs = [_mm256_setzero_si256(); T];
+            let mut pairs = [[_mm256_setzero_si256(); 2]; T];
             for g in 0..4 {
-                let bytes = _mm256_loadu_si256(w.add(QUAD * g).cast());
-                let q0 = _mm256_and_si256(bytes, low);
-                let q1 = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low);
-                for t in 0..T {
-                    let x = x.add(32 * t + 8 * g).cast::<i32>();
-                    let x0 = _mm256_set1_epi32(x.read_unaligned());
-                    let x1 = _mm256_set1_epi32(x.add(1).read_unaligned());
-                    pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(q0, x0));
-                    pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(q1, x1));
+                let first = _mm256_loadu_si256(w.add(QUAD * g).cast());
+                let second = _mm256_loadu_si256(w.add(QUAD * g + QUAD / 2).cast());
+                for nibble in 0..2 {
+                    let mut q = [first, second];
+                    for half in 0..2 {
+                        if nibble == 1 {
+                            q[half] = _mm256_srli_epi16::<4>(q[half]);
+                        }
+                        q[half] = _mm256_and_si256(q[half], low);
+                    }
+                    for t in 0..T {
+                        let x = x.add(32 * t + 8 * g + 4 * nibble).cast::<i32>();
+                        let x = _mm256_set1_epi32(x.read_unaligned());
+                        for half in 0..2 {
+                            let pair = _mm256_maddubs_epi16(q[half], x);
+                            pairs[t][half] = _mm256_add_epi16(pairs[t][half], pair);
+                        }
+                    }
                 }
             }
             let ones = _mm256_set1_epi16(1);
             for t in 0..T {
                 let offset = _mm256_set1_epi32(8 * *sums.add(t));
-                pairs[t] = _mm256_sub_epi32(_mm256_madd_epi16(pairs[t], ones), offset);
+                for half in 0..2 {
+                    let four = _mm256_madd_epi16(pairs[t][half], ones);
+                    pairs[t][half] = _mm256_sub_epi32(four, offset);
+                }
             }
             pairs
         }

@@ -24,6 +24,10 @@ impl Simd for Avx512 {
     const QUERIES: usize = 8;
 
     #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        unsafe { Avx2::prefetch(p) }
+    }
+    #[inline(always)]
     unsafe fn splat(x: f32) -> Self::F {
         unsafe { Avx2::splat(x) }
     }
@@ -243,12 +247,24 @@ impl Simd for Avx512 {
         unsafe { _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(x)) }
     }
     #[inline(always)]
+    unsafe fn bdots<const K: usize>(sums: Self::W, w: &[Self::B; K], x: *const i32) -> Self::W {
+        let mut sums = sums;
+        for k in 0..K {
+            sums = unsafe { Self::bdot(sums, w[k], x.add(k).read_unaligned()) };
+        }
+        sums
+    }
+    #[inline(always)]
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {
         unsafe { Self::bdot(sums, w, x) }
     }
 
     #[inline(always)]
-    unsafe fn dot_i8<const T: usize>(w: *const u8, x: *const i8, sums: *const i32) -> [Self::W; T] {
+    unsafe fn dot_i8<const T: usize>(
+        w: *const u8,
+        x: *const i8,
+        sums: *const i32,
+    ) -> [[Self::W; 2]; T] {
         unsafe {
             // The weights are stored plus 128, so that they are unsigned, as `dpbusd` wants: take 128 times the sum of x off again.
             let mut dots = [_mm512_setzero_si512(); T];
@@ -262,11 +278,15 @@ impl Simd for Avx512 {
                     dots[t] = _mm512_dpbusd_epi32(dots[t], w, x);
                 }
             }
-            dots
+            whole(dots)
         }
     }
     #[inline(always)]
-    unsafe fn dot_q4<const T: usize>(w: *const u8, x: *const i8, sums: *const i32) -> [Self::W; T] {
+    unsafe fn dot_q4<const T: usize>(
+        w: *const u8,
+        x: *const i8,
+        sums: *const i32,
+    ) -> [[Self::W; 2]; T] {
         unsafe {
             let low = _mm512_set1_epi8(15);
             let mut dots = [_mm512_setzero_si512(); T];
@@ -296,7 +316,13 @@ impl Simd for Avx512 {
                     dots[t] = _mm512_add_epi32(dots[t], more[t]);
                 }
             }
-            dots
+            whole(dots)
         }
     }
+}
+
+/// One vector is a whole panel; the second place stays unused.
+#[inline(always)]
+fn whole<const T: usize>(dots: [__m512i; T]) -> [[__m512i; 2]; T] {
+    dots.map(|dots| [dots; 2])
 }

@@ -111,6 +111,9 @@ pub(crate) trait Simd: Copy {
     /// Queries that pass over a tile of keys and values at once.
     const QUERIES: usize;
 
+    /// Asks for the cache line at `p`, which need not be there.
+    unsafe fn prefetch(p: *const u8);
+
     unsafe fn splat(x: f32) -> Self::F;
     unsafe fn load(p: *const f32) -> Self::F;
     /// Widens eight IEEE half floats.
@@ -179,20 +182,30 @@ pub(crate) trait Simd: Copy {
     unsafe fn btrit(a: Self::B, power: u8) -> Self::B;
     /// Adds to every lane the products of its four bytes of `w`, each below 128, with the four signed bytes of `x`, never -128; exactly.
     unsafe fn bdot(sums: Self::W, w: Self::B, x: i32) -> Self::W;
+    /// As [`Simd::bdot`] for `K` groups of `w` and as many of `x`, one after the other, of which `K` times two products fit 16 bits.
+    unsafe fn bdots<const K: usize>(sums: Self::W, w: &[Self::B; K], x: *const i32) -> Self::W;
     /// As [`Simd::bdot`] for any bytes `w`.
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W;
 
-    /// Dot products of `WIDE` rows of 32 signed bytes with `T` vectors of 32 signed bytes, exactly: lane `r` of result `t` is
+    /// Dot products of a panel's rows of 32 signed bytes with `T` vectors of 32 signed bytes, exactly: lane `r` of the first [`Simd::HALVES`] of result `t` is
     /// `Σ_k w[r][k] · x[t][k]`.
     ///
     /// `w` points to eight groups of `4 · WIDE` bytes, [`QUAD`] bytes apart: group `g` holds for row `r` at `4r` the bytes of `k = 4g..4g+4`, each
     /// plus 128. `x` points to `T` times 32 bytes, never -128; `sums` to the sum of each.
-    unsafe fn dot_i8<const T: usize>(w: *const u8, x: *const i8, sums: *const i32) -> [Self::W; T];
+    unsafe fn dot_i8<const T: usize>(
+        w: *const u8,
+        x: *const i8,
+        sums: *const i32,
+    ) -> [[Self::W; 2]; T];
     /// As [`Simd::dot_i8`] for rows of nibbles `0..16`, each plus 8.
     ///
-    /// `w` points to four groups of `4 · WIDE` bytes, [`QUAD`] bytes apart: group `g` holds for row `r` at `4r` the nibbles of `k = 8g..8g+4` (low
+    /// `w` points to four groups of [`QUAD`] bytes: group `g` holds for row `r` at `4r` the nibbles of `k = 8g..8g+4` (low
     /// halves) and `k = 8g+4..8g+8` (high halves).
-    unsafe fn dot_q4<const T: usize>(w: *const u8, x: *const i8, sums: *const i32) -> [Self::W; T];
+    unsafe fn dot_q4<const T: usize>(
+        w: *const u8,
+        x: *const i8,
+        sums: *const i32,
+    ) -> [[Self::W; 2]; T];
 }
 
 /// Calls a kernel body `f::<S>(args…)`, generic over [`Simd`], compiled for the instruction set `isa`.

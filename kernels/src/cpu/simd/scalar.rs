@@ -27,6 +27,8 @@ impl Simd for Scalar {
     const QUERIES: usize = 2;
 
     #[inline(always)]
+    unsafe fn prefetch(_p: *const u8) {}
+    #[inline(always)]
     unsafe fn splat(x: f32) -> Self::F {
         [x; LANES]
     }
@@ -236,12 +238,24 @@ impl Simd for Scalar {
         sums
     }
     #[inline(always)]
+    unsafe fn bdots<const K: usize>(sums: Self::W, w: &[Self::B; K], x: *const i32) -> Self::W {
+        let mut sums = sums;
+        for k in 0..K {
+            sums = unsafe { Self::bdot(sums, w[k], x.add(k).read_unaligned()) };
+        }
+        sums
+    }
+    #[inline(always)]
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {
         unsafe { Self::bdot(sums, w, x) }
     }
 
     #[inline(always)]
-    unsafe fn dot_i8<const T: usize>(w: *const u8, x: *const i8, _: *const i32) -> [Self::W; T] {
+    unsafe fn dot_i8<const T: usize>(
+        w: *const u8,
+        x: *const i8,
+        _: *const i32,
+    ) -> [[Self::W; 2]; T] {
         std::array::from_fn(|t| {
             let mut sums = [0; PANEL];
             for g in 0..8 {
@@ -253,11 +267,15 @@ impl Simd for Scalar {
                     }
                 }
             }
-            sums
+            [sums; 2]
         })
     }
     #[inline(always)]
-    unsafe fn dot_q4<const T: usize>(w: *const u8, x: *const i8, _: *const i32) -> [Self::W; T] {
+    unsafe fn dot_q4<const T: usize>(
+        w: *const u8,
+        x: *const i8,
+        _: *const i32,
+    ) -> [[Self::W; 2]; T] {
         std::array::from_fn(|t| {
             let mut sums = [0; PANEL];
             for g in 0..4 {
@@ -274,7 +292,7 @@ impl Simd for Scalar {
                     }
                 }
             }
-            sums
+            [sums; 2]
         })
     }
 }

@@ -132,6 +132,14 @@ impl Load {
             max_running_requests: self.max_seqs,
             sample,
             load_only,
+            engine_silence_ms: stats
+                .silence
+                .map(|silence| u32::try_from(silence.as_millis()).unwrap_or(u32::MAX)),
+            // Every step shows itself, whether a token comes of it or not.
+            engine_reports_steps: Some(true),
+            prefill_pending_tokens: Some(
+                u32::try_from(stats.unanswered_tokens).unwrap_or(u32::MAX),
+            ),
             cache_hit_rate: load_only.then(|| self.cache_hit_rate()),
             num_used_tokens: load_only.then(|| self.tokens_of(stats.blocks_used)),
             max_total_num_tokens: load_only.then(|| self.tokens_of(stats.blocks_total)),

@@ -80,7 +80,8 @@ pub(super) fn generation(
         min_tokens: params.min_tokens,
         stop_token_ids,
         ignore_eos: params.ignore_eos,
-        logprobs: logprobs(params.logprobs)?,
+        logprobs: logprobs("logprobs", params.logprobs)?,
+        prompt_logprobs: logprobs("prompt_logprobs", params.prompt_logprobs)?,
     };
     let request = GenerationRequest {
         sampling,
@@ -132,11 +133,6 @@ fn refuse_params_not_served(params: &vllm::SamplingParams) -> Result<(), Status>
             "{name}: this server does not constrain decoding, expected no constraint"
         )));
     }
-    if params.prompt_logprobs.is_some() {
-        return Err(Status::invalid_argument(
-            "prompt_logprobs: this server reports the log-probabilities of generated tokens only, expected none",
-        ));
-    }
     if params.truncate_prompt_tokens.is_some() {
         return Err(Status::invalid_argument(
             "truncate_prompt_tokens: this server takes prompts whole, expected none; send the tokens that are wanted",
@@ -146,12 +142,12 @@ fn refuse_params_not_served(params: &vllm::SamplingParams) -> Result<(), Status>
 }
 
 /// Alternatives to report. The range is checked where all parameters are.
-fn logprobs(asked: Option<i32>) -> Result<Option<u32>, Status> {
+fn logprobs(name: &str, asked: Option<i32>) -> Result<Option<u32>, Status> {
     asked
         .map(|count| {
             u32::try_from(count).map_err(|_| {
                 Status::invalid_argument(format!(
-                    "logprobs is {count}, expected 0 to {}",
+                    "{name} is {count}, expected 0 to {}",
                     crate::sampling::MAX_LOGPROBS
                 ))
             })
@@ -238,7 +234,7 @@ mod tests {
             ("choice", |_, p| {
                 p.constraint = Some(Constraint::Choice(vllm::ChoiceConstraint::default()));
             }),
-            ("prompt_logprobs", |_, p| p.prompt_logprobs = Some(0)),
+            ("prompt_logprobs", |_, p| p.prompt_logprobs = Some(-1)),
             ("truncate_prompt_tokens", |_, p| {
                 p.truncate_prompt_tokens = Some(1);
             }),

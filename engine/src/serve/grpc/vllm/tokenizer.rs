@@ -1,51 +1,18 @@
-//! [`TokenizerFiles`]: the tokenizer as the gateway fetches it, a zip archive of the checkpoint's files.
+//! [`TokenizerFiles`]: the tokenizer as the gateway fetches it, a zip archive of the checkpoint's files (for a GGUF file, of what they would be).
 //!
 //! The archive is made when it is asked for; a gateway asks once for each worker.
 
-use std::borrow::Cow;
 use std::io::{self, Cursor, Write};
-use std::path::Path;
 
 use quire_proto::smg::grpc::common::GetTokenizerChunk;
 use sha2::{Digest, Sha256};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
-use crate::checkpoint::ModelSource;
+use crate::checkpoint::{ModelSource, tokenizer_files};
 
 /// Bytes of a chunk.
 const CHUNK: usize = 64 << 10;
-/// Larger files are no tokenizer's.
-const LARGEST: u64 = 256 << 20;
-/// What a tokenizer and its chat template are made of.
-const NAMES: [&str; 10] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-];
-
-macro_rules! demo {
-    ($($name:literal),* $(,)?) => {
-        [$(($name, include_bytes!(concat!("../../../../demo-model/", $name)).as_slice())),*]
-    };
-}
-
-/// The demo model's.
-const DEMO: [(&str, &[u8]); 5] = demo![
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-];
-
 /// Where the tokenizer's files are.
 #[derive(Debug, Clone)]
 pub struct TokenizerFiles(ModelSource);
@@ -70,21 +37,10 @@ impl TokenizerFiles {
 
     /// Packs the files. Blocks.
     pub(super) fn archive(&self) -> io::Result<Archive> {
-        let mut files: Vec<(&str, Cow<'static, [u8]>)> = Vec::new();
-        match &self.0 {
-            ModelSource::Demo => files.extend(DEMO.map(|(name, bytes)| (name, bytes.into()))),
-            ModelSource::Path(path) => {
-                for name in NAMES {
-                    if let Some(bytes) = read(&path.join(name))? {
-                        files.push((name, bytes.into()));
-                    }
-                }
-            }
-        }
         // Tokenizers are small, and zip without compression needs no library in C.
         let options = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
         let mut archive = ZipWriter::new(Cursor::new(Vec::new()));
-        for (name, bytes) in files {
+        for (name, bytes) in tokenizer_files(&self.0).map_err(io::Error::other)? {
             archive.start_file(name, options)?;
             archive.write_all(&bytes)?;
         }
@@ -96,18 +52,6 @@ fn hexadecimal(bytes: &[u8]) -> String {
     let digit = |value: u8| char::from_digit(u32::from(value), 16).expect("four bits are a digit");
     let digits = bytes.iter().flat_map(|&byte| [byte >> 4, byte & 15]);
     digits.map(digit).collect()
-}
-
-/// A file's bytes; `None` if there is none.
-fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
-    match std::fs::metadata(path) {
-        Ok(metadata) if metadata.is_file() && metadata.len() <= LARGEST => {
-            std::fs::read(path).map(Some)
-        }
-        Ok(_) => Ok(None),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
 }
 
 impl Archive {
@@ -142,11 +86,13 @@ mod tests {
         assert!(others.iter().all(|chunk| chunk.sha256.is_empty()));
         let bytes: Vec<u8> = chunks.iter().flat_map(|chunk| chunk.data.clone()).collect();
         let mut archive = zip::ZipArchive::new(Cursor::new(bytes)).expect("a zip archive");
-        for (name, bytes) in DEMO {
+        let files = tokenizer_files(&ModelSource::Demo).expect("they are in the binary");
+        assert_eq!(files.len(), 5);
+        for (name, bytes) in files {
             let mut file = archive.by_name(name).expect(name);
             let mut read = Vec::new();
             io::copy(&mut file, &mut read).expect("readable");
-            assert!(read == bytes, "{name}");
+            assert!(read == *bytes, "{name}");
         }
     }
 

@@ -51,7 +51,7 @@ pub(in super::super) async fn chat_completions(
     let id = request_id(&headers);
     let max_tokens = body.max_completion_tokens.or(body.max_tokens);
     let prompt = Prompt::Chat(Box::new(conversation));
-    let request = parameters.request(&id, prompt, max_tokens, logprobs)?;
+    let request = parameters.request(&id, prompt, max_tokens, logprobs, None)?;
     let generation = app.generator.generate(request).await?;
     let answer = Answer {
         endpoint: Endpoint::Chat,
@@ -61,6 +61,7 @@ pub(in super::super) async fn chat_completions(
         delivery,
         n: parameters.n(),
         echo: false,
+        prompt_only: false,
         logprobs: logprobs.is_some(),
         eos: app.generator.engine().model().eos.clone(),
         tokenizer: Arc::clone(app.generator.tokenizer()),

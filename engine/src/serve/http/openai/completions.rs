@@ -78,10 +78,23 @@ pub(in super::super) async fn completions(
         ));
     }
     let id = request_id(&headers);
-    let max_tokens = Some(body.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS));
+    let echo = body.echo.unwrap_or(false);
+    // Of the prompt alone, as who scores texts asks for it; the engine makes a token all the same.
+    let prompt_only = echo && body.max_tokens == Some(0);
+    let max_tokens = match body.max_tokens {
+        Some(0) if prompt_only => 1,
+        asked => asked.unwrap_or(DEFAULT_MAX_TOKENS),
+    };
+    let prompt_logprobs = body.logprobs.filter(|_| echo);
     let mut generations = Vec::with_capacity(prompts.len());
     for prompt in prompts {
-        let request = parameters.request(&id, prompt, max_tokens, body.logprobs)?;
+        let request = parameters.request(
+            &id,
+            prompt,
+            Some(max_tokens),
+            body.logprobs,
+            prompt_logprobs,
+        )?;
         generations.push(app.generator.generate(request).await?);
     }
     let answer = Answer {
@@ -91,7 +104,8 @@ pub(in super::super) async fn completions(
         created: now(),
         delivery,
         n: parameters.n(),
-        echo: body.echo.unwrap_or(false),
+        echo,
+        prompt_only,
         logprobs: body.logprobs.is_some(),
         eos: app.generator.engine().model().eos.clone(),
         tokenizer: Arc::clone(app.generator.tokenizer()),
@@ -115,10 +129,10 @@ fn refuse_unsupported(body: &Body, parameters: &Parameters) -> Result<(), ApiErr
             "best_of is not supported other than equal to n",
         ));
     }
-    if given(&body.prompt_logprobs) || (body.echo == Some(true) && body.logprobs.is_some()) {
+    if given(&body.prompt_logprobs) {
         return Err(ApiError::param(
-            "logprobs",
-            "logprobs of the prompt (echo with logprobs, prompt_logprobs) are not supported",
+            "prompt_logprobs",
+            "prompt_logprobs is not supported; echo with logprobs reports those of the prompt",
         ));
     }
     Ok(())

@@ -4,6 +4,7 @@ use quire_scheduler::TokenId;
 use serde_json::{Map, Value, json};
 
 use crate::generation::OutputToken;
+use crate::sampling::TokenLogprobs;
 use crate::tokenizer::Tokenizer;
 
 /// Chat: `{"content": [{"token", "logprob", "bytes", "top_logprobs": [...]}]}`.
@@ -30,31 +31,47 @@ pub(super) fn chat(tokenizer: &Tokenizer, tokens: &[OutputToken]) -> Value {
     json!({"content": content, "refusal": null})
 }
 
-/// Completions: parallel lists, and the offset of each token's text. `offset`: characters of text before these tokens;
-/// moved behind them.
+/// Tokens of a prompt, and the log-probabilities of all but the first.
+pub(super) type Prompt<'a> = (&'a [TokenId], &'a [TokenLogprobs]);
+
+/// Completions: parallel lists, and the offset of each token's text, of an echoed prompt first, if there is one. `offset`: characters of text
+/// before the generated tokens; moved behind them.
 pub(super) fn completion(
     tokenizer: &Tokenizer,
+    prompt: Option<Prompt<'_>>,
     tokens: &[OutputToken],
     offset: &mut usize,
 ) -> Value {
     let text = |id: TokenId| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned();
     let (mut texts, mut chosen, mut top, mut offsets) = (vec![], vec![], vec![], vec![]);
-    for (id, logprobs) in reported(tokens) {
+    let mut push = |id: TokenId, logprobs: Option<&TokenLogprobs>, offset: &mut usize| {
         let token = text(id);
         offsets.push(*offset);
         *offset += token.chars().count();
+        chosen.push(logprobs.map(|logprobs| finite(logprobs.logprob)));
+        top.push(logprobs.map(|logprobs| {
+            let mut alternatives: Map<String, Value> = logprobs
+                .top
+                .iter()
+                .map(|&(id, logprob)| (text(id), finite(logprob).into()))
+                .collect();
+            // The token itself is always among them, even where it is not among the likeliest.
+            alternatives
+                .entry(token.clone())
+                .or_insert_with(|| finite(logprobs.logprob).into());
+            alternatives
+        }));
         texts.push(token);
-        chosen.push(finite(logprobs.logprob));
-        let mut alternatives: Map<String, Value> = logprobs
-            .top
-            .iter()
-            .map(|&(id, logprob)| (text(id), finite(logprob).into()))
-            .collect();
-        // The sampled token is always among them, even where it is not among the likeliest.
-        alternatives
-            .entry(texts[texts.len() - 1].clone())
-            .or_insert_with(|| finite(logprobs.logprob).into());
-        top.push(Value::Object(alternatives));
+    };
+    if let Some((ids, logprobs)) = prompt {
+        let reported = std::iter::once(None).chain(logprobs.iter().map(Some));
+        let mut offset = 0;
+        for (&id, logprobs) in ids.iter().zip(reported) {
+            push(id, logprobs, &mut offset);
+        }
+    }
+    for (id, logprobs) in reported(tokens) {
+        push(id, Some(logprobs), offset);
     }
     json!({
         "tokens": texts,
@@ -65,9 +82,7 @@ pub(super) fn completion(
 }
 
 /// The tokens that are part of the text and have log-probabilities.
-fn reported(
-    tokens: &[OutputToken],
-) -> impl Iterator<Item = (TokenId, &crate::sampling::TokenLogprobs)> {
+fn reported(tokens: &[OutputToken]) -> impl Iterator<Item = (TokenId, &TokenLogprobs)> {
     tokens
         .iter()
         .filter(|token| !token.ends)

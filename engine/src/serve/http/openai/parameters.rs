@@ -102,6 +102,7 @@ impl Parameters {
         prompt: Prompt,
         max_tokens: Option<u32>,
         logprobs: Option<u32>,
+        prompt_logprobs: Option<u32>,
     ) -> Result<GenerationRequest, ApiError> {
         if let Some(kind) = self.response_format.as_ref().map(|format| &format.kind)
             && kind.as_ref().is_none_or(|kind| kind != "text")
@@ -144,6 +145,7 @@ impl Parameters {
                     .collect(),
                 ignore_eos: self.ignore_eos.unwrap_or(false),
                 logprobs,
+                prompt_logprobs,
             },
             stop: match &self.stop {
                 None => Vec::new(),

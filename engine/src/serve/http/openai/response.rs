@@ -16,6 +16,7 @@ use super::logprobs;
 use super::parameters::Delivery;
 use crate::core::FinishReason;
 use crate::generation::{Generation, Output, OutputToken, StopCause, Usage};
+use crate::sampling::TokenLogprobs;
 use crate::tokenizer::Tokenizer;
 
 /// The header that carries a request's id, both ways.
@@ -39,8 +40,10 @@ pub(super) struct Answer {
     pub delivery: Delivery,
     /// Samples per prompt.
     pub n: u32,
-    /// Begin each text with its prompt's.
+    /// Begin each text with its prompt's; with `logprobs`, begin those with the prompt's, too.
     pub echo: bool,
+    /// Leave out what is generated.
+    pub prompt_only: bool,
     pub logprobs: bool,
     pub tokenizer: Arc<Tokenizer>,
     /// The model's own ends.
@@ -89,11 +92,16 @@ impl Answer {
 
     async fn whole(self, mut items: SelectAll<Items>) -> Result<Value, ApiError> {
         let mut choices: Vec<Choice> = (0..self.choices()).map(|_| Choice::default()).collect();
+        let mut prompts = vec![None; self.prompts.len()];
         let mut usage = Usage::default();
         while let Some(item) = items.next().await {
             match item {
-                Item::Used(used) => add(&mut usage, used),
+                Item::Used(used) => add(&mut usage, self.counted(used)),
                 Item::Output(_, Output::Started { .. }) => {}
+                Item::Output(prompt, Output::PromptLogprobs(logprobs)) => {
+                    prompts[prompt] = Some(logprobs);
+                }
+                Item::Output(_, Output::Chunk { .. }) if self.prompt_only => {}
                 Item::Output(prompt, Output::Chunk { index, text, token }) => {
                     let choice = &mut choices[self.choice(prompt, index)];
                     choice.text.push_str(&text);
@@ -113,15 +121,20 @@ impl Answer {
                         return Err(error);
                     }
                     let choice = &mut choices[self.choice(prompt, index)];
-                    choice.text.push_str(&text);
-                    choice.end = Some((reason, stop));
+                    choice.end = Some(self.end(reason, stop));
+                    if !self.prompt_only {
+                        choice.text.push_str(&text);
+                    }
                 }
             }
         }
         let choices: Vec<Value> = choices
             .into_iter()
             .enumerate()
-            .map(|(at, choice)| self.whole_choice(at, choice))
+            .map(|(at, choice)| {
+                let logprobs = prompts[at / self.n as usize].as_deref();
+                self.whole_choice(at, choice, logprobs)
+            })
             .collect();
         let mut value = self.envelope(choices, false);
         value["usage"] = self::usage(usage);
@@ -131,7 +144,12 @@ impl Answer {
         Ok(value)
     }
 
-    fn whole_choice(&self, at: usize, choice: Choice) -> Value {
+    fn whole_choice(
+        &self,
+        at: usize,
+        choice: Choice,
+        prompt_logprobs: Option<&[TokenLogprobs]>,
+    ) -> Value {
         let prompt = &self.prompts[at / self.n as usize];
         let (reason, stop) = choice.end.unwrap_or((FinishReason::Aborted, None));
         let mut value = json!({"index": at});
@@ -139,14 +157,15 @@ impl Answer {
             Endpoint::Chat => {
                 value["message"] =
                     json!({"role": "assistant", "content": choice.text, "refusal": null});
-                value["logprobs"] = self.logprobs(&choice.tokens, &mut 0);
+                value["logprobs"] = self.logprobs(None, &choice.tokens, &mut 0);
             }
             Endpoint::Completion => {
                 let mut text = self.echoed(prompt);
                 let mut offset = text.chars().count();
                 text.push_str(&choice.text);
                 value["text"] = text.into();
-                value["logprobs"] = self.logprobs(&choice.tokens, &mut offset);
+                let echoed = prompt_logprobs.map(|logprobs| (&prompt[..], logprobs));
+                value["logprobs"] = self.logprobs(echoed, &choice.tokens, &mut offset);
                 if self.delivery.token_ids {
                     value["prompt_token_ids"] = ids(prompt.iter().copied());
                 }
@@ -185,7 +204,7 @@ impl Answer {
                             }
                         }
                     }
-                    Some(Item::Used(usage)) => add(&mut used, usage),
+                    Some(Item::Used(usage)) => add(&mut used, self.counted(usage)),
                     None => {
                         if self.delivery.include_usage {
                             let mut chunk = self.envelope(Vec::new(), true);
@@ -208,14 +227,20 @@ impl Answer {
         offsets: &mut [usize],
     ) -> Result<Vec<Value>, ApiError> {
         Ok(match output {
+            // With the log-probabilities of what is echoed, when they are there.
+            Output::Started { .. } if self.echo && self.logprobs => Vec::new(),
             Output::Started { .. } => (0..self.n)
-                .filter_map(|index| self.opening(prompt, index, offsets))
+                .filter_map(|index| self.opening(prompt, index, None, offsets))
                 .collect(),
+            Output::PromptLogprobs(logprobs) => (0..self.n)
+                .filter_map(|index| self.opening(prompt, index, Some(&logprobs), offsets))
+                .collect(),
+            Output::Chunk { .. } if self.prompt_only => Vec::new(),
             Output::Chunk { index, text, token } => {
                 let at = self.choice(prompt, index);
                 let tokens = [token];
                 let mut choice = self.delta(at, &text);
-                choice["logprobs"] = self.logprobs(&tokens, &mut offsets[at]);
+                choice["logprobs"] = self.logprobs(None, &tokens, &mut offsets[at]);
                 if self.delivery.token_ids {
                     choice["token_ids"] = ids(tokens.iter().map(|token| token.id));
                 }
@@ -235,7 +260,9 @@ impl Answer {
                 if let Some(error) = ApiError::of_end(reason) {
                     return Err(error);
                 }
-                let mut choice = self.delta(self.choice(prompt, index), &text);
+                let (reason, stop) = self.end(reason, stop);
+                let text = if self.prompt_only { "" } else { &text };
+                let mut choice = self.delta(self.choice(prompt, index), text);
                 if text.is_empty() && self.endpoint == Endpoint::Chat {
                     choice["delta"] = json!({});
                 }
@@ -247,7 +274,13 @@ impl Answer {
     }
 
     /// What a sample's stream begins with: in a chat its role, in a completion the echoed prompt.
-    fn opening(&self, prompt: usize, index: u32, offsets: &mut [usize]) -> Option<Value> {
+    fn opening(
+        &self,
+        prompt: usize,
+        index: u32,
+        logprobs: Option<&[TokenLogprobs]>,
+        offsets: &mut [usize],
+    ) -> Option<Value> {
         let at = self.choice(prompt, index);
         let tokens = &self.prompts[prompt];
         let (mut choice, needed) = match self.endpoint {
@@ -259,7 +292,12 @@ impl Answer {
             Endpoint::Completion => {
                 let text = self.echoed(tokens);
                 offsets[at] = text.chars().count();
-                (self.delta(at, &text), !text.is_empty())
+                let mut choice = self.delta(at, &text);
+                if let Some(logprobs) = logprobs {
+                    choice["logprobs"] =
+                        self.logprobs(Some((tokens, logprobs)), &[], &mut offsets[at]);
+                }
+                (choice, !text.is_empty() || logprobs.is_some())
             }
         };
         if self.delivery.token_ids {
@@ -280,11 +318,16 @@ impl Answer {
         }
     }
 
-    fn logprobs(&self, tokens: &[OutputToken], offset: &mut usize) -> Value {
+    fn logprobs(
+        &self,
+        prompt: Option<logprobs::Prompt<'_>>,
+        tokens: &[OutputToken],
+        offset: &mut usize,
+    ) -> Value {
         match self.endpoint {
             _ if !self.logprobs => Value::Null,
             Endpoint::Chat => logprobs::chat(&self.tokenizer, tokens),
-            Endpoint::Completion => logprobs::completion(&self.tokenizer, tokens, offset),
+            Endpoint::Completion => logprobs::completion(&self.tokenizer, prompt, tokens, offset),
         }
     }
 
@@ -314,6 +357,31 @@ impl Answer {
         } else {
             String::new()
         }
+    }
+
+    /// How a sample ended: where nothing of it is shown, by its length.
+    fn end(
+        &self,
+        reason: FinishReason,
+        stop: Option<StopCause>,
+    ) -> (FinishReason, Option<StopCause>) {
+        if self.prompt_only {
+            (FinishReason::Length, None)
+        } else {
+            (reason, stop)
+        }
+    }
+
+    /// What the client is told it used.
+    fn counted(&self, usage: Usage) -> Usage {
+        if self.prompt_only {
+            let completion_tokens = 0;
+            return Usage {
+                completion_tokens,
+                ..usage
+            };
+        }
+        usage
     }
 
     /// What stopped the sample, if it was not the model's own end: vLLM's field.
