@@ -76,10 +76,11 @@ def main():
         for name, command in commands.items():
             results[name].append(timed(command))
     print(f"file {size:.0f} MiB; medians of {args.runs} runs in turn, {args.threads} threads\n")
-    print("| | wall s | processor s | peak resident MiB | of the file |\n|---|---|---|---|---|")
+    print("| | wall s, median (best) | processor s, median (best) | peak resident MiB | of the file |\n|---|---|---|---|---|")
     for name, runs in results.items():
         wall, processor, peak = (statistics.median(run[i] for run in runs) for i in range(3))
-        print(f"| {name} | {wall:.2f} | {processor:.2f} | {peak:.0f} | {peak / size:.3f} |")
+        best = [min(run[i] for run in runs) for i in range(2)]
+        print(f"| {name} | {wall:.2f} ({best[0]:.2f}) | {processor:.2f} ({best[1]:.2f}) | {peak:.0f} | {peak / size:.3f} |")
     peak, steady, mapped = idle(quire, args.model, args.threads)
     print(f"\nquire serve, ready and idle: peak {peak:.0f} MiB ({peak / size:.3f} of the file), steady {steady:.0f} MiB ({steady / size:.3f}), "
           f"of which mapped files {mapped:.0f} MiB")
