@@ -1,13 +1,17 @@
-//! A decoder's step allocates nothing once it has run: activations live in buffers that were sized when the model was loaded.
+//! A decoder's step allocates nothing once it has run: activations live in buffers that were sized when the model was loaded. Nor does sampling: its
+//! working memory is as large as the vocabulary, and kept.
 #![allow(clippy::unwrap_used)]
 
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use quire::model::{Decoder, LoadOptions};
+use quire::sampling::{Sampler, SamplingParams, Scratch};
 use quire_kernels::{Format, KvDtype, Span, Step};
+use quire_scheduler::TokenId;
 
 /// The system's allocator, counting.
 struct Counting;
@@ -61,7 +65,13 @@ fn fill(step: &mut Step, position: u32, chunk_start: u32) {
     span(DECODES, chunk_start, CHUNK);
 }
 
+/// One test for both: what runs beside a test, its harness included, would be counted with it.
 #[test]
+fn nothing_is_allocated_once_the_largest_has_run() {
+    steps_allocate_nothing_once_the_largest_has_run();
+    sampling_allocates_nothing_once_a_row_was_sampled();
+}
+
 fn steps_allocate_nothing_once_the_largest_has_run() {
     for quantize in [None, Some(Format::Q8_0), Some(Format::Q4_0)] {
         let options = LoadOptions {
@@ -89,5 +99,31 @@ fn steps_allocate_nothing_once_the_largest_has_run() {
         let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
         assert_eq!(allocations, 0, "with weights as {quantize:?}");
         assert!(logits.iter().all(|x| x.is_finite()));
+    }
+}
+
+fn sampling_allocates_nothing_once_a_row_was_sampled() {
+    let logits: Vec<f32> = (0..5000).map(|i| (i as f32 * 0.7).sin() * 6.0).collect();
+    let default = SamplingParams::default();
+    let filtered = SamplingParams {
+        temperature: 0.8,
+        top_p: 0.9,
+        ..default.clone()
+    };
+    let limited = SamplingParams {
+        top_k: 40,
+        min_p: 0.01,
+        logit_bias: vec![(TokenId(7), 1.0)],
+        ..default.clone()
+    };
+    let mut scratch = Scratch::default();
+    for params in [default, filtered, limited] {
+        let mut sampler = Sampler::new(Arc::new(params), 1, 0, &[], &[]);
+        sampler.sample(&logits, &mut scratch);
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        for _ in 0..40 {
+            sampler.sample(&logits, &mut scratch);
+        }
+        assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0);
     }
 }

@@ -527,4 +527,15 @@ pub trait Backend: Send + 'static {
         rule: LogitsRule,
         logits: &mut Vec<f32>,
     ) -> Result<(), Error>;
+
+    /// Runs host work on the device's compute threads: `task(i)` once for every `i < tasks`, in any order and at once; returns when all are done.
+    ///
+    /// Serial by default: a device that is not the host has no threads to lend. Exclusive, like a step's operations, so that no task can ask for the
+    /// threads that run it.
+    ///
+    /// # Panics
+    /// When a task panicked.
+    fn each(&mut self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(task);
+    }
 }

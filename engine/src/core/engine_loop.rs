@@ -9,14 +9,16 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use flume::{Receiver, Selector, Sender};
 use quire_kernels::{Backend, Step};
-use quire_scheduler::{NewSequence, Sampled, Scheduled, Scheduler, SeqId, Time, TokenId};
+use quire_scheduler::{NewSequence, Sampled, Scheduled, Scheduler, SeqId, Time};
 
 use crate::model::Decoder;
-use crate::sampling::{Choice, Sampler, Scratch, logprobs_of};
+use crate::sampling::{Choice, Sampler, Scratch};
 
 use super::config::StepReport;
 use super::handle::{EngineStats, Shared, Submission};
 use super::request::{Event, FinishReason};
+use super::rows::{self, Job, Work};
+use super::sequence::{Limits, Sequence};
 use super::step;
 use super::stream::{Control, RequestKey, Ticket};
 
@@ -47,8 +49,8 @@ pub(super) struct EngineLoop<B: Backend> {
     step: Step,
     copies: Vec<(u32, u32)>,
     logits: Vec<f32>,
-    row: Vec<f32>,
-    scratch: Scratch,
+    jobs: Vec<Job>,
+    scratches: Vec<Scratch>,
     sampled: Vec<Sampled>,
     outbox: Vec<(Sender<Event>, Event)>,
     ended: Vec<RequestKey>,
@@ -74,17 +76,6 @@ enum Sample {
     Ended,
 }
 
-/// A sequence the scheduler knows.
-struct Sequence {
-    request: RequestKey,
-    index: u32,
-    sampler: Sampler,
-    /// Alternatives to report for each token of the prompt.
-    prompt_logprobs: Option<u32>,
-    events: Sender<Event>,
-    limits: Arc<Limits>,
-}
-
 /// What wakes an engine that has nothing to do.
 #[expect(
     clippy::large_enum_variant,
@@ -95,13 +86,6 @@ enum Arrival {
     Control(Control),
     /// Every handle is gone.
     Closed,
-}
-
-/// What ends the samples of a request.
-struct Limits {
-    max_tokens: u32,
-    /// Stop tokens, and the end-of-sequence tokens unless they are ignored.
-    stop: Vec<TokenId>,
 }
 
 impl<B: Backend> EngineLoop<B> {
@@ -139,8 +123,8 @@ impl<B: Backend> EngineLoop<B> {
             step: Step::default(),
             copies: Vec::new(),
             logits: Vec::new(),
-            row: Vec::new(),
-            scratch: Scratch::default(),
+            jobs: Vec::new(),
+            scratches: Vec::new(),
             sampled: Vec::new(),
             outbox: Vec::new(),
             ended: Vec::new(),
@@ -347,52 +331,68 @@ impl<B: Backend> EngineLoop<B> {
 
     /// Chooses a token for every row of logits, forks the prompts that want several samples, notes what ended.
     fn sample(&mut self) {
-        self.sampled.clear();
+        let mut jobs = std::mem::take(&mut self.jobs);
+        self.list_jobs(&mut jobs);
         let vocab = self.decoder.config().vocab_size;
+        rows::run(
+            self.decoder.backend_mut(),
+            &mut jobs,
+            &mut self.scratches,
+            &self.logits,
+            vocab,
+        );
+        self.sampled.clear();
+        for job in jobs.drain(..) {
+            self.take_answer(job.work);
+        }
+        self.jobs = jobs;
+    }
+
+    /// What is asked of each row, in the order in which answers are published. Takes the sequences that get a token out of their slots.
+    fn list_jobs(&mut self, jobs: &mut Vec<Job>) {
         // The batch is the scheduler's, and forking changes the scheduler: walk it by index.
         let mut row = 0;
         for at in 0..self.scheduler.batch().sequences.len() {
             let scheduled = self.scheduler.batch().sequences[at];
             if scheduled.prompt_logits > 0 {
-                self.tell_prompt(scheduled, row * vocab);
+                self.report_prompt(scheduled, row, jobs);
                 row += scheduled.prompt_logits as usize;
             }
             if scheduled.logits == 0 {
                 continue;
             }
-            let range = row * vocab..(row + 1) * vocab;
-            row += 1;
-            let parent = scheduled.seq;
-            for fork in self.forks(parent) {
-                self.row.clear();
-                self.row.extend_from_slice(&self.logits[range.clone()]);
-                let mut logits = std::mem::take(&mut self.row);
-                self.choose(fork, &mut logits);
-                self.row = logits;
+            // The forks' first tokens come from the row of their parent.
+            for seq in self.forks(scheduled.seq).into_iter().chain([scheduled.seq]) {
+                if let Some(sequence) = self.sequences[seq.slot()].take() {
+                    let work = Work::Choose {
+                        seq,
+                        sequence,
+                        choice: None,
+                    };
+                    jobs.push(Job { row, work });
+                }
             }
-            let mut logits = std::mem::take(&mut self.logits);
-            self.choose(parent, &mut logits[range]);
-            self.logits = logits;
+            row += 1;
         }
     }
 
-    /// Reports the prompt tokens that follow the rows of logits from element `begin` on.
-    fn tell_prompt(&mut self, scheduled: Scheduled, begin: usize) {
+    /// Asks for the log-probabilities of the prompt tokens that follow the rows of logits from `row` on.
+    fn report_prompt(&self, scheduled: Scheduled, row: usize, jobs: &mut Vec<Job>) {
         let Some(sequence) = &self.sequences[scheduled.seq.slot()] else {
             return;
         };
-        let vocab = self.decoder.config().vocab_size;
         let count = scheduled.prompt_logits as usize;
         let end = (scheduled.start + scheduled.len - scheduled.logits) as usize;
-        let next = &self.scheduler.tokens(scheduled.seq)[end - count + 1..=end];
-        let alternatives = sequence.prompt_logprobs.unwrap_or(0) as usize;
-        let logprobs = next
-            .iter()
-            .zip(self.logits[begin..].chunks_exact(vocab))
-            .map(|(&token, row)| logprobs_of(row, token, alternatives, &mut self.scratch))
-            .collect();
-        self.outbox
-            .push((sequence.events.clone(), Event::PromptLogprobs(logprobs)));
+        let following = &self.scheduler.tokens(scheduled.seq)[end - count + 1..=end];
+        jobs.extend(following.iter().enumerate().map(|(at, &next)| Job {
+            row: row + at,
+            work: Work::Report {
+                events: (at == 0).then(|| sequence.events.clone()),
+                next,
+                alternatives: sequence.prompt_logprobs.unwrap_or(0) as usize,
+                logprobs: None,
+            },
+        }));
     }
 
     /// The sequences forked from `parent` now that its prompt is computed; none if it wants a single sample or has forked before.
@@ -429,12 +429,36 @@ impl<B: Backend> EngineLoop<B> {
             .collect()
     }
 
-    /// Chooses the next token of one sequence from its row of logits.
-    fn choose(&mut self, seq: SeqId, logits: &mut [f32]) {
-        let Some(sequence) = &mut self.sequences[seq.slot()] else {
-            return;
-        };
-        let Choice { token, logprobs } = sequence.sampler.sample(logits, &mut self.scratch);
+    /// Takes the answer of a job that was done.
+    fn take_answer(&mut self, work: Work) {
+        match work {
+            Work::Choose {
+                seq,
+                sequence,
+                choice: Some(choice),
+            } => self.take_choice(seq, sequence, choice),
+            Work::Report {
+                events,
+                logprobs: Some(logprobs),
+                ..
+            } => {
+                if let Some(events) = events {
+                    self.outbox
+                        .push((events, Event::PromptLogprobs(Vec::new())));
+                }
+                if let Some((_, Event::PromptLogprobs(told))) = self.outbox.last_mut() {
+                    told.push(logprobs);
+                }
+            }
+            Work::Choose { choice: None, .. } | Work::Report { logprobs: None, .. } => {
+                unreachable!("every job was done")
+            }
+        }
+    }
+
+    /// The next token of a sequence was chosen: it ends, or goes back to its slot.
+    fn take_choice(&mut self, seq: SeqId, sequence: Sequence, choice: Choice) {
+        let Choice { token, logprobs } = choice;
         self.generation_tokens += 1;
         let index = sequence.index;
         if sequence.sampler.generated() == 1
@@ -463,16 +487,16 @@ impl<B: Backend> EngineLoop<B> {
             token,
             finished: reason.is_some(),
         });
-        if let Some(reason) = reason {
-            self.outbox
-                .push((sequence.events.clone(), Event::Finished { index, reason }));
-            let key = sequence.request;
-            self.sequences[seq.slot()] = None;
-            if let Some(active) = self.active.get_mut(&key) {
-                active.samples[index as usize] = Sample::Ended;
-                if active.samples.iter().all(|s| *s == Sample::Ended) {
-                    self.ended.push(key);
-                }
+        let Some(reason) = reason else {
+            self.sequences[seq.slot()] = Some(sequence);
+            return;
+        };
+        self.outbox
+            .push((sequence.events, Event::Finished { index, reason }));
+        if let Some(active) = self.active.get_mut(&sequence.request) {
+            active.samples[index as usize] = Sample::Ended;
+            if active.samples.iter().all(|s| *s == Sample::Ended) {
+                self.ended.push(sequence.request);
             }
         }
     }

@@ -14,6 +14,8 @@ mod handle;
 mod kv_events;
 mod memory;
 mod request;
+mod rows;
+mod sequence;
 mod start;
 mod step;
 mod stream;

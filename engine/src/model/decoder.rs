@@ -124,6 +124,11 @@ impl<B: Backend> Decoder<B> {
         &self.backend
     }
 
+    /// What it runs on, for host work between the steps.
+    pub fn backend_mut(&mut self) -> &mut B {
+        &mut self.backend
+    }
+
     /// Bytes the weight matrices occupy on the device.
     pub fn weight_bytes(&self) -> usize {
         let backend = &self.backend;

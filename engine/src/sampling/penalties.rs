@@ -30,11 +30,19 @@ impl Seen {
         }
     }
 
-    pub fn record(&mut self, params: &SamplingParams, token: TokenId) {
-        let penalised = params.repetition_penalty != 1.0
+    /// Whether [`Seen::apply`] changes rows under these parameters.
+    pub fn changes(params: &SamplingParams) -> bool {
+        Self::penalises(params) || !params.logit_bias.is_empty()
+    }
+
+    fn penalises(params: &SamplingParams) -> bool {
+        params.repetition_penalty != 1.0
             || params.presence_penalty != 0.0
-            || params.frequency_penalty != 0.0;
-        if penalised {
+            || params.frequency_penalty != 0.0
+    }
+
+    pub fn record(&mut self, params: &SamplingParams, token: TokenId) {
+        if Self::penalises(params) {
             *self.generated.entry(token).or_insert(0) += 1;
         }
     }

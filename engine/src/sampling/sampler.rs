@@ -24,10 +24,11 @@ pub struct Choice {
     pub logprobs: Option<TokenLogprobs>,
 }
 
-/// Buffers shared by all samplers of an engine thread; reused for every row.
+/// Working memory of a thread that samples, for one row at a time; kept, because a vocabulary's worth of it is megabytes.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    raw: Vec<f32>,
+    /// The row as parameters change it.
+    changed: Vec<f32>,
     pub(super) candidates: Vec<(u32, f32)>,
     pub(super) weights: Vec<f64>,
     pub(super) exponentials: Vec<f32>,
@@ -78,32 +79,58 @@ impl Sampler {
         }
     }
 
-    /// Chooses the next token from one row of raw logits (clobbered) and records it.
-    pub fn sample(&mut self, logits: &mut [f32], scratch: &mut Scratch) -> Choice {
-        let params = &*self.params;
-        if params.logprobs.is_some() {
-            scratch.raw.clear();
-            scratch.raw.extend_from_slice(logits);
-        }
-        self.seen.apply(params, logits);
-        if self.generated < params.min_tokens {
-            forbid(logits, &self.ends);
-        }
-        let token = if params.temperature < GREEDY_BELOW {
-            greedy(logits)
-        } else {
-            let draw = random::uniform(self.seed, self.index, self.generated);
-            drawn(params, logits, draw, scratch)
-        };
-        let logprobs = params.logprobs.map(|count| {
-            let raw = std::mem::take(&mut scratch.raw);
-            let reported = logprobs::of(&raw, token, count as usize, scratch);
-            scratch.raw = raw;
-            reported
-        });
-        self.seen.record(params, token);
+    /// Chooses the next token from one row of raw logits and records it.
+    ///
+    /// The row stays as it is: the samples of a prompt read the same one, on several threads.
+    pub fn sample(&mut self, logits: &[f32], scratch: &mut Scratch) -> Choice {
+        let mut changed = std::mem::take(&mut scratch.changed);
+        let token = self.choose(logits, &mut changed, scratch);
+        scratch.changed = changed;
+        let logprobs = self
+            .params
+            .logprobs
+            .map(|count| logprobs::of(logits, token, count as usize, scratch));
+        self.seen.record(&self.params, token);
         self.generated += 1;
         Choice { token, logprobs }
+    }
+
+    /// The next token; `changed` is memory for the row where parameters change it.
+    fn choose(&self, raw: &[f32], changed: &mut Vec<f32>, scratch: &mut Scratch) -> TokenId {
+        let params = &*self.params;
+        let forbidden: &[TokenId] = if self.generated < params.min_tokens {
+            &self.ends
+        } else {
+            &[]
+        };
+        let adjusted = Seen::changes(params) || !forbidden.is_empty();
+        if adjusted {
+            changed.clear();
+            changed.extend_from_slice(raw);
+            self.seen.apply(params, changed);
+            forbid(changed, forbidden);
+        }
+        if params.temperature < GREEDY_BELOW {
+            return greedy(if adjusted { changed } else { raw });
+        }
+        if params.temperature != 1.0 {
+            let inverse = 1.0 / params.temperature;
+            if adjusted {
+                for x in changed.iter_mut() {
+                    *x *= inverse;
+                }
+            } else {
+                changed.clear();
+                changed.extend(raw.iter().map(|x| x * inverse));
+            }
+        }
+        let logits = if adjusted || params.temperature != 1.0 {
+            changed
+        } else {
+            raw
+        };
+        let draw = random::uniform(self.seed, self.index, self.generated);
+        drawn(params, logits, draw, scratch)
     }
 
     /// Tokens chosen so far.
@@ -119,14 +146,8 @@ fn greedy(logits: &[f32]) -> TokenId {
     TokenId(at as u32)
 }
 
-/// A token by the inverse of the cumulative distribution, walked in a fixed order.
-fn drawn(params: &SamplingParams, logits: &mut [f32], draw: f64, scratch: &mut Scratch) -> TokenId {
-    if params.temperature != 1.0 {
-        let inverse = 1.0 / params.temperature;
-        for x in logits.iter_mut() {
-            *x *= inverse;
-        }
-    }
+/// A token by the inverse of the cumulative distribution, walked in a fixed order. `logits` are already divided by the temperature.
+fn drawn(params: &SamplingParams, logits: &[f32], draw: f64, scratch: &mut Scratch) -> TokenId {
     let filtered = params.top_k > 0 || params.top_p < 1.0 || params.min_p > 0.0;
     if filtered {
         filter::candidates(params, logits, scratch);
@@ -188,10 +209,7 @@ mod tests {
     }
 
     fn sample(sampler: &mut Sampler, logits: &[f32]) -> u32 {
-        sampler
-            .sample(&mut logits.to_vec(), &mut Scratch::default())
-            .token
-            .0
+        sampler.sample(logits, &mut Scratch::default()).token.0
     }
 
     #[test]
@@ -303,7 +321,7 @@ mod tests {
             },
             0,
         );
-        let choice = sampler.sample(&mut [0.0, 0.0, 0.0, 0.0], &mut Scratch::default());
+        let choice = sampler.sample(&[0.0, 0.0, 0.0, 0.0], &mut Scratch::default());
         assert_eq!(choice.token, TokenId(1));
         let logprobs = choice.logprobs.expect("asked for");
         assert!((logprobs.logprob - 0.25_f32.ln()).abs() < 1e-6);

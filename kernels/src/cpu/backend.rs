@@ -709,6 +709,10 @@ impl Backend for CpuBackend {
         }
         Ok(())
     }
+
+    fn each(&mut self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.pool.each(tasks, task);
+    }
 }
 
 /// Normalises, where there are weights, and rotates one head.
