@@ -49,6 +49,20 @@ impl Bytes {
             Self::Mapped(map) => map,
         }
     }
+
+    /// Takes the pages that have been read out of this process's memory; whoever reads them again gets them from the page cache.
+    ///
+    /// Without it a model that is packed while it is read would be in memory twice: packed, and as the mapping's pages.
+    pub fn release(&self) {
+        #[cfg(unix)]
+        if let Self::Mapped(map) = self {
+            // SAFETY: the mapping is read-only and of a file, so a page that is dropped comes back with the same bytes.
+            let advised = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+            if let Err(error) = advised {
+                tracing::debug!(%error, "mapped pages stay in memory");
+            }
+        }
+    }
 }
 
 impl Files {
@@ -190,4 +204,34 @@ fn map_file(path: &Path) -> std::io::Result<Mmap> {
     // SAFETY: the mapping is read-only. Whoever truncates the file while it is being served ends the process with SIGBUS, as with every
     // engine that maps its weights; after loading, the weights are packed and the mapping is dropped.
     unsafe { Mmap::map(&file) }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    /// How much of a mapped file is in this process's memory, in KiB.
+    fn resident(path: &Path) -> u64 {
+        let maps = std::fs::read_to_string("/proc/self/smaps").expect("Linux has it");
+        let name = path.display().to_string();
+        let lines = maps.lines().skip_while(|line| !line.ends_with(&name));
+        let mut sizes = lines.filter_map(|line| line.strip_prefix("Rss:"));
+        let size = sizes.next().and_then(|size| size.trim().split(' ').next());
+        size.and_then(|size| size.parse().ok())
+            .expect("the file is mapped")
+    }
+
+    #[test]
+    fn what_was_released_takes_no_memory_and_can_be_read_again() {
+        let directory = tempfile::tempdir().expect("a place for files");
+        let path = directory.path().join("weights");
+        std::fs::write(&path, vec![7; 8 << 20]).expect("it can be written");
+        let bytes = map(&path, "weights").expect("it opens").expect("it exists");
+        let sum = || bytes.as_slice().iter().map(|&b| u64::from(b)).sum::<u64>();
+        assert_eq!(sum(), 7 << 23);
+        assert!(resident(&path) >= 8 << 10);
+        bytes.release();
+        assert_eq!(resident(&path), 0);
+        assert_eq!(sum(), 7 << 23);
+    }
 }

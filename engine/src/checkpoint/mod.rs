@@ -30,7 +30,7 @@ use files::Files;
 
 pub use error::CheckpointError;
 pub use generation::GenerationDefaults;
-pub use summary::{KindSummary, Summary};
+pub use summary::{ExpertsSummary, KindSummary, RopeSummary, Summary, WindowSummary};
 pub use tensors::{TensorView, Tensors};
 pub use tokenizer_files::{NamedFile, tokenizer_files};
 

@@ -276,6 +276,13 @@ impl Tensors {
         })
     }
 
+    /// Takes what has been read so far out of this process's memory; it can be read again.
+    pub(crate) fn release(&self) {
+        for shard in &self.shards {
+            shard.bytes.release();
+        }
+    }
+
     fn bytes_of(&self, entry: &Entry) -> &[u8] {
         &self.shards[entry.shard].bytes.as_slice()[entry.begin..entry.end]
     }

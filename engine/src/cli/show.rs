@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Args;
 
-use crate::checkpoint::{Checkpoint, ModelSource, Summary};
+use crate::checkpoint::{Checkpoint, ModelSource, RopeSummary, Summary};
 
 use super::size;
 
@@ -85,11 +85,48 @@ fn text(summary: &Summary) -> String {
             ),
         );
     }
+    if let Some(experts) = summary.experts {
+        line(
+            "experts",
+            format!(
+                "{} in {} of {} layers, {} for a token",
+                experts.count, experts.layers, summary.layers, experts.used
+            ),
+        );
+    }
     line("context", format!("{} tokens", summary.context));
-    line(
-        "KV cache",
-        format!("{} a token", size::show(summary.kv_bytes_per_token)),
-    );
+    let of = |layers: usize| {
+        if layers == summary.layers {
+            String::new()
+        } else {
+            format!(" in {layers} of {} layers", summary.layers)
+        }
+    };
+    for (i, rope) in summary.rope.iter().enumerate() {
+        let name = if i == 0 { "rope" } else { "" };
+        line(name, show_rope(rope) + &of(rope.layers));
+    }
+    if summary.layers_without_rope > 0 {
+        line("", format!("none{}", of(summary.layers_without_rope)));
+    }
+    let windowed: usize = summary.windows.iter().map(|window| window.layers).sum();
+    let whole = summary.layers - windowed;
+    if whole > 0 {
+        let bytes = size::show(summary.kv_bytes_per_token);
+        line("KV cache", format!("{bytes} a token{}", of(whole)));
+    }
+    for (i, window) in summary.windows.iter().enumerate() {
+        let bytes = size::show(window.kv_bytes);
+        let name = if i == 0 && whole == 0 { "KV cache" } else { "" };
+        let tokens = window.tokens;
+        line(
+            name,
+            format!(
+                "{bytes} for a window of {tokens} tokens{}",
+                of(window.layers)
+            ),
+        );
+    }
     line(
         "tokenizer",
         format!("{}, {} tokens", summary.tokenizer, summary.vocabulary),
@@ -99,6 +136,21 @@ fn text(summary: &Summary) -> String {
     let license = summary.license.as_deref().unwrap_or("not stated");
     line("licence", license.to_owned());
     text
+}
+
+fn show_rope(rope: &RopeSummary) -> String {
+    let mut parts = vec![format!("base {}", rope.theta)];
+    if rope.rotated < rope.head_dim {
+        parts.push(format!("{} of {} elements", rope.rotated, rope.head_dim));
+    }
+    let factor = rope.factor.map(|factor| format!(" × {factor}"));
+    let context = rope.original_context;
+    let context = context.map(|context| format!(" beyond {context} tokens"));
+    if rope.scaling != "none" {
+        let (factor, context) = (factor.unwrap_or_default(), context.unwrap_or_default());
+        parts.push(format!("{}{factor}{context}", rope.scaling));
+    }
+    parts.join(", ")
 }
 
 /// Millions or billions, as models are named.

@@ -105,15 +105,16 @@ pub(super) fn weights<B: Backend>(
         progress,
     };
     let embedding = loader.matrix(&[("model.embed_tokens.weight", config.vocab_size)], hidden)?;
-    let layers = (0..config.layers.len())
-        .map(|layer| loader.layer(config, layer))
-        .collect::<Result<_, _>>()?;
-    let norm = loader.norm("model.norm.weight", hidden)?;
+    // The two largest matrices come first: while a matrix is packed it is in memory twice, and now there is nothing else there yet.
     let head = if config.tied_head {
         None
     } else {
         Some(loader.matrix(&[("lm_head.weight", config.vocab_size)], hidden)?)
     };
+    let layers = (0..config.layers.len())
+        .map(|layer| loader.layer(config, layer))
+        .collect::<Result<_, _>>()?;
+    let norm = loader.norm("model.norm.weight", hidden)?;
     Ok(Weights {
         embedding,
         layers,
@@ -244,6 +245,8 @@ impl<B: Backend> Loader<'_, B> {
                 what: what.to_owned(),
                 source,
             })?;
+        // What was packed is not read again.
+        self.tensors.release();
         self.advance(parts.iter().map(|part| part.data.len()).sum());
         Ok(matrix)
     }

@@ -1,0 +1,14 @@
+//! A hostile `model.safetensors` beside whole files.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use quire_fuzz::Directory;
+
+thread_local!(static DIRECTORY: Directory = Directory::default());
+
+fuzz_target!(|bytes: &[u8]| {
+    DIRECTORY.with(|directory| {
+        directory.write("model.safetensors", bytes);
+        directory.open(None);
+    });
+});
