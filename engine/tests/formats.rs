@@ -187,7 +187,9 @@ fn what_is_shown_names_the_format_and_counts_its_scales() {
         let checkpoint = open(name);
         assert!(checkpoint.tensors.stored("model.norm.weight").is_some());
         let summary = Summary::of(&checkpoint);
-        let mlp = summary.tensors.iter().find(|kind| kind.kind == "mlp");
+        let of_mlp = ["mlp", "experts"];
+        let mut kinds = summary.tensors.iter();
+        let mlp = kinds.find(|kind| of_mlp.contains(&kind.kind));
         let mlp = mlp.unwrap();
         assert!(
             mlp.formats.contains_key(format),
