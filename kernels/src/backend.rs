@@ -476,7 +476,7 @@ pub trait Backend: Send + 'static {
     /// Causal grouped-query attention of each row over its sequence's positions up to its own, as far as the window reaches, read from the cache
     /// through the block tables.
     ///
-    /// `qkv` as [`Backend::norm_rope_store`] left it; `sinks` [heads]: a score of each head that takes its share of the softmax and stands for
+    /// `qkv` as [`Backend::norm_rope_store`] left it; `sinks` `[heads]`: a score of each head that takes its share of the softmax and stands for
     /// no value (Xiao et al. 2023, gpt-oss); `out` [rows, heads · head_dim].
     ///
     /// # Errors
