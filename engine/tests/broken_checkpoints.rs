@@ -50,7 +50,8 @@ fn missing_files_are_named() {
 
 #[test]
 fn files_that_do_not_hold_what_their_names_say_are_named() {
-    let cases: [(&str, &[u8], &str); 11] = [
+    // The last two would be panics of the library that reads the file.
+    let cases: [(&str, &[u8], &str); 13] = [
         ("config.json", b"{\"model_type\": ", "not valid JSON"),
         ("config.json", b"{\"rms_norm_eps\": NaN}", "not valid JSON"),
         (
@@ -69,6 +70,17 @@ fn files_that_do_not_hold_what_their_names_say_are_named() {
             "chat_template.jinja",
             b"{% if messages %}",
             "does not compile",
+        ),
+        (
+            "tokenizer.json",
+            br#"{"decoder": {"type": "ByteLevel", "x": "\ud800"}, "model": {"type": "BPE", "vocab": {}, "merges": []}}"#,
+            "not a tokenizer",
+        ),
+        (
+            "tokenizer.json",
+            br#"{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "decoder": {"type": "ByteLevel"},
+                "model": {"type": "BPE", "vocab": {}, "merges": []}}"#,
+            "not a tokenizer",
         ),
     ];
     for (file, bytes, problem) in cases {

@@ -8,6 +8,7 @@ use quire_fuzz::{Directory, exercise};
 thread_local!(static DIRECTORY: Directory = Directory::default());
 
 fuzz_target!(|bytes: &[u8]| {
+    quire_fuzz::only_what_escapes_counts();
     DIRECTORY.with(|directory| {
         directory.write("model.gguf", bytes);
         directory.open(Some("model.gguf"));

@@ -8,6 +8,7 @@ use quire_fuzz::{Directory, exercise};
 thread_local!(static DIRECTORY: Directory = Directory::default());
 
 fuzz_target!(|bytes: &[u8]| {
+    quire_fuzz::only_what_escapes_counts();
     let mut parts = bytes.splitn(2, |&byte| byte == 0);
     let tokenizer = parts.next().unwrap_or_default();
     if let Ok(tokenizer) = Tokenizer::from_json(tokenizer) {

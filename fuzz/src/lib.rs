@@ -4,10 +4,25 @@
 //! be describable and its tokenizer usable.
 
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 use quire::checkpoint::{Checkpoint, ModelSource, Summary};
 use quire::tokenizer::Tokenizer;
 use tempfile::TempDir;
+
+/// Lets the program catch panics.
+///
+/// libFuzzer's own hook ends the process at every one, even at those of a library that become an error; one that nobody catches ends it anyway.
+pub fn only_what_escapes_counts() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        std::panic::set_hook(Box::new(|panic| {
+            if std::env::var_os("SHOW_PANICS").is_some() {
+                eprintln!("{panic}");
+            }
+        }));
+    });
+}
 
 /// A directory with the smallest checkpoint there is.
 pub struct Directory(TempDir);
@@ -59,7 +74,10 @@ impl Directory {
 
 /// Text to ids and back.
 pub fn exercise(tokenizer: &Tokenizer) {
-    for text in ["", "Hello, w\u{f6}rld!\n\n  12345 <|end|> \u{4e2d}\u{6587} e\u{301} \u{1f680}"] {
+    for text in [
+        "",
+        "Hello, w\u{f6}rld!\n\n  12345 <|end|> \u{4e2d}\u{6587} e\u{301} \u{1f680}",
+    ] {
         if let Ok(ids) = tokenizer.encode(text, true) {
             let _ = tokenizer.decode(&ids, true);
             let _ = tokenizer.decode(&ids, false);

@@ -58,15 +58,16 @@ impl Tokenizer {
     /// # Errors
     /// The file is not a tokenizer, or of a kind that is not supported.
     pub fn from_json(json: &[u8]) -> Result<Self, TokenizerError> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(json)
+        // Read as plain JSON first: what is not even that, the library would take for a broken promise.
+        let file: serde_json::Value = serde_json::from_slice(json)
             .map_err(|error| TokenizerError::Invalid(error.to_string()))?;
+        let mut inner =
+            caught(|| tokenizers::Tokenizer::from_bytes(json)).map_err(TokenizerError::Invalid)?;
         // Truncation or padding left over from training would silently change prompts.
         inner
             .with_truncation(None)
             .map_err(|error| TokenizerError::Invalid(error.to_string()))?;
         inner.with_padding(None);
-        let file: serde_json::Value = serde_json::from_slice(json)
-            .map_err(|error| TokenizerError::Invalid(error.to_string()))?;
         let spelling = Spelling::of(&file["decoder"])
             .ok_or_else(|| TokenizerError::Decoder(file["decoder"]["type"].to_string()))?;
         let bytes = TokenBytes::new(&inner, spelling);
@@ -102,10 +103,8 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer's model has no token for some part of the text and no unknown token.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, TokenizerError> {
-        let encoding = self
-            .inner
-            .encode_fast(text, add_special)
-            .map_err(|error| TokenizerError::Encode(error.to_string()))?;
+        let encoding =
+            caught(|| self.inner.encode_fast(text, add_special)).map_err(TokenizerError::Encode)?;
         Ok(encoding.get_ids().iter().map(|&id| TokenId(id)).collect())
     }
 
@@ -155,5 +154,16 @@ impl Tokenizer {
         // The space that SentencePiece puts before the first word is not text; after a prompt no word is the first.
         let strip = self.bytes.strips_first() && prompt.is_empty();
         Detokenizer::new(Arc::clone(self), skip_special, strip)
+    }
+}
+
+/// What the `tokenizers` library makes, or why it does not.
+///
+/// It has `expect`s that a file can reach — a precompiled normaliser that does not parse, a replacement that is no expression — and a file
+/// comes from outside: what would end the process is an error here.
+fn caught<T>(make: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(make)) {
+        Ok(made) => made.map_err(|error| error.to_string()),
+        Err(_) => Err("the tokenizers library cannot cope with it".to_owned()),
     }
 }
