@@ -88,7 +88,7 @@ fn steps_allocate_nothing_once_the_largest_has_run() {
         };
         let checkpoint = common::demo_checkpoint();
         let mut decoder =
-            Decoder::load(&checkpoint, common::backend(2), options, &mut |_| {}).unwrap();
+            Decoder::load(&checkpoint, common::backend(1), options, &mut |_| {}).unwrap();
         let blocks = (DECODES + 1) * BLOCKS_EACH;
         let mut kv = decoder
             .kv_cache(blocks as usize, BLOCK as usize, KvDtype::F16)

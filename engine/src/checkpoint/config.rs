@@ -13,8 +13,8 @@ use crate::model::{ExpertsConfig, LayerConfig, ModelConfig};
 const FILE: &str = "config.json";
 /// No dimension of a model is larger; keeps every product of two of them within 64 bits.
 const LARGEST: u64 = 1 << 28;
-/// No model has more layers.
-const MOST_LAYERS: usize = 10_000;
+/// No model has more layers or heads.
+const MOST: usize = 10_000;
 
 /// Reads and checks a `config.json`.
 pub(super) fn parse(json: &Value) -> Result<ModelConfig, CheckpointError> {
@@ -140,7 +140,7 @@ fn of_family(json: &Value, family: &Family) -> Result<ModelConfig, CheckpointErr
         hidden_size,
         intermediate_size: size(json, "intermediate_size", None)?,
         layers,
-        heads: limited(json, "num_attention_heads", MOST_LAYERS)?,
+        heads: limited(json, "num_attention_heads", MOST)?,
         kv_heads,
         head_dim,
         norm_eps: positive(json, "", "rms_norm_eps", Some(1e-6))? as f32,
@@ -170,7 +170,7 @@ fn of_family(json: &Value, family: &Family) -> Result<ModelConfig, CheckpointErr
 
 /// The layers: windows from `layer_types` or the family's habit, rotary embeddings, experts.
 fn layers(json: &Value, family: &Family) -> Result<Vec<LayerConfig>, CheckpointError> {
-    let count = limited(json, "num_hidden_layers", MOST_LAYERS)?;
+    let count = limited(json, "num_hidden_layers", MOST)?;
     let window = match &json["sliding_window"] {
         Value::Null => None,
         _ => Some(limited(json, "sliding_window", u32::MAX as usize)? as u32),
@@ -185,7 +185,7 @@ fn layers(json: &Value, family: &Family) -> Result<Vec<LayerConfig>, CheckpointE
     let with_rope = rope_layers(json, family, count)?;
     let sliding: Vec<bool> = match &json["layer_types"] {
         Value::Null => {
-            let late = size_or_none(json, "max_window_layers", 0)?;
+            let late = size_or_zero(json, "max_window_layers", 0)?;
             let every = match family.windows {
                 Windows::AllBut(every) => size(json, "sliding_window_pattern", Some(every))?,
                 _ => 1,
@@ -354,7 +354,7 @@ fn size(json: &Value, field: &str, default: Option<usize>) -> Result<usize, Chec
 }
 
 /// A whole number that may be 0.
-fn size_or_none(json: &Value, field: &str, default: usize) -> Result<usize, CheckpointError> {
+fn size_or_zero(json: &Value, field: &str, default: usize) -> Result<usize, CheckpointError> {
     match &json[field] {
         Value::Null => Ok(default),
         value if value.as_u64() == Some(0) => Ok(0),

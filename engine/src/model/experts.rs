@@ -38,14 +38,13 @@ impl<B: Backend> Loader<'_, B> {
         layer: usize,
     ) -> Result<Mlp<B>, LoadError> {
         let mlp = format!("model.layers.{layer}.mlp");
-        let (count, n) = (of.count, of.intermediate_size);
+        let count = of.count;
         // gpt-oss calls it `router`, others `gate`.
         let router = if self.tensors.contains(&format!("{mlp}.router.weight")) {
             "router"
         } else {
             "gate"
         };
-        let router_bias = of.bias.then(|| format!("{mlp}.{router}.bias"));
         let stored = Stored {
             tensors: self.tensors,
             experts: format!("{mlp}.experts"),
@@ -54,14 +53,7 @@ impl<B: Backend> Loader<'_, B> {
         let gate_up = self.pack_rows(&format!("{mlp}.experts.gate_up_proj"), &gate_up)?;
         let down = stored.down(of, hidden)?;
         let down = self.pack_rows(&format!("{mlp}.experts.down_proj"), &down)?;
-        let router_bias = match router_bias {
-            None => None,
-            Some(name) => {
-                let mut values = Vec::new();
-                self.values(&name, &[count], &mut values)?;
-                Some(self.upload(&name, &values)?)
-            }
-        };
+        let router_bias = self.vector_if(of.bias, &[(format!("{mlp}.{router}.bias"), count)])?;
         let (gate_up_bias, down_bias) = if of.bias {
             let gate_up = self.gate_up_bias(&mlp, of)?;
             let mut down = Vec::new();
@@ -81,10 +73,7 @@ impl<B: Backend> Loader<'_, B> {
             gate_up_bias,
             down,
             down_bias,
-            of: ExpertsConfig {
-                intermediate_size: n,
-                ..of.clone()
-            },
+            of: of.clone(),
         })
     }
 

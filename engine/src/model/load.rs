@@ -301,7 +301,7 @@ impl<B: Backend> Loader<'_, B> {
             })
     }
 
-    fn vector_if<S: AsRef<str>>(
+    pub fn vector_if<S: AsRef<str>>(
         &mut self,
         wanted: bool,
         parts: &[(S, usize)],

@@ -1,6 +1,7 @@
 //! What several integration tests need: the demo model, requests run to their end, a seeded random source.
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub mod broken;
 pub mod gguf;
 pub mod sequence;
 

@@ -177,14 +177,14 @@ unsafe fn attend_over<S: Simd, E: Element>(work: &Work<'_>, floats: &mut [f32]) 
 
     // The oldest position that any of the rows sees.
     let oldest = (first_position + 1).saturating_sub(window);
-    for begin in (oldest / SPAN * SPAN..first_position + rows).step_by(SPAN) {
-        let span = work.keys_and_values::<E>(begin, oldest);
+    let oldest_span = oldest / SPAN * SPAN;
+    let mut next = work.keys_and_values::<E>(oldest_span, oldest);
+    for begin in (oldest_span..first_position + rows).step_by(SPAN) {
+        let span = next;
         let last = begin + SPAN >= first_position + rows;
-        let next = if last {
-            span
-        } else {
-            work.keys_and_values::<E>(begin + SPAN, oldest)
-        };
+        if !last {
+            next = work.keys_and_values::<E>(begin + SPAN, oldest);
+        }
         // Rows before the span's begin have nothing in it, and rows whose window begins after it have not either.
         let mut query = begin.saturating_sub(first_position) * group;
         let after = (begin + SPAN)

@@ -1,6 +1,8 @@
 //! [`CpuBackend`]: checks shapes, then hands work to the kernels.
 
 use super::attention::{self, Attention};
+use super::buffers::{Activations, Vector, weights};
+use super::checks::{check_layer, check_step, check_tables};
 use super::elementwise::{add_row, gate_row, norm_head, rms_norm, rotary_row, rotate, rule_row};
 use super::kv::{KvCache, Slot};
 use super::linear::{Linear, Output, Rows};
@@ -12,7 +14,7 @@ use super::simd::{Isa, dispatch};
 use super::topology;
 use crate::{
     Activation, AttentionShape, Backend, Error, Experts, Format, KvLayer, KvShape, LogitsRule,
-    MatrixPart, Norm, QkvLayer, Rotary, Span, Step,
+    MatrixPart, Norm, QkvLayer, Rotary, Step,
 };
 
 /// How a [`CpuBackend`] is made.
@@ -33,57 +35,6 @@ impl Default for CpuOptions {
             pin: true,
             isa: None,
         }
-    }
-}
-
-/// A matrix of f32 activations, `[rows, cols]`.
-pub struct Activations {
-    data: Buffer<f32>,
-    rows: usize,
-    cols: usize,
-}
-
-impl std::fmt::Debug for Activations {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Activations[{}, {}]", self.rows, self.cols)
-    }
-}
-
-impl Activations {
-    /// Columns of a row.
-    pub fn cols(&self) -> usize {
-        self.cols
-    }
-
-    /// The elements, row-major.
-    pub fn as_slice(&self) -> &[f32] {
-        self.data.as_slice()
-    }
-
-    /// The elements, row-major.
-    pub fn as_mut_slice(&mut self) -> &mut [f32] {
-        self.data.as_mut_slice()
-    }
-
-    /// The first `rows` rows, or an error that names the operation.
-    fn first(&self, rows: usize, cols: usize, what: &str) -> Result<&[f32], Error> {
-        self.check(rows, cols, what)?;
-        Ok(&self.data.as_slice()[..rows * cols])
-    }
-
-    fn first_mut(&mut self, rows: usize, cols: usize, what: &str) -> Result<&mut [f32], Error> {
-        self.check(rows, cols, what)?;
-        Ok(&mut self.data.as_mut_slice()[..rows * cols])
-    }
-
-    fn check(&self, rows: usize, cols: usize, what: &str) -> Result<(), Error> {
-        if self.cols != cols || self.rows < rows {
-            return Err(Error::Shape(format!(
-                "{what}: a buffer of {} × {}, expected at least {rows} × {cols}",
-                self.rows, self.cols
-            )));
-        }
-        Ok(())
     }
 }
 
@@ -150,22 +101,22 @@ impl CpuBackend {
         &mut self,
         x: &Activations,
         matrix: &Matrix,
-        bias: Option<&Buffer32>,
+        bias: Option<&Vector>,
         out: &mut Activations,
         output: Output,
     ) -> Result<(), Error> {
         let rows = self.rows();
         if let Some(bias) = bias
-            && bias.len() != matrix.rows
+            && bias.as_slice().len() != matrix.rows
         {
             return Err(Error::Shape(format!(
                 "a bias of {} for {} output features",
-                bias.len(),
+                bias.as_slice().len(),
                 matrix.rows
             )));
         }
         let x = x.first(rows, matrix.cols, "input of a product")?;
-        let linear = Linear::new(matrix, x, rows, bias.map(Buffer::as_slice), output);
+        let linear = Linear::new(matrix, x, rows, bias.map(Vector::as_slice), output);
         let y = out.first_mut(rows, matrix.rows, "output of a product")?;
         linear.run(y, &mut self.product_rows, &self.pool, self.isa)
     }
@@ -183,121 +134,6 @@ impl CpuBackend {
             self.checked.push(alike);
         }
         Ok(())
-    }
-}
-
-type Buffer32 = Buffer<f32>;
-
-/// A vector of f32 parameters.
-pub struct Vector(Buffer32);
-
-impl std::fmt::Debug for Vector {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Vector[{}]", self.0.len())
-    }
-}
-
-impl Vector {
-    fn as_slice(&self) -> &[f32] {
-        self.0.as_slice()
-    }
-}
-
-/// A norm's weights, which must have the length of what is normalised.
-fn weights(vector: &Vector, len: usize) -> Result<&[f32], Error> {
-    if vector.0.len() != len {
-        return Err(Error::Shape(format!(
-            "norm weights of length {} for rows of {len}",
-            vector.0.len()
-        )));
-    }
-    Ok(vector.0.as_slice())
-}
-
-/// Refuses a step whose parts do not fit each other; the kernels rely on it.
-fn check_step(step: &Step) -> Result<(), Error> {
-    let rows = step.rows();
-    let fault = |text: String| Err(Error::Shape(text));
-    if step.positions.len() != rows {
-        return fault(format!(
-            "{rows} tokens and {} positions",
-            step.positions.len()
-        ));
-    }
-    let mut next = 0_usize;
-    for span in &step.spans {
-        if span.row as usize != next || span.rows == 0 {
-            return fault(format!(
-                "span {span:?}, expected one that begins at row {next}"
-            ));
-        }
-        next += span.rows as usize;
-        if next > rows || span.start.checked_add(span.rows).is_none() {
-            return fault(format!("span {span:?} is longer than the step"));
-        }
-        for i in 0..span.rows {
-            if step.positions[(span.row + i) as usize] != span.start + i {
-                return fault(format!("positions of {span:?} are not consecutive"));
-            }
-        }
-    }
-    if next != rows {
-        return fault(format!("spans cover {next} of {rows} rows"));
-    }
-    if step.logit_rows.iter().any(|&row| row as usize >= rows) {
-        return fault(format!("logits of rows beyond {rows} are asked for"));
-    }
-    Ok(())
-}
-
-/// Refuses block tables that leave the cache: entries of page group `group` that rows with this window see.
-fn check_tables(step: &Step, kv: &KvCache, group: usize, window: Option<u32>) -> Result<(), Error> {
-    if group >= step.groups {
-        return Err(Error::Shape(format!(
-            "page group {group} of a step of {}",
-            step.groups
-        )));
-    }
-    for span in &step.spans {
-        let block_size = kv.shape.block_size;
-        let blocks = ((span.start + span.rows) as usize).div_ceil(block_size);
-        let seen = oldest_seen(span, window) / block_size;
-        let table = span.table as usize;
-        let Some(table) = step.block_tables.get(table..table + blocks * step.groups) else {
-            return Err(Error::Shape(format!(
-                "the block table of {span:?} has fewer than {blocks} blocks"
-            )));
-        };
-        let mut entries = table.iter().skip(group).step_by(step.groups).skip(seen);
-        if let Some(block) = entries.find(|&&b| b as usize >= kv.shape.blocks) {
-            return Err(Error::Shape(format!(
-                "block {block} of a cache of {}",
-                kv.shape.blocks
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// The oldest position that a span's rows see.
-fn oldest_seen(span: &Span, window: Option<u32>) -> usize {
-    window.map_or(0, |window| (span.start + 1).saturating_sub(window)) as usize
-}
-
-fn check_layer(shape: &AttentionShape, layer: KvLayer, kv: &KvCache) -> Result<(), Error> {
-    let fits = layer.index < kv.shape.layers
-        && shape.window != Some(0)
-        && shape.kv_heads == kv.shape.kv_heads
-        && shape.head_dim == kv.shape.head_dim
-        && shape.heads > 0
-        && shape.heads.is_multiple_of(shape.kv_heads);
-    if fits {
-        Ok(())
-    } else {
-        Err(Error::Shape(format!(
-            "{layer:?} of {shape:?} does not fit the cache {:?}",
-            kv.shape
-        )))
     }
 }
 
@@ -322,21 +158,11 @@ impl Backend for CpuBackend {
     }
 
     fn vector(&self, values: &[f32]) -> Result<Vector, Error> {
-        let mut buffer = Buffer::zeroed(values.len(), "a vector of parameters")?;
-        buffer.as_mut_slice().copy_from_slice(values);
-        Ok(Vector(buffer))
+        Vector::new(values)
     }
 
     fn activations(&self, rows: usize, cols: usize) -> Result<Activations, Error> {
-        let len = rows.checked_mul(cols).ok_or(Error::OutOfMemory {
-            what: "activations",
-            bytes: usize::MAX,
-        })?;
-        Ok(Activations {
-            data: Buffer::zeroed(len, "activations")?,
-            rows,
-            cols,
-        })
+        Activations::new(rows, cols)
     }
 
     fn kv_cache(&self, shape: &KvShape) -> Result<KvCache, Error> {
@@ -384,10 +210,10 @@ impl Backend for CpuBackend {
     }
 
     fn rotary(&mut self, rotary: &Rotary<'_, Self>, out: &mut Activations) -> Result<(), Error> {
-        let frequencies = rotary.frequencies.0.as_slice();
+        let frequencies = rotary.frequencies.as_slice();
         let beyond = rotary
             .beyond
-            .map_or(frequencies, |beyond| beyond.0.as_slice());
+            .map_or(frequencies, |beyond| beyond.as_slice());
         if beyond.len() != frequencies.len() {
             return Err(Error::Shape(format!(
                 "{} rotary frequencies and {} beyond the switch",
@@ -476,7 +302,7 @@ impl Backend for CpuBackend {
         bias: Option<&Vector>,
         out: &mut Activations,
     ) -> Result<(), Error> {
-        self.product(x, matrix, bias.map(|bias| &bias.0), out, Output::Set)
+        self.product(x, matrix, bias, out, Output::Set)
     }
 
     fn linear_add(
@@ -486,7 +312,7 @@ impl Backend for CpuBackend {
         bias: Option<&Vector>,
         out: &mut Activations,
     ) -> Result<(), Error> {
-        self.product(x, matrix, bias.map(|bias| &bias.0), out, Output::Add)
+        self.product(x, matrix, bias, out, Output::Add)
     }
 
     fn norm_rope_store(
@@ -514,7 +340,7 @@ impl Backend for CpuBackend {
         let qkv = Shared::new(qkv.first_mut(rows, columns, "queries, keys and values")?);
         // Norms over all heads together come first, those of single heads with the rotation.
         let whole = |norm: Option<&Vector>, heads: usize| {
-            norm.is_some_and(|norm| heads > 1 && norm.0.len() == heads * d)
+            norm.is_some_and(|norm| heads > 1 && norm.as_slice().len() == heads * d)
         };
         let together = [
             (layer.q_norm, whole(layer.q_norm, heads), 0, heads),
@@ -589,11 +415,11 @@ impl Backend for CpuBackend {
         check_layer(shape, layer, kv)?;
         self.check_tables(layer.group, shape.window, kv)?;
         if let Some(sinks) = sinks
-            && sinks.0.len() != shape.heads
+            && sinks.as_slice().len() != shape.heads
         {
             return Err(Error::Shape(format!(
                 "{} attention sinks for {} heads",
-                sinks.0.len(),
+                sinks.as_slice().len(),
                 shape.heads
             )));
         }
@@ -602,7 +428,7 @@ impl Backend for CpuBackend {
         let attention = Attention {
             shape: *shape,
             layer,
-            sinks: sinks.map(|sinks| sinks.0.as_slice()),
+            sinks: sinks.map(Vector::as_slice),
             kv,
             groups: self.step.groups,
             qkv: qkv.first(rows, columns, "queries, keys and values")?,

@@ -14,6 +14,8 @@
 
 mod attention;
 mod backend;
+mod buffers;
+mod checks;
 mod elementwise;
 mod groups;
 mod kv;
@@ -27,7 +29,8 @@ pub mod rows;
 mod simd;
 mod topology;
 
-pub use backend::{Activations, CpuBackend, CpuOptions, Vector};
+pub use backend::{CpuBackend, CpuOptions};
+pub use buffers::{Activations, Vector};
 pub use kv::KvCache;
 pub use matrix::Matrix;
 pub use simd::Isa;

@@ -4,7 +4,7 @@
 //! order in which the router scored them, whatever else is in the step.
 
 use super::elementwise::{add_row, gate_row};
-use super::linear::{Group, Grouped, Linear, Output, Rows, Tasks};
+use super::linear::{Linear, OfPart, Output, PartProducts, Rows, Tasks};
 use super::matrix::{Matrix, PANEL};
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
@@ -35,7 +35,7 @@ pub(crate) struct Scratch {
     places: Vec<usize>,
     /// The row of each place.
     sorted: Vec<usize>,
-    groups: Vec<Group>,
+    groups: Vec<OfPart>,
     /// `[places, hidden]`
     x: Buffer<f32>,
     /// `[places, 2n]`
@@ -152,7 +152,7 @@ impl Mixture<'_> {
             let to = unsafe { gathered.range(place * hidden, hidden) };
             to.copy_from_slice(&x[sorted[place] * hidden..][..hidden]);
         });
-        let products = Grouped {
+        let products = PartProducts {
             matrix: self.gate_up,
             features: 2 * n,
             x: s.x.as_slice(),
@@ -169,7 +169,7 @@ impl Mixture<'_> {
             let out = unsafe { gated.range(place * n, n) };
             dispatch!(isa, gate_row(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]));
         });
-        let products = Grouped {
+        let products = PartProducts {
             matrix: self.down,
             features: hidden,
             x: s.gated.as_slice(),
@@ -215,7 +215,7 @@ impl Mixture<'_> {
         }
         // Counting sort: stable, so a group's rows are in order.
         s.groups.clear();
-        s.groups.extend((0..experts).map(|part| Group {
+        s.groups.extend((0..experts).map(|part| OfPart {
             part,
             first: 0,
             rows: 0,

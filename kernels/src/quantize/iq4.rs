@@ -30,10 +30,6 @@ impl BlockFormat for Iq4Nl {
             ..Side::default()
         }
     }
-
-    fn scale(side: &Side, _: usize) -> f32 {
-        side.halves[0].to_f32()
-    }
 }
 
 /// Blocks of 256 whose sub-blocks of 32 have signed six-bit scales under one f16.

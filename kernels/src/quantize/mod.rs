@@ -70,12 +70,14 @@ pub trait BlockFormat {
     /// Takes a stored block apart. `stored` has [`BlockFormat::BYTES`] bytes, `quants` [`BlockFormat::SIZE`].
     fn split(stored: &[u8], quants: &mut [u8]) -> Side;
 
-    /// The scale of sub-block `sub`.
-    fn scale(side: &Side, sub: usize) -> f32;
+    /// The scale of sub-block `sub`: the first 16-bit float, unless the format has more to say.
+    fn scale(side: &Side, _sub: usize) -> f32 {
+        side.halves[0].to_f32()
+    }
 
-    /// The minimum of sub-block `sub`.
-    fn min(_side: &Side, _sub: usize) -> f32 {
-        0.0
+    /// The minimum of sub-block `sub`, where there are [`BlockFormat::MINIMA`]: the second 16-bit float, unless the format has more to say.
+    fn min(side: &Side, _sub: usize) -> f32 {
+        side.halves[1].to_f32()
     }
 
     /// What element `k` of the block is worth.

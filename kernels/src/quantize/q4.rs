@@ -29,10 +29,6 @@ impl BlockFormat for Q4_0 {
             ..Side::default()
         }
     }
-
-    fn scale(side: &Side, _: usize) -> f32 {
-        side.halves[0].to_f32()
-    }
 }
 
 /// Nibbles above a minimum.
@@ -55,14 +51,6 @@ impl BlockFormat for Q4_1 {
             halves: [half_at(stored, 0), half_at(stored, 2)],
             ..Side::default()
         }
-    }
-
-    fn scale(side: &Side, _: usize) -> f32 {
-        side.halves[0].to_f32()
-    }
-
-    fn min(side: &Side, _: usize) -> f32 {
-        side.halves[1].to_f32()
     }
 }
 

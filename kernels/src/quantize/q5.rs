@@ -37,10 +37,6 @@ impl BlockFormat for Q5_0 {
             ..Side::default()
         }
     }
-
-    fn scale(side: &Side, _: usize) -> f32 {
-        side.halves[0].to_f32()
-    }
 }
 
 impl BlockFormat for Q5_1 {
@@ -59,13 +55,5 @@ impl BlockFormat for Q5_1 {
             halves: [half_at(stored, 0), half_at(stored, 2)],
             ..Side::default()
         }
-    }
-
-    fn scale(side: &Side, _: usize) -> f32 {
-        side.halves[0].to_f32()
-    }
-
-    fn min(side: &Side, _: usize) -> f32 {
-        side.halves[1].to_f32()
     }
 }

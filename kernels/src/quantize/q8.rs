@@ -31,10 +31,6 @@ impl BlockFormat for Q8_0 {
             ..Side::default()
         }
     }
-
-    fn scale(side: &Side, _: usize) -> f32 {
-        side.halves[0].to_f32()
-    }
 }
 
 /// Quantises 32 floats: `x ≈ scale · q`, `scale = max|x| / 127`.

@@ -32,10 +32,6 @@ impl BlockFormat for Tq1_0 {
             ..Side::default()
         }
     }
-
-    fn scale(side: &Side, _: usize) -> f32 {
-        side.halves[0].to_f32()
-    }
 }
 
 /// Digit `digit` of the fraction.
@@ -65,10 +61,6 @@ impl BlockFormat for Tq2_0 {
             halves: [half_at(stored, 64), f16::ZERO],
             ..Side::default()
         }
-    }
-
-    fn scale(side: &Side, _: usize) -> f32 {
-        side.halves[0].to_f32()
     }
 }
 

@@ -5,7 +5,8 @@
 
 use super::super::groups::{Q2_QUANTS, side_bytes, unit_bytes};
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
-use super::{Q4_0, Q8_0, QuantFormat, Share, Tile, ahead, panels, panels_at, store};
+use super::quants::{Q4_0, Q8_0, QuantFormat};
+use super::{Share, Tile, ahead, panels, panels_at, store};
 use crate::quantize::{BLOCK, Bits, Grouped, Scale, Zero};
 
 /// Pairs of bits, each plus 1.

@@ -247,14 +247,6 @@ impl Simd for Avx512 {
         unsafe { _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(x)) }
     }
     #[inline(always)]
-    unsafe fn bdots<const K: usize>(sums: Self::W, w: &[Self::B; K], x: *const i32) -> Self::W {
-        let mut sums = sums;
-        for k in 0..K {
-            sums = unsafe { Self::bdot(sums, w[k], x.add(k).read_unaligned()) };
-        }
-        sums
-    }
-    #[inline(always)]
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {
         unsafe { Self::bdot(sums, w, x) }
     }

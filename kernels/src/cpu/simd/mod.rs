@@ -183,7 +183,15 @@ pub(crate) trait Simd: Copy {
     /// Adds to every lane the products of its four bytes of `w`, each below 128, with the four signed bytes of `x`, never -128; exactly.
     unsafe fn bdot(sums: Self::W, w: Self::B, x: i32) -> Self::W;
     /// As [`Simd::bdot`] for `K` groups of `w` and as many of `x`, one after the other, of which `K` times two products fit 16 bits.
-    unsafe fn bdots<const K: usize>(sums: Self::W, w: &[Self::B; K], x: *const i32) -> Self::W;
+    #[inline(always)]
+    unsafe fn bdots<const K: usize>(sums: Self::W, w: &[Self::B; K], x: *const i32) -> Self::W {
+        let mut sums = sums;
+        for k in 0..K {
+            // SAFETY: the caller's promise.
+            sums = unsafe { Self::bdot(sums, w[k], x.add(k).read_unaligned()) };
+        }
+        sums
+    }
     /// As [`Simd::bdot`] for any bytes `w`.
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W;
 

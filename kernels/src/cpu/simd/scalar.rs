@@ -238,14 +238,6 @@ impl Simd for Scalar {
         sums
     }
     #[inline(always)]
-    unsafe fn bdots<const K: usize>(sums: Self::W, w: &[Self::B; K], x: *const i32) -> Self::W {
-        let mut sums = sums;
-        for k in 0..K {
-            sums = unsafe { Self::bdot(sums, w[k], x.add(k).read_unaligned()) };
-        }
-        sums
-    }
-    #[inline(always)]
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {
         unsafe { Self::bdot(sums, w, x) }
     }

@@ -1,4 +1,4 @@
-//! Products of groups of rows, each with its own part of a matrix: the experts of a mixture.
+//! Products of groups of rows, each with its own part of a matrix: the experts of a mixture. (Groups of rows here, not the groups of columns that share a scale.)
 //!
 //! Every group is a product like any other, so its bits are those it has alone; the tasks of all groups are one list, so that threads have work
 //! even where each expert has a row or two.
@@ -7,12 +7,13 @@ use super::super::matrix::{Layout, Matrix, PANEL, Segment};
 use super::super::memory::Shared;
 use super::super::pool::Pool;
 use super::super::simd::Isa;
-use super::{Linear, Output, Rows, Share, TASK_PANELS, interleave, multiply};
+use super::rows::{Rows, interleave};
+use super::{Linear, Output, Share, TASK_PANELS, multiply};
 use crate::Error;
 
 /// Rows that are multiplied with the same part of a matrix.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Group {
+pub(crate) struct OfPart {
     /// Which part: that many times the features.
     pub part: usize,
     /// Its first row, and how many there are.
@@ -21,11 +22,11 @@ pub(crate) struct Group {
 }
 
 /// Products of the rows of `x` [rows, cols] with parts of a matrix of `features` rows each; `y` [rows, features].
-pub(crate) struct Grouped<'a> {
+pub(crate) struct PartProducts<'a> {
     pub matrix: &'a Matrix,
     pub features: usize,
     pub x: &'a [f32],
-    pub groups: &'a [Group],
+    pub groups: &'a [OfPart],
     /// `[parts · features]`
     pub bias: Option<&'a [f32]>,
 }
@@ -50,7 +51,7 @@ pub(crate) struct Tasks {
     layouts: Vec<Layout>,
 }
 
-impl Grouped<'_> {
+impl PartProducts<'_> {
     /// Computes the products into `y`. The caller has checked the shapes: groups lie within `x` and `y`, parts within the matrix, and features are a
     /// multiple of a panel.
     pub fn run(

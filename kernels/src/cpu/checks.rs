@@ -1,0 +1,100 @@
+//! What a step, its block tables and a layer must be for the kernels to rely on it.
+
+use super::kv::KvCache;
+use crate::{AttentionShape, Error, KvLayer, Span, Step};
+
+/// Refuses a step whose parts do not fit each other; the kernels rely on it.
+pub(super) fn check_step(step: &Step) -> Result<(), Error> {
+    let rows = step.rows();
+    let fault = |text: String| Err(Error::Shape(text));
+    if step.positions.len() != rows {
+        return fault(format!(
+            "{rows} tokens and {} positions",
+            step.positions.len()
+        ));
+    }
+    let mut next = 0_usize;
+    for span in &step.spans {
+        if span.row as usize != next || span.rows == 0 {
+            return fault(format!(
+                "span {span:?}, expected one that begins at row {next}"
+            ));
+        }
+        next += span.rows as usize;
+        if next > rows || span.start.checked_add(span.rows).is_none() {
+            return fault(format!("span {span:?} is longer than the step"));
+        }
+        for i in 0..span.rows {
+            if step.positions[(span.row + i) as usize] != span.start + i {
+                return fault(format!("positions of {span:?} are not consecutive"));
+            }
+        }
+    }
+    if next != rows {
+        return fault(format!("spans cover {next} of {rows} rows"));
+    }
+    if step.logit_rows.iter().any(|&row| row as usize >= rows) {
+        return fault(format!("logits of rows beyond {rows} are asked for"));
+    }
+    Ok(())
+}
+
+/// Refuses block tables that leave the cache: entries of page group `group` that rows with this window see.
+pub(super) fn check_tables(
+    step: &Step,
+    kv: &KvCache,
+    group: usize,
+    window: Option<u32>,
+) -> Result<(), Error> {
+    if group >= step.groups {
+        return Err(Error::Shape(format!(
+            "page group {group} of a step of {}",
+            step.groups
+        )));
+    }
+    for span in &step.spans {
+        let block_size = kv.shape.block_size;
+        let blocks = ((span.start + span.rows) as usize).div_ceil(block_size);
+        let seen = oldest_seen(span, window) / block_size;
+        let table = span.table as usize;
+        let Some(table) = step.block_tables.get(table..table + blocks * step.groups) else {
+            return Err(Error::Shape(format!(
+                "the block table of {span:?} has fewer than {blocks} blocks"
+            )));
+        };
+        let mut entries = table.iter().skip(group).step_by(step.groups).skip(seen);
+        if let Some(block) = entries.find(|&&b| b as usize >= kv.shape.blocks) {
+            return Err(Error::Shape(format!(
+                "block {block} of a cache of {}",
+                kv.shape.blocks
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The oldest position that a span's rows see.
+fn oldest_seen(span: &Span, window: Option<u32>) -> usize {
+    window.map_or(0, |window| (span.start + 1).saturating_sub(window)) as usize
+}
+
+pub(super) fn check_layer(
+    shape: &AttentionShape,
+    layer: KvLayer,
+    kv: &KvCache,
+) -> Result<(), Error> {
+    let fits = layer.index < kv.shape.layers
+        && shape.window != Some(0)
+        && shape.kv_heads == kv.shape.kv_heads
+        && shape.head_dim == kv.shape.head_dim
+        && shape.heads > 0
+        && shape.heads.is_multiple_of(shape.kv_heads);
+    if fits {
+        Ok(())
+    } else {
+        Err(Error::Shape(format!(
+            "{layer:?} of {shape:?} does not fit the cache {:?}",
+            kv.shape
+        )))
+    }
+}

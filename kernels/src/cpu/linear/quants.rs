@@ -1,0 +1,112 @@
+//! Products with Q8_0 and Q4_0: a panel holds all its blocks' quants, then their scales.
+
+use super::super::matrix::{Q4_0_QUANTS, Q8_0_QUANTS, SCALES};
+use super::super::simd::{Isa, Simd, dispatch};
+use super::{Share, Tile, ahead, panels, panels_at, store};
+use crate::quantize::BLOCK;
+
+/// A format of quants in blocks of 32 with an f16 scale each.
+pub(super) trait QuantFormat {
+    /// Bytes of a panel's quants for one block.
+    const QUANTS: usize;
+    /// What a quant is too large by.
+    const OFFSET: i32;
+
+    /// The exact dot products of a block of a vector's rows with `T` blocks of activations; see [`Simd::dot_i8`].
+    ///
+    /// # Safety
+    /// The bytes are there, and the processor has the instructions of `S`.
+    unsafe fn dots<S: Simd, const T: usize>(
+        quants: *const u8,
+        x: *const i8,
+        sums: *const i32,
+    ) -> [[S::W; 2]; T];
+}
+
+/// The kernel of a format whose blocks have an f16 scale and nothing else.
+struct Plain<F: QuantFormat>(std::marker::PhantomData<F>);
+
+impl<F: QuantFormat> Tile for Plain<F> {
+    type Format = ();
+
+    #[inline(always)]
+    #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
+    unsafe fn tile<S: Simd, const P: usize, const T: usize>(
+        share: &Share<'_>,
+        (): (),
+        panel: usize,
+        row: usize,
+    ) {
+        unsafe {
+            let linear = share.linear;
+            let blocks = linear.matrix.cols / BLOCK;
+            let stride = share.interleave;
+            let weights = panels_at::<P>(share.segment, panel);
+            let at = linear.at + row;
+            let mut q = share.rows.quants.as_slice()[at * blocks * BLOCK..].as_ptr();
+            let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();
+            let mut row_sums = share.rows.sums.as_slice()[at * blocks..].as_ptr();
+            let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
+            let bytes = F::QUANTS + SCALES;
+            for block in 0..blocks {
+                if T == 1 && P == 1 {
+                    ahead::<S>(weights[0].add(block * bytes), bytes);
+                }
+                for p in 0..P {
+                    let weight_scales = weights[p]
+                        .add(blocks * F::QUANTS + block * SCALES)
+                        .cast::<u16>();
+                    let dots = F::dots::<S, T>(weights[p].add(block * F::QUANTS), q, row_sums);
+                    for half in 0..S::HALVES {
+                        let weight_scales = S::vload_f16(weight_scales.add(half * S::WIDE));
+                        for t in 0..T {
+                            let scale = S::vmul(weight_scales, S::vsplat(*scales.add(t)));
+                            sums[p][t][half] =
+                                S::vfma(scale, S::vto_float(dots[t][half]), sums[p][t][half]);
+                        }
+                    }
+                }
+                q = q.add(stride * BLOCK);
+                scales = scales.add(stride);
+                row_sums = row_sums.add(stride);
+            }
+            store::<S, P, T>(share, panel, row, &sums);
+        }
+    }
+}
+
+/// Makes a format's entry point.
+macro_rules! kernels {
+    ($($name:ident: $format:ident, $quants:ident, $offset:literal, $dot:ident;)*) => {$(
+        pub(super) struct $format;
+
+        impl QuantFormat for $format {
+            const QUANTS: usize = $quants;
+            const OFFSET: i32 = $offset;
+
+            #[inline(always)]
+            unsafe fn dots<S: Simd, const T: usize>(
+                quants: *const u8,
+                x: *const i8,
+                sums: *const i32,
+            ) -> [[S::W; 2]; T] {
+                // SAFETY: the caller's promise.
+                unsafe { S::$dot(quants, x, sums) }
+            }
+        }
+
+        pub(super) fn $name(share: &Share<'_>, isa: Isa) {
+            #[inline(always)]
+            unsafe fn walk<S: Simd>(share: &Share<'_>) {
+                // SAFETY: the caller's promise.
+                unsafe { panels::<Plain<$format>, S>(share, ()) }
+            }
+            dispatch!(isa, walk(share: &Share<'_>));
+        }
+    )*};
+}
+
+kernels! {
+    q8_0: Q8_0, Q8_0_QUANTS, 128, dot_i8;
+    q4_0: Q4_0, Q4_0_QUANTS, 8, dot_q4;
+}

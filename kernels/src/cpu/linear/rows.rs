@@ -1,0 +1,219 @@
+//! [`Rows`]: activations as the tiles of a product want them, as floats or in 8 bits.
+
+use super::super::memory::{Buffer, Shared};
+use super::super::simd::{self, Isa, LANES, Simd, dispatch};
+use crate::Error;
+use crate::quantize::BLOCK;
+
+/// Activation rows laid out for the tiles of a product. `T` rows are interleaved — as many as a tile takes, or one if there is only one.
+pub(crate) struct Rows {
+    /// Float products: `[rows / T][k][T]`. Integer products with a matrix whose columns are sorted: rows sorted alike, `[rows][k]`
+    pub(super) floats: Buffer<f32>,
+    /// Integer products: `[rows / T][k / 32][T][32]`, in `-127..=127`
+    pub(super) quants: Buffer<i8>,
+    /// `[rows / T][k / 32][T]`
+    pub(super) scales: Buffer<f32>,
+    /// The sum of each block's quants. `[rows / T][k / 32][T]`
+    pub(super) sums: Buffer<i32>,
+    /// The sum of each block's first 16 quants. `[rows / T][k / 32][T]`
+    pub(super) first_sums: Buffer<i32>,
+}
+
+impl Rows {
+    pub fn new() -> Result<Self, Error> {
+        let what = "activation rows";
+        Ok(Self {
+            floats: Buffer::zeroed(0, what)?,
+            quants: Buffer::zeroed(0, what)?,
+            scales: Buffer::zeroed(0, what)?,
+            sums: Buffer::zeroed(0, what)?,
+            first_sums: Buffer::zeroed(0, what)?,
+        })
+    }
+}
+
+/// How many of `rows` rows lie side by side.
+pub(super) fn interleave(rows: usize, quantised: bool, isa: Isa) -> usize {
+    match (rows, quantised) {
+        (1, _) => 1,
+        (_, true) => isa.quant_rows(),
+        (_, false) => isa.float_rows(),
+    }
+}
+
+impl Rows {
+    /// Makes room for `padded` rows of `k`; `sorted`: some are brought into another order first.
+    pub(super) fn reserve(
+        &mut self,
+        padded: usize,
+        k: usize,
+        quantised: bool,
+        sorted: bool,
+    ) -> Result<(), Error> {
+        let what = "activation rows";
+        if sorted {
+            self.floats.reserve(padded * k, what)?;
+        }
+        if quantised {
+            let blocks = k / BLOCK;
+            self.quants.reserve(padded * k, what)?;
+            self.scales.reserve(padded * blocks, what)?;
+            self.sums.reserve(padded * blocks, what)?;
+            self.first_sums.reserve(padded * blocks, what)
+        } else {
+            self.floats.reserve(padded * k, what)
+        }
+    }
+
+    /// Where several threads write.
+    pub(super) fn target(&mut self, k: usize, quantised: bool) -> Target {
+        Target {
+            k,
+            quantised,
+            floats: Shared::new(self.floats.as_mut_slice()),
+            quants: Shared::new(self.quants.as_mut_slice()),
+            scales: Shared::new(self.scales.as_mut_slice()),
+            sums: Shared::new(self.sums.as_mut_slice()),
+            first_sums: Shared::new(self.first_sums.as_mut_slice()),
+        }
+    }
+}
+
+/// The buffers of [`Rows`], for threads that write different tiles.
+pub(super) struct Target {
+    k: usize,
+    quantised: bool,
+    floats: Shared<f32>,
+    quants: Shared<i8>,
+    scales: Shared<f32>,
+    sums: Shared<i32>,
+    first_sums: Shared<i32>,
+}
+
+impl Target {
+    /// Lays out a tile: the rows `x` side by side, from row `at`, their elements in the order of a matrix's columns.
+    ///
+    /// # Safety
+    /// Nobody else has this tile, and there is room for it.
+    pub(super) unsafe fn tile(
+        &self,
+        x: &[f32],
+        order: Option<&[u32]>,
+        at: usize,
+        interleave: usize,
+        isa: Isa,
+    ) {
+        let k = self.k;
+        if self.quantised {
+            let blocks = k / BLOCK;
+            // SAFETY: the caller's promise.
+            let out = unsafe {
+                Quantised {
+                    quants: self.quants.range(at * k, interleave * k),
+                    scales: self.scales.range(at * blocks, interleave * blocks),
+                    sums: self.sums.range(at * blocks, interleave * blocks),
+                    first_sums: self.first_sums.range(at * blocks, interleave * blocks),
+                    interleave,
+                }
+            };
+            let x = match order {
+                None => x,
+                Some(order) => {
+                    // SAFETY: the caller's promise.
+                    let out = unsafe { self.floats.range(at * k, x.len()) };
+                    in_order(x, order, out);
+                    out
+                }
+            };
+            dispatch!(isa, quantize_tile(x: &[f32], k: usize, out: Quantised<'_>));
+        } else if interleave > 1 {
+            // SAFETY: the caller's promise.
+            let out = unsafe { self.floats.range(at * k, interleave * k) };
+            for (t, x) in x.chunks_exact(k).enumerate() {
+                for (out, &x) in out[t..].iter_mut().step_by(interleave).zip(x) {
+                    *out = x;
+                }
+            }
+        }
+    }
+}
+
+/// Brings each row's elements into the order of a matrix's columns.
+fn in_order(x: &[f32], order: &[u32], out: &mut [f32]) {
+    let rows = x.chunks_exact(order.len());
+    for (x, out) in rows.zip(out.chunks_exact_mut(order.len())) {
+        for (out, &from) in out.iter_mut().zip(order) {
+            *out = x[from as usize];
+        }
+    }
+}
+
+impl Isa {
+    fn float_rows(self) -> usize {
+        self.rows(|[float, _]| float)
+    }
+
+    fn quant_rows(self) -> usize {
+        self.rows(|[_, quant]| quant)
+    }
+
+    fn rows(self, of: impl Fn([usize; 2]) -> usize) -> usize {
+        const fn tiles<S: Simd>() -> [usize; 2] {
+            [S::FLOAT_ROWS, S::QUANT_ROWS]
+        }
+        of(match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => tiles::<simd::Avx512>(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => tiles::<simd::Avx2>(),
+            _ => tiles::<simd::Scalar>(),
+        })
+    }
+}
+
+/// A tile's rows, quantised; see [`Rows`].
+struct Quantised<'a> {
+    quants: &'a mut [i8],
+    scales: &'a mut [f32],
+    sums: &'a mut [i32],
+    first_sums: &'a mut [i32],
+    interleave: usize,
+}
+
+/// Quantises each row of a tile by itself: `x ≈ scale · q` per block of 32, `scale = max|x| / 127`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+unsafe fn quantize_tile<S: Simd>(x: &[f32], k: usize, out: Quantised<'_>) {
+    for (t, x) in x.chunks_exact(k).enumerate() {
+        for (block, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
+            let at = block * out.interleave + t;
+            let quants = &mut out.quants[at * BLOCK..(at + 1) * BLOCK];
+            unsafe {
+                let zero = S::splat(0.0);
+                let mut largest = zero;
+                for i in (0..BLOCK).step_by(LANES) {
+                    let v = S::load(x.as_ptr().add(i));
+                    // Not a number counts as nothing: `max` keeps its second operand then.
+                    largest = S::max(S::max(v, S::sub(zero, v)), largest);
+                }
+                let largest = simd::largest::<S>(largest);
+                let scale = largest / 127.0;
+                let inverse = S::splat(if scale == 0.0 { 0.0 } else { 1.0 / scale });
+                let mut sum = S::int_zero();
+                for i in (0..BLOCK).step_by(LANES) {
+                    if i == BLOCK / 2 {
+                        out.first_sums[at] = S::int_sum(sum);
+                    }
+                    let scaled = S::mul(S::load(x.as_ptr().add(i)), inverse);
+                    // Clamped: an infinite activation must not become -128, which the integer products exclude.
+                    let scaled = S::min(S::max(scaled, S::splat(-127.0)), S::splat(127.0));
+                    let q = S::to_int(scaled);
+                    S::store_i8(quants.as_mut_ptr().add(i), q);
+                    sum = S::int_add(sum, q);
+                }
+                out.scales[at] = scale;
+                out.sums[at] = S::int_sum(sum);
+            }
+        }
+    }
+}
