@@ -59,7 +59,8 @@ fn main() -> anyhow::Result<()> {
     let kv_dtype = match args.kv.as_str() {
         "f16" => KvDtype::F16,
         "f32" => KvDtype::F32,
-        other => bail!("--kv is {other}, expected f16 or f32"),
+        "q8" => KvDtype::Q8,
+        other => bail!("--kv is {other}, expected f16, f32 or q8"),
     };
     let backend = CpuBackend::new(CpuOptions {
         threads: args.threads,

@@ -39,6 +39,12 @@ fn q4_0_weights() {
     same_bits(&demo_checkpoint(), Some(Format::Q4_0), KvDtype::F16, 4);
 }
 
+#[test]
+fn a_cache_of_eight_bits() {
+    same_bits(&demo_checkpoint(), None, KvDtype::Q8, 20);
+    same_bits(&golden("gpt-oss"), None, KvDtype::Q8, 21);
+}
+
 /// One for each kernel: groups with biases and with zeros of 4 and 8 bits, sorted columns, two bits, E4M3.
 #[test]
 fn weights_of_other_formats() {
@@ -154,12 +160,9 @@ fn schedule(
     let block_size = [16, 32][random.below(2)];
     let config = &checkpoint.config;
     let pages = PageLayout::of(config);
-    let block_bytes = 2
-        * (pages.layers * pages.windows.len())
+    let block_bytes = (pages.layers * pages.windows.len())
         * config.kv_heads
-        * config.head_dim
-        * block_size
-        * base.kv_dtype.size();
+        * base.kv_dtype.head_bytes(block_size, config.head_dim);
     // The largest request needs 512 tokens of blocks (4 samples of up to 112 tokens); a few hundred more let a handful run side by side.
     let tokens = 576 + random.below(300);
     let max_batch_tokens = 3 + random.below(if round.is_multiple_of(2) { 40 } else { 400 }) as u32;

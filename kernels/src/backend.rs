@@ -79,14 +79,31 @@ pub enum KvDtype {
     F16,
     /// 32-bit IEEE float.
     F32,
+    /// Signed bytes under bfloat16 scales: one for every [`KvDtype::KEY_GROUP`] elements of a key, whose channels differ much in size, and one
+    /// for a value.
+    Q8,
 }
 
 impl KvDtype {
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
+    /// Elements of a key under one scale in [`KvDtype::Q8`].
+    pub const KEY_GROUP: usize = 32;
+
+    /// What command lines and metrics call it.
+    pub fn name(self) -> &'static str {
         match self {
-            Self::F16 => 2,
-            Self::F32 => 4,
+            Self::F16 => "f16",
+            Self::F32 => "f32",
+            Self::Q8 => "q8",
+        }
+    }
+
+    /// Bytes of `positions` keys and values of one head, scales included.
+    pub fn head_bytes(self, positions: usize, head_dim: usize) -> usize {
+        let elements = 2 * positions * head_dim;
+        match self {
+            Self::F16 => 2 * elements,
+            Self::F32 => 4 * elements,
+            Self::Q8 => elements + 2 * positions * (head_dim.div_ceil(Self::KEY_GROUP) + 1),
         }
     }
 }
@@ -111,7 +128,7 @@ pub struct KvShape {
 impl KvShape {
     /// Bytes of one block over all layers.
     pub fn block_bytes(&self) -> usize {
-        self.layers * self.kv_heads * 2 * self.block_size * self.head_dim * self.dtype.size()
+        self.layers * self.kv_heads * self.dtype.head_bytes(self.block_size, self.head_dim)
     }
 }
 

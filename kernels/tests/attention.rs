@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Random, backend, backends, bits, error, filled, step};
-use half::f16;
+use half::{bf16, f16};
 use quire_kernels::cpu::CpuBackend;
 use quire_kernels::{
     AttentionShape, Backend, Error, KvDtype, KvLayer, KvShape, QkvLayer, Rotary, Step,
@@ -202,12 +202,20 @@ impl Case {
             }
             y
         };
-        let stored = |x: Vec<f64>| -> Vec<f64> {
+        // Elements under one scale: a few of a key's, all of a value's.
+        let stored = |x: Vec<f64>, group: usize| -> Vec<f64> {
             match self.dtype {
                 KvDtype::F32 => x,
                 KvDtype::F16 => x
                     .into_iter()
                     .map(|v| f64::from(f16::from_f64(v).to_f32()))
+                    .collect(),
+                KvDtype::Q8 => x
+                    .chunks(group)
+                    .flat_map(|group| {
+                        let scale = scale_above(group.iter().fold(0.0, |m, v| v.abs().max(m)) / 127.0);
+                        group.iter().map(move |v| (v / scale).round_ties_even() * scale)
+                    })
                     .collect(),
             }
         };
@@ -222,7 +230,7 @@ impl Case {
                 };
                 let scores: Vec<f64> = (oldest..=token)
                     .map(|t| {
-                        let k = stored(prepared(t, self.shape.heads + kv_head, &self.k_norm));
+                        let k = stored(prepared(t, self.shape.heads + kv_head, &self.k_norm), 32);
                         let score = q.iter().zip(&k).map(|(q, k)| q * k).sum::<f64>()
                             * f64::from(self.shape.scale);
                         match self.shape.softcap.map(f64::from) {
@@ -239,7 +247,7 @@ impl Case {
                 let mut y = vec![0.0; d];
                 for (t, w) in weights.iter().enumerate() {
                     let t = oldest + t;
-                    let v = stored(head(t, self.shape.heads + self.shape.kv_heads + kv_head));
+                    let v = stored(head(t, self.shape.heads + self.shape.kv_heads + kv_head), d);
                     for (y, v) in y.iter_mut().zip(&v) {
                         *y += w / total * v;
                     }
@@ -263,6 +271,13 @@ impl Case {
     }
 }
 
+/// The least bfloat16 that is not below `x`.
+fn scale_above(x: f64) -> f64 {
+    let near = bf16::from_f64(x);
+    let up = bf16::from_bits(near.to_bits() + 1);
+    f64::from(if f64::from(near) < x { up } else { near })
+}
+
 /// Frequencies without a switch.
 fn rule(frequencies: &<CpuBackend as Backend>::Vector) -> Rotary<'_, CpuBackend> {
     Rotary {
@@ -275,12 +290,16 @@ fn rule(frequencies: &<CpuBackend as Backend>::Vector) -> Rotary<'_, CpuBackend>
 #[test]
 fn attention_equals_the_definition() {
     let mut random = Random(1);
-    for dtype in [KvDtype::F32, KvDtype::F16] {
+    for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Q8] {
         for _ in 0..40 {
             let case = Case::random(&mut random, dtype);
             let got = case.run(&mut backend(2, None), &[case.tokens]);
-            // An f16 cache rounds a few keys the other way than the f64 reference does.
-            let allowed = if dtype == KvDtype::F32 { 1e-5 } else { 2e-3 };
+            // A cache that rounds rounds a few keys the other way than the f64 reference does.
+            let allowed = match dtype {
+                KvDtype::F32 => 1e-5,
+                KvDtype::F16 => 2e-3,
+                KvDtype::Q8 => 1e-2,
+            };
             let error = error(&got, &case.reference());
             assert!(error < allowed, "{:?} {dtype:?}: {error}", case.shape);
         }
@@ -290,7 +309,7 @@ fn attention_equals_the_definition() {
 #[test]
 fn a_sequence_cut_into_steps_gives_the_same_bits_on_any_backend() {
     let mut random = Random(2);
-    for dtype in [KvDtype::F32, KvDtype::F16] {
+    for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Q8] {
         for _ in 0..40 {
             let case = Case::random(&mut random, dtype);
             let whole = bits(&case.run(&mut backend(1, None), &[case.tokens]));

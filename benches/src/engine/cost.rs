@@ -62,7 +62,7 @@ impl Cost {
             head_weights,
             bytes_per_weight: weight_bytes as f64 / (layer_weights + tables * head_weights),
             quantised,
-            kv_bytes: (layers * 2 * kv * kv_dtype.size()) as f64,
+            kv_bytes: (layers * config.kv_heads * kv_dtype.head_bytes(1, config.head_dim)) as f64,
             attention: (layers * 4 * q) as f64,
         }
     }

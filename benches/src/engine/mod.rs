@@ -141,6 +141,8 @@ enum KvCacheDtype {
     F16,
     /// 32-bit float
     F32,
+    /// 8-bit integers under scales: half the memory of f16
+    Q8,
 }
 
 const BLOCK: u32 = 16;
@@ -195,6 +197,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let kv_dtype = match arguments.kv_cache_dtype {
         KvCacheDtype::F16 => KvDtype::F16,
         KvCacheDtype::F32 => KvDtype::F32,
+        KvCacheDtype::Q8 => KvDtype::Q8,
     };
     // One more sequence than the largest batch: the prompt that is read while the others generate.
     let blocks =

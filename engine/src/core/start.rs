@@ -101,10 +101,7 @@ impl Engine {
                 || checkpoint.tensors.prevailing_format().to_owned(),
                 |format| format.name().to_owned(),
             ),
-            kv_dtype: match config.kv_dtype {
-                KvDtype::F16 => "f16".to_owned(),
-                KvDtype::F32 => "f32".to_owned(),
-            },
+            kv_dtype: config.kv_dtype.name().to_owned(),
             num_blocks: sizes.blocks,
             block_size: config.block_size,
             block_bytes: block_bytes as u64,

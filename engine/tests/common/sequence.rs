@@ -28,13 +28,18 @@ pub struct Sequence {
 
 impl Sequence {
     pub fn new(checkpoint: &Checkpoint) -> Self {
+        Self::with_cache(checkpoint, KvDtype::F32)
+    }
+
+    /// With keys and values kept as `dtype`.
+    pub fn with_cache(checkpoint: &Checkpoint, dtype: KvDtype) -> Self {
         let options = LoadOptions {
             quantize: None,
             max_rows: 256,
         };
         let decoder = Decoder::load(checkpoint, super::backend(1), options, &mut |_| {}).unwrap();
         let blocks = BLOCKS * decoder.pages().windows.len();
-        let kv = decoder.kv_cache(blocks, BLOCK, KvDtype::F32).unwrap();
+        let kv = decoder.kv_cache(blocks, BLOCK, dtype).unwrap();
         let mut blocks: Vec<u32> = (0..blocks as u32).collect();
         Random::new(7).shuffle(&mut blocks);
         Self {

@@ -8,7 +8,7 @@
 //! A query is one head of one row. Several queries of a KV head pass over a span at once, so that its keys and values are loaded (and widened) once
 //! for all of them. Work is split into (KV head, run of query rows) tasks.
 
-use super::kv::{KvCache, TILE};
+use super::kv::{KvCache, SCALE, TILE};
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
 use super::simd::{Isa, LANES, Simd, dispatch, exp, largest, sum, vexp, vtanh};
@@ -144,6 +144,7 @@ unsafe fn attend<S: Simd>(work: &Work<'_>, floats: &mut [f32]) {
         match work.attention.kv.shape.dtype {
             KvDtype::F32 => attend_over::<S, f32>(work, floats),
             KvDtype::F16 => attend_over::<S, u16>(work, floats),
+            KvDtype::Q8 => attend_over::<S, i8>(work, floats),
         }
     }
 }
@@ -260,11 +261,14 @@ impl Batch {
     }
 }
 
-/// Where the tiles of a span are: keys `[head_dim][16]`, values `[16][head_dim]`.
+/// Where the tiles of a span are: keys `[head_dim][16]`, values `[16][head_dim]`; of quantised elements the scales, bfloat16, of keys
+/// `[head_dim / 32][16]` and of values `[16]`.
 #[derive(Clone, Copy)]
 struct KeysAndValues<E> {
     keys: [*const E; TILES],
     values: [*const E; TILES],
+    key_scales: [*const u16; TILES],
+    value_scales: [*const u16; TILES],
 }
 
 impl Work<'_> {
@@ -316,6 +320,10 @@ impl Work<'_> {
         let end = (self.run.span.start + self.run.row - self.run.span.row + self.run.rows) as usize;
         let data = kv.data.as_slice();
         let layer = self.attention.layer;
+        let layout = kv.layout();
+        // Bytes of a tile's keys, or values, and of its keys' scales.
+        let (tile_bytes, scales) = (TILE * d * size_of::<E>(), layout.key_groups * TILE * SCALE);
+        assert_eq!(layout.size, size_of::<E>(), "the cache's own elements");
         let there = begin.max(oldest) / TILE * TILE;
         let tile = |tile: usize| {
             let position = begin + tile * TILE;
@@ -328,19 +336,21 @@ impl Work<'_> {
                 + position / block_size * self.attention.groups
                 + layer.group;
             let block = self.attention.block_tables[entry] as usize;
-            let key = kv.offset(layer.index, block, self.kv_head) + position % block_size * d;
-            let value = key + kv.tile_elements();
-            assert!((value + TILE * d) * size_of::<E>() <= data.len());
-            // SAFETY: in bounds by the assertion; the cache's memory is aligned for its elements.
-            unsafe {
-                let data = data.as_ptr().cast::<E>();
-                (data.add(key), data.add(value))
-            }
+            let first = kv.offset(layer.index, block, self.kv_head);
+            let at = position % block_size / TILE;
+            assert!(first + layout.bytes <= data.len() && at * TILE < block_size);
+            // SAFETY: in bounds by the assertion and by how a head's part of a block is laid out.
+            unsafe { (data.as_ptr().add(first), at) }
         };
         let tiles: [_; TILES] = std::array::from_fn(tile);
         KeysAndValues {
-            keys: tiles.map(|tile| tile.0),
-            values: tiles.map(|tile| tile.1),
+            keys: tiles.map(|(head, at)| head.wrapping_add(at * tile_bytes).cast()),
+            values: tiles
+                .map(|(head, at)| head.wrapping_add(layout.values + at * tile_bytes).cast()),
+            key_scales: tiles
+                .map(|(head, at)| head.wrapping_add(layout.key_scales + at * scales).cast()),
+            value_scales: tiles
+                .map(|(head, at)| head.wrapping_add(layout.value_scales + at * TILE * SCALE).cast()),
         }
     }
 }
@@ -370,12 +380,24 @@ unsafe fn pass<S: Simd, E: Element, const N: usize>(
     }
     unsafe {
         let tiles = most.div_ceil(TILE);
-        if N <= 2 && tiles == TILES {
-            // A query or two are a few chains of additions: all tiles at once hide their latency.
-            score::<S, E, N, TILES>(&queries, span, batch.ahead, 0, d, &mut scores);
-        } else {
-            for tile in 0..tiles {
+        // As many tiles at once as make eight sums of each query or more, which hide an addition's latency, and fill the registers there are.
+        let together = match (N * S::HALVES, S::HALVES) {
+            (1 | 2, _) => TILES,
+            (4, _) | (_, 1) => 2,
+            _ => 1,
+        };
+        let mut tile = 0;
+        while tile < tiles {
+            let left = tiles - tile;
+            if together >= TILES && left >= TILES {
+                score::<S, E, N, TILES>(&queries, span, batch.ahead, tile, d, &mut scores);
+                tile += TILES;
+            } else if together >= 2 && left >= 2 {
+                score::<S, E, N, 2>(&queries, span, batch.ahead, tile, d, &mut scores);
+                tile += 2;
+            } else {
                 score::<S, E, N, 1>(&queries, span, batch.ahead, tile, d, &mut scores);
+                tile += 1;
             }
         }
         let next = batch.ahead.then_some(next);
@@ -389,6 +411,16 @@ unsafe fn pass<S: Simd, E: Element, const N: usize>(
                 &mut maxima[n],
                 &mut sums[n],
             );
+            if E::SCALED {
+                for tile in batch.from(n) / TILE..tiles {
+                    let weights = scores[n].as_mut_ptr().add(tile * TILE);
+                    for i in (0..TILE).step_by(S::WIDE) {
+                        let scale = S::vload_bf16(span.value_scales[tile].add(i));
+                        let weight = S::vmul(S::vload(weights.add(i)), scale);
+                        S::vstore(weights.add(i), weight);
+                    }
+                }
+            }
         }
         // Positions that all see; before and after them, for each query alone, those that it sees and others do not.
         if from < least {
@@ -435,22 +467,44 @@ unsafe fn score<S: Simd, E: Element, const N: usize, const M: usize>(
     scores: &mut [[f32; SPAN]; QUERIES],
 ) {
     unsafe {
-        let mut sums = [[[S::vsplat(0.0); 2]; M]; N];
-        // Elements of a cache line are one row of a tile's keys, or two.
+        let mut totals = [[[S::vsplat(0.0); 2]; M]; N];
+        // Elements of a cache line are one row of a tile's keys, or a few.
         let lines = LINE / (TILE * size_of::<E>());
-        for i in 0..d {
-            if ahead && i % lines == 0 {
-                for m in 0..M {
-                    S::prefetch(span.values[tile + m].wrapping_add(i * TILE).cast());
+        // Elements under one scale are added up by themselves.
+        let group = if E::SCALED { KvDtype::KEY_GROUP } else { d };
+        for first in (0..d).step_by(group) {
+            let mut sums = totals;
+            if E::SCALED {
+                sums = [[[S::vsplat(0.0); 2]; M]; N];
+            }
+            for i in first..d.min(first + group) {
+                if ahead && i % lines == 0 {
+                    for m in 0..M {
+                        S::prefetch(span.values[tile + m].wrapping_add(i * TILE).cast());
+                    }
+                }
+                for n in 0..N {
+                    let q = S::vsplat(*queries[n].add(i));
+                    for m in 0..M {
+                        let keys = span.keys[tile + m].add(i * TILE);
+                        for half in 0..S::HALVES {
+                            let keys = E::load::<S>(keys.add(half * S::WIDE));
+                            sums[n][m][half] = S::vfma(keys, q, sums[n][m][half]);
+                        }
+                    }
                 }
             }
-            for n in 0..N {
-                let q = S::vsplat(*queries[n].add(i));
-                for m in 0..M {
-                    let keys = span.keys[tile + m].add(i * TILE);
-                    for half in 0..S::HALVES {
-                        let keys = E::load::<S>(keys.add(half * S::WIDE));
-                        sums[n][m][half] = S::vfma(keys, q, sums[n][m][half]);
+            if !E::SCALED {
+                totals = sums;
+                continue;
+            }
+            for m in 0..M {
+                let scales = span.key_scales[tile + m].add(first / group * TILE);
+                for half in 0..S::HALVES {
+                    let scale = S::vload_bf16(scales.add(half * S::WIDE));
+                    for n in 0..N {
+                        let total = &mut totals[n][m][half];
+                        *total = S::vfma(sums[n][m][half], scale, *total);
                     }
                 }
             }
@@ -459,7 +513,7 @@ unsafe fn score<S: Simd, E: Element, const N: usize, const M: usize>(
             for m in 0..M {
                 for half in 0..S::HALVES {
                     let at = (tile + m) * TILE + half * S::WIDE;
-                    S::vstore(scores[n].as_mut_ptr().add(at), sums[n][m][half]);
+                    S::vstore(scores[n].as_mut_ptr().add(at), totals[n][m][half]);
                 }
             }
         }
@@ -551,11 +605,16 @@ unsafe fn weigh<S: Simd, E: Element, const N: usize>(
     unsafe {
         let vectors = d / S::WIDE * S::WIDE;
         let mut i = 0;
-        // As in `score`: with few queries, several vectors of each at once.
+        // As in `score`: the fewer queries, the more vectors of each at once.
         while N <= 2 && i + 4 * S::WIDE <= vectors {
             let next = next.filter(|_| i == 0);
             weigh_vectors::<S, E, N, 4>(weights, first, last, shrink, span, next, d, i, out);
             i += 4 * S::WIDE;
+        }
+        while i + 2 * S::WIDE <= vectors {
+            let next = next.filter(|_| i == 0);
+            weigh_vectors::<S, E, N, 2>(weights, first, last, shrink, span, next, d, i, out);
+            i += 2 * S::WIDE;
         }
         while i < vectors {
             let next = next.filter(|_| i == 0);
@@ -632,9 +691,12 @@ unsafe fn weigh_vectors<S: Simd, E: Element, const N: usize, const U: usize>(
 
 /// An element of the cache.
 trait Element: Copy {
+    /// It is a multiple of a scale.
+    const SCALED: bool = false;
+
     fn widen(self) -> f32;
 
-    /// Widens as many as a vector has lanes.
+    /// Widens as many as a vector has lanes, scales left out.
     ///
     /// # Safety
     /// The elements are there, and the processor has the instructions of `S`.
@@ -664,5 +726,21 @@ impl Element for u16 {
     unsafe fn load<S: Simd>(p: *const Self) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { S::vload_f16(p) }
+    }
+}
+
+/// A multiple of a scale.
+impl Element for i8 {
+    const SCALED: bool = true;
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from(self)
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::vto_float(S::wload_i8(p.cast())) }
     }
 }

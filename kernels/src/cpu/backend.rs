@@ -4,7 +4,7 @@ use super::attention::{self, Attention};
 use super::buffers::{Activations, Vector, weights};
 use super::checks::{check_layer, check_step, check_tables};
 use super::elementwise::{add_row, gate_row, norm_head, rms_norm, rotary_row, rotate, rule_row};
-use super::kv::{KvCache, Slot};
+use super::kv::{KvCache, Slot, store};
 use super::linear::{Linear, Output, Rows};
 use super::matrix::Matrix;
 use super::memory::{Buffer, Shared};
@@ -360,9 +360,8 @@ impl Backend for CpuBackend {
         let [q_norm, k_norm] = together.map(|(norm, whole, ..)| norm.filter(|_| !whole));
         let q_norm = q_norm.map(|w| weights(w, d)).transpose()?;
         let k_norm = k_norm.map(|w| weights(w, d)).transpose()?;
-        let head_bytes = kv.tile_elements() * kv.shape.dtype.size() * 2;
-        let (kv_shape, size) = (kv.shape, kv.shape.dtype.size());
-        let first_block = kv.offset(layer.layer.index, 0, 0) * size;
+        let (kv_shape, layout) = (kv.shape, kv.layout());
+        let first_block = kv.offset(layer.layer.index, 0, 0);
         let page_group = layer.layer.group;
         let cache = Shared::new(kv.data.as_mut_slice());
         let step = &self.step;
@@ -388,16 +387,17 @@ impl Backend for CpuBackend {
                 let position = step.positions[row] as usize;
                 let entry = position / kv_shape.block_size * step.groups + page_group;
                 let block = step.block_tables[span.table as usize + entry] as usize;
-                let at = first_block + (block * kv_heads + kv_head) * head_bytes;
-                let mut slot = Slot {
+                let at = first_block + (block * kv_heads + kv_head) * layout.bytes;
+                let slot = &mut Slot {
                     // SAFETY: this KV head of this block is written by the one sequence that owns the block.
-                    bytes: unsafe { cache.range(at, head_bytes) },
+                    bytes: unsafe { cache.range(at, layout.bytes) },
+                    layout,
                     dtype: kv_shape.dtype,
                     head_dim: d,
-                    block_size: kv_shape.block_size,
                     at: position % kv_shape.block_size,
                 };
-                slot.store(key, value);
+                let (key, value): (&[f32], &[f32]) = (key, value);
+                dispatch!(isa, store(slot: &mut Slot<'_>, key: &[f32], value: &[f32]));
             }
         });
         Ok(())

@@ -3,10 +3,12 @@
 //! A block of a layer holds, per KV head, K then V. K is stored in groups of 16 positions, transposed — `[group][head_dim][16]` — so
 //! that the scores of 16 positions are the lanes of two vectors and the sum over `head_dim` runs inside each lane; V is
 //! `[position][head_dim]`, so that the weighted sum over positions runs inside each lane too. No sum crosses lanes, which fixes its order.
-
-use half::f16;
+//!
+//! Scales of quantised elements follow the elements they belong to: a group's key scales as `[head_dim / 32][16]`, so that they are lanes, too, and a
+//! value's as `[position]`. They cost attention a multiplication for 32 elements of a key, and one for a whole value.
 
 use super::memory::Buffer;
+use super::simd::{LANES, Simd};
 use crate::{Error, KvDtype, KvShape};
 
 /// Positions of a transposed group of keys; attention walks the cache in tiles of this size.
@@ -41,10 +43,10 @@ impl KvCache {
             shape.layers,
             shape.blocks,
             shape.kv_heads,
-            2,
+            // Of elements of up to 8 bytes, so that what is less cannot overflow below.
+            16,
             shape.block_size,
             shape.head_dim,
-            shape.dtype.size(),
         ]
         .into_iter()
         .try_fold(1_usize, usize::checked_mul)
@@ -52,22 +54,22 @@ impl KvCache {
             what: "the KV cache",
             bytes: usize::MAX,
         })?;
+        debug_assert!(shape.block_bytes() * shape.blocks <= bytes);
         Ok(Self {
             shape: *shape,
-            data: Buffer::zeroed(bytes, "the KV cache")?,
+            data: Buffer::zeroed(shape.block_bytes() * shape.blocks, "the KV cache")?,
         })
     }
 
-    /// Elements of one head's K (or V) in one block.
-    pub(crate) fn tile_elements(&self) -> usize {
-        self.shape.block_size * self.shape.head_dim
+    /// Where a head's keys and values are in its part of a block.
+    pub(crate) fn layout(&self) -> HeadLayout {
+        HeadLayout::of(&self.shape)
     }
 
-    /// Element offset of a head's K in a block; its V follows at `+ tile_elements()`.
+    /// Where a head's part of a block begins, in bytes.
     pub(crate) fn offset(&self, layer: usize, block: usize, head: usize) -> usize {
-        ((layer * self.shape.blocks + block) * self.shape.kv_heads + head)
-            * 2
-            * self.tile_elements()
+        let heads = (layer * self.shape.blocks + block) * self.shape.kv_heads + head;
+        heads * self.layout().bytes
     }
 
     /// Copies a block in every layer.
@@ -83,44 +85,182 @@ impl KvCache {
     }
 }
 
+/// A head's part of a block, in bytes from its begin. Keys begin it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct HeadLayout {
+    /// Bytes of an element.
+    pub size: usize,
+    /// Scales of a key; none of elements that need none.
+    pub key_groups: usize,
+    pub key_scales: usize,
+    pub values: usize,
+    pub value_scales: usize,
+    /// Of the whole part.
+    pub bytes: usize,
+}
+
+impl HeadLayout {
+    fn of(shape: &KvShape) -> Self {
+        let (size, key_groups) = match shape.dtype {
+            KvDtype::F16 => (2, 0),
+            KvDtype::F32 => (4, 0),
+            KvDtype::Q8 => (1, shape.head_dim.div_ceil(KvDtype::KEY_GROUP)),
+        };
+        let elements = shape.block_size * shape.head_dim * size;
+        let values = elements + shape.block_size * key_groups * SCALE;
+        Self {
+            size,
+            key_groups,
+            key_scales: elements,
+            values,
+            value_scales: values + elements,
+            bytes: shape.dtype.head_bytes(shape.block_size, shape.head_dim),
+        }
+    }
+}
+
+/// Bytes of a scale, a bfloat16.
+pub(crate) const SCALE: usize = 2;
+
 /// Where one position of one head is written, and how.
 pub(crate) struct Slot<'a> {
-    /// The head's K and V in the block, as bytes.
+    /// The head's part of the block.
     pub bytes: &'a mut [u8],
+    pub layout: HeadLayout,
     pub dtype: KvDtype,
     pub head_dim: usize,
-    pub block_size: usize,
     /// Position in the block.
     pub at: usize,
 }
 
-impl Slot<'_> {
-    /// Stores a key and a value, rounded to the cache's precision.
-    pub fn store(&mut self, key: &[f32], value: &[f32]) {
-        let d = self.head_dim;
-        let key_at = |i: usize| (self.at / TILE * d + i) * TILE + self.at % TILE;
-        let value_at = self.block_size * d + self.at * d;
-        match self.dtype {
+/// Stores a key and a value, rounded to the cache's precision.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+pub(crate) unsafe fn store<S: Simd>(slot: &mut Slot<'_>, key: &[f32], value: &[f32]) {
+    let d = slot.head_dim;
+    assert!(key.len() == d && value.len() == d);
+    let (tile, lane) = (slot.at / TILE, slot.at % TILE);
+    let layout = slot.layout;
+    let (keys, values) = slot.bytes.split_at_mut(layout.values);
+    let (keys, key_scales) = keys.split_at_mut(layout.key_scales);
+    let (values, value_scales) = values.split_at_mut(layout.value_scales - layout.values);
+    let keys = &mut keys[tile * d * TILE * layout.size..];
+    let values = &mut values[slot.at * d * layout.size..];
+    unsafe {
+        match slot.dtype {
             KvDtype::F32 => {
-                for i in 0..d {
-                    put(self.bytes, key_at(i), key[i].to_le_bytes());
-                    put(self.bytes, value_at + i, value[i].to_le_bytes());
-                }
+                scatter(elements(keys), lane, key);
+                elements(values)[..d].copy_from_slice(value);
             }
             KvDtype::F16 => {
-                for i in 0..d {
-                    put(self.bytes, key_at(i), f16::from_f32(key[i]).to_le_bytes());
-                    put(
-                        self.bytes,
-                        value_at + i,
-                        f16::from_f32(value[i]).to_le_bytes(),
-                    );
+                let mut halves = [0_u16; LANES];
+                for (i, eight) in key.chunks(LANES).enumerate() {
+                    to_f16::<S>(eight, &mut halves);
+                    scatter(elements(keys), i * LANES * TILE + lane, &halves[..eight.len()]);
+                }
+                let values: &mut [u16] = elements(values);
+                for (i, eight) in value.chunks(LANES).enumerate() {
+                    to_f16::<S>(eight, &mut halves);
+                    values[i * LANES..][..eight.len()].copy_from_slice(&halves[..eight.len()]);
+                }
+            }
+            KvDtype::Q8 => {
+                let mut bytes = [0_i8; KvDtype::KEY_GROUP];
+                let scales: &mut [u16] = elements(key_scales);
+                let scales = &mut scales[tile * layout.key_groups * TILE..];
+                for (i, group) in key.chunks(KvDtype::KEY_GROUP).enumerate() {
+                    let (scale, inverse) = scale_of::<S>(group);
+                    scales[i * TILE + lane] = scale;
+                    quantise::<S>(group, inverse, &mut bytes);
+                    let first = i * KvDtype::KEY_GROUP * TILE + lane;
+                    scatter(elements(keys), first, &bytes[..group.len()]);
+                }
+                let (scale, inverse) = scale_of::<S>(value);
+                elements(value_scales)[slot.at] = scale;
+                let values: &mut [i8] = elements(values);
+                for (i, group) in value.chunks(KvDtype::KEY_GROUP).enumerate() {
+                    quantise::<S>(group, inverse, &mut bytes);
+                    let to = &mut values[i * KvDtype::KEY_GROUP..][..group.len()];
+                    to.copy_from_slice(&bytes[..group.len()]);
                 }
             }
         }
     }
 }
 
-fn put<const N: usize>(bytes: &mut [u8], element: usize, value: [u8; N]) {
-    bytes[element * N..(element + 1) * N].copy_from_slice(&value);
+/// Bytes of a cache as its elements.
+#[inline(always)]
+fn elements<T: Number>(bytes: &mut [u8]) -> &mut [T] {
+    // SAFETY: any bits are a number; what is not aligned is left out, and then a length is refused.
+    let (before, elements, _) = unsafe { bytes.align_to_mut::<T>() };
+    assert!(before.is_empty(), "a cache's parts are aligned");
+    elements
+}
+
+/// What a cache holds: numbers of any bits.
+trait Number: Copy {}
+impl Number for f32 {}
+impl Number for u16 {}
+impl Number for i8 {}
+
+/// Puts elements of one position among those of the others: every sixteenth.
+#[inline(always)]
+fn scatter<T: Number>(keys: &mut [T], first: usize, elements: &[T]) {
+    let to = keys[first..].iter_mut().step_by(TILE);
+    for (to, &x) in to.zip(elements) {
+        *to = x;
+    }
+}
+
+/// Up to eight floats as f16, ties to even.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise
+unsafe fn to_f16<S: Simd>(x: &[f32], to: &mut [u16; LANES]) {
+    let mut eight = [0.0; LANES];
+    eight[..x.len()].copy_from_slice(x);
+    unsafe { S::store_f16(to.as_mut_ptr(), S::load(eight.as_ptr())) }
+}
+
+/// The scale, a bfloat16, under which the largest of some elements becomes 127 or a little less, and its inverse; 0 where all are nearly nothing.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise
+unsafe fn scale_of<S: Simd>(elements: &[f32]) -> (u16, f32) {
+    let mut lanes = [0.0_f32; LANES];
+    unsafe {
+        let mut most = S::splat(0.0);
+        for eight in elements.chunks(LANES) {
+            let mut x = [0.0; LANES];
+            x[..eight.len()].copy_from_slice(eight);
+            let x = S::load(x.as_ptr());
+            most = S::max(S::max(x, S::sub(S::splat(0.0), x)), most);
+        }
+        S::store(lanes.as_mut_ptr(), most);
+    }
+    let most = lanes.into_iter().fold(0.0, f32::max);
+    // Rounded up, so that no quotient leaves the range.
+    let scale = ((most / 127.0).to_bits() + 0xffff) >> 16;
+    let inverse = 1.0 / f32::from_bits(scale << 16);
+    // The inverse of what is nearly nothing is too much for a float.
+    if inverse.is_finite() {
+        (scale as u16, inverse)
+    } else {
+        (0, 0.0)
+    }
+}
+
+/// Quotients as signed bytes, ties to even.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise
+unsafe fn quantise<S: Simd>(x: &[f32], inverse: f32, to: &mut [i8; KvDtype::KEY_GROUP]) {
+    for (i, eight) in x.chunks(LANES).enumerate() {
+        let mut padded = [0.0; LANES];
+        padded[..eight.len()].copy_from_slice(eight);
+        unsafe {
+            let x = S::mul(S::load(padded.as_ptr()), S::splat(inverse));
+            S::store_i8(to[i * LANES..].as_mut_ptr(), S::to_int(x));
+        }
+    }
 }

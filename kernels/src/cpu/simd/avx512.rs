@@ -44,6 +44,10 @@ impl Simd for Avx512 {
         unsafe { Avx2::store(p, x) }
     }
     #[inline(always)]
+    unsafe fn store_f16(p: *mut u16, x: Self::F) {
+        unsafe { Avx2::store_f16(p, x) }
+    }
+    #[inline(always)]
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
         unsafe { Avx2::add(a, b) }
     }

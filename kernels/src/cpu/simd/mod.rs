@@ -119,6 +119,8 @@ pub(crate) trait Simd: Copy {
     /// Widens eight IEEE half floats.
     unsafe fn load_f16(p: *const u16) -> Self::F;
     unsafe fn store(p: *mut f32, x: Self::F);
+    /// Rounds to eight IEEE half floats, ties to even.
+    unsafe fn store_f16(p: *mut u16, x: Self::F);
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;

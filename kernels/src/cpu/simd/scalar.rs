@@ -46,6 +46,11 @@ impl Simd for Scalar {
         unsafe { p.cast::<Self::F>().write_unaligned(x) }
     }
     #[inline(always)]
+    unsafe fn store_f16(p: *mut u16, x: Self::F) {
+        let halves = x.map(|x| half::f16::from_f32(x).to_bits());
+        unsafe { p.cast::<[u16; LANES]>().write_unaligned(halves) }
+    }
+    #[inline(always)]
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
         zip(a, b, |a, b| a + b)
     }
