@@ -260,6 +260,8 @@ unsafe fn quantise<S: Simd>(x: &[f32], inverse: f32, to: &mut [i8; KvDtype::KEY_
         padded[..eight.len()].copy_from_slice(eight);
         unsafe {
             let x = S::mul(S::load(padded.as_ptr()), S::splat(inverse));
+            // Clamped, and with zero for what is not a number, so that whatever is stored are numbers.
+            let x = S::min(S::max(x, S::splat(-127.0)), S::splat(127.0));
             S::store_i8(to[i * LANES..].as_mut_ptr(), S::to_int(x));
         }
     }

@@ -27,8 +27,10 @@ use rows::interleave;
 
 /// Panels a thread takes at a time, at least.
 const TASK_PANELS: usize = 4;
-/// Tasks for each thread when there is a single activation row: enough for balance, and each a long stretch of memory.
-const SINGLE_TASKS: usize = 8;
+/// Tasks for each thread: enough for balance, and each a long stretch of memory.
+const TASKS: usize = 8;
+/// Bytes of panels of a task with several rows, unless [`TASK_PANELS`] are more.
+const CACHED_PANELS: usize = 128 << 10;
 /// Bytes of activations that stay in a core's cache while the panels of a task pass over them.
 const CACHED_ROWS: usize = 256 << 10;
 
@@ -96,10 +98,13 @@ impl<'a> Linear<'a> {
             laid_out = Some((layout, interleave));
             let rows = &*rows;
             let panels = segment.rows.div_ceil(PANEL);
+            let fair = panels / (TASKS * pool.threads());
             let at_once = if self.rows == 1 {
-                (panels / (SINGLE_TASKS * pool.threads())).max(TASK_PANELS)
+                fair.max(TASK_PANELS)
             } else {
-                TASK_PANELS
+                // What stays in a core's cache while more rows pass over it than fit beside it.
+                let cached = CACHED_PANELS / segment.panel(0).len().max(1);
+                fair.min(cached).max(TASK_PANELS)
             };
             pool.each(panels.div_ceil(at_once), &|task| {
                 let first = task * at_once;
@@ -188,6 +193,9 @@ impl Share<'_> {
     }
 }
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// How far ahead of the multiplication a single row's weights are asked for, in bytes.
 const AHEAD: usize = 12 << 10;
 
@@ -199,6 +207,38 @@ const AHEAD: usize = 12 << 10;
 unsafe fn ahead<S: Simd>(at: *const u8, bytes: usize) {
     for line in (0..bytes).step_by(64) {
         unsafe { S::prefetch(at.wrapping_add(AHEAD + line)) };
+    }
+}
+
+/// Panels of a share that come next. Every tile asks for a part of them, so that their own first tile does not wait for memory.
+struct Next<'a> {
+    bytes: &'a [u8],
+    part: usize,
+}
+
+impl<'a> Next<'a> {
+    /// `count` panels from `first`, or as many as the share has, asked for by `tiles` tiles.
+    #[inline(always)]
+    fn new(share: &Share<'a>, first: usize, count: usize, tiles: usize) -> Self {
+        let bytes = share.segment.panels(first, (first + count).min(share.last));
+        Self {
+            bytes,
+            part: bytes.len().div_ceil(tiles),
+        }
+    }
+
+    /// Asks for the part of a tile.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `S`.
+    #[inline(always)]
+    unsafe fn ask<S: Simd>(&mut self) {
+        let (now, later) = self.bytes.split_at(self.part.min(self.bytes.len()));
+        self.bytes = later;
+        for line in now.chunks(LINE) {
+            // SAFETY: the caller's promise.
+            unsafe { S::prefetch(line.as_ptr()) };
+        }
     }
 }
 
@@ -241,8 +281,10 @@ unsafe fn panels<K: Tile, S: Simd>(share: &Share<'_>, format: K::Format) {
         while begin < rows {
             let end = (begin + cached).min(rows);
             for panel in share.first..share.last {
+                let mut next = Next::new(share, panel + 1, 1, (end - begin).div_ceil(S::QUANT_ROWS));
                 let mut row = begin;
                 while row < end {
+                    next.ask::<S>();
                     match (end - row).min(S::QUANT_ROWS) {
                         1 => K::tile::<S, 1, 1>(share, format, panel, row),
                         2 => K::tile::<S, 1, 2>(share, format, panel, row),

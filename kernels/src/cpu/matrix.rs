@@ -228,8 +228,13 @@ impl Segment {
 
     /// One packed panel's bytes.
     pub(crate) fn panel(&self, panel: usize) -> &[u8] {
+        self.panels(panel, panel + 1)
+    }
+
+    /// Panels `first..last`, none if there are none between them.
+    pub(crate) fn panels(&self, first: usize, last: usize) -> &[u8] {
         let bytes = panel_bytes(self.format, self.cols);
-        &self.data.as_slice()[panel * bytes..(panel + 1) * bytes]
+        &self.data.as_slice()[first * bytes..last.max(first) * bytes]
     }
 
     /// Widens row `row` to `out`, times `scale`; column `k` goes to `order[k]`. `[cols]`

@@ -171,40 +171,72 @@ const fn together<F: BlockFormat>() -> usize {
         }
     }
     match i16::MAX as i32 / (2 * 127 * most) {
-        4.. => 4,
+        8.. => 8,
+        4..8 => 4,
         2 | 3 => 2,
         _ => 1,
     }
 }
 
-/// The exact dot products of the codes of some groups with `T` blocks of activations, `K` groups at a time.
+/// The exact dot products of the codes of groups `from..to` with `T` blocks of activations, of which `K` groups' are added up before they are widened.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise: as that of `codes`, and the activations are there
 unsafe fn dots<F: BlockFormat, S: Simd, const T: usize, const K: usize>(
     planes: *const u8,
     block: usize,
-    first: usize,
-    last: usize,
+    from: usize,
+    to: usize,
     q: *const i8,
-) -> [S::W; T] {
+) -> [[S::W; 2]; T] {
     unsafe {
-        let mut dots = [S::wsplat(0); T];
-        let mut group = first;
-        while group < last {
-            let mut w = [S::bload(planes); K];
-            for k in 0..K {
-                w[k] = codes::<F, S>(planes, block, group + k);
-            }
-            for t in 0..T {
-                let x = q.add(BLOCK * t + 4 * group).cast::<i32>();
-                dots[t] = if F::OFFSET > 63 {
-                    S::bdot_wide(dots[t], w[0], x.read_unaligned())
-                } else {
-                    S::bdots(dots[t], &w, x)
-                };
-            }
-            group += K;
+        let mut dots = [[S::wsplat(0); 2]; T];
+        let mut pairs = [[S::pbegin(dots[0][0]); 2]; T];
+        // Written out and not a loop: where codes are in their bytes has to be known when this is compiled.
+        macro_rules! group {
+            ($i:literal) => {
+                if from + $i < to {
+                    let mut w = [S::bload(planes); 2];
+                    for h in 0..S::HALVES {
+                        w[h] = codes::<F, S>(planes.add(4 * h * S::WIDE), block, from + $i);
+                    }
+                    for t in 0..T {
+                        let x = q.add(BLOCK * t + 4 * (from + $i)).cast::<i32>();
+                        let x = x.read_unaligned();
+                        for h in 0..S::HALVES {
+                            if F::OFFSET > 63 {
+                                dots[t][h] = S::bdot_wide(dots[t][h], w[h], x);
+                                continue;
+                            }
+                            if $i % K == 0 {
+                                pairs[t][h] = S::pbegin(dots[t][h]);
+                            }
+                            pairs[t][h] = S::pdot(pairs[t][h], w[h], x);
+                        }
+                    }
+                    for t in 0..T {
+                        for h in 0..S::HALVES {
+                            if F::OFFSET > 63 {
+                                continue;
+                            }
+                            if T > 1 {
+                                S::settle(&mut pairs[t][h]);
+                            }
+                            if ($i + 1) % K == 0 || from + $i + 1 == to {
+                                dots[t][h] = S::pend(dots[t][h], pairs[t][h]);
+                            }
+                        }
+                    }
+                }
+            };
         }
+        group!(0);
+        group!(1);
+        group!(2);
+        group!(3);
+        group!(4);
+        group!(5);
+        group!(6);
+        group!(7);
         dots
     }
 }
@@ -237,15 +269,8 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
 ) {
     unsafe {
         let blocks = share.segment.cols / BLOCK;
-        let stride = share.interleave;
         let weights = panels_at::<P>(share.segment, panel);
-        let at = share.linear.at + row;
-        let mut q = share.rows.quants.as_slice()[at * blocks * BLOCK..].as_ptr();
-        let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();
-        let mut row_sums = share.rows.sums.as_slice()[at * blocks..].as_ptr();
-        let mut first_sums = share.rows.first_sums.as_slice()[at * blocks..].as_ptr();
-        // One sub-block of 32, or two of 16.
-        let subs = BLOCK.div_ceil(F::SUB);
+        let mut x = Activations::of(share, row, blocks);
         let per_unit = F::SIZE / BLOCK;
         let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
         for block in 0..blocks {
@@ -256,46 +281,105 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
             }
             for p in 0..P {
                 let unit = weights[p].add(block / per_unit * unit_bytes::<F>());
-                for h in 0..S::HALVES {
-                    let lane = h * S::WIDE;
-                    let planes = unit.add(side_bytes::<F>() + 4 * lane);
-                    for sub in 0..subs {
-                        let (from, to) = (sub * GROUPS / subs, (sub + 1) * GROUPS / subs);
-                        let dots = match together::<F>() {
-                            4 => dots::<F, S, T, 4>(planes, within, from, to, q),
-                            2 => dots::<F, S, T, 2>(planes, within, from, to, q),
-                            _ => dots::<F, S, T, 1>(planes, within, from, to, q),
-                        };
-                        let (scale, min) =
-                            F::scales::<S>(unit, (within * BLOCK + sub * 16) / F::SUB, lane);
-                        for t in 0..T {
-                            let sum = match (subs, sub) {
-                                (1, _) => *row_sums.add(t),
-                                (_, 0) => *first_sums.add(t),
-                                _ => *row_sums.add(t) - *first_sums.add(t),
-                            };
-                            let x_scale = S::vsplat(*scales.add(t));
-                            let mut dot = dots[t];
-                            if F::OFFSET > 0 {
-                                dot = S::wsub(dot, S::wsplat(F::OFFSET * sum));
-                            }
-                            let y = sums[p][t][h];
-                            let y = S::vfma(S::vmul(scale, x_scale), S::vto_float(dot), y);
-                            sums[p][t][h] = if F::MINIMA {
-                                S::vfma(S::vmul(min, x_scale), S::vsplat(sum as f32), y)
-                            } else {
-                                y
-                            };
-                        }
-                    }
+                sub_block::<F, S, T, 0>(unit, within, &x, &mut sums[p]);
+                if F::SUB < BLOCK {
+                    sub_block::<F, S, T, 1>(unit, within, &x, &mut sums[p]);
                 }
             }
-            q = q.add(stride * BLOCK);
-            scales = scales.add(stride);
-            row_sums = row_sums.add(stride);
-            first_sums = first_sums.add(stride);
+            x = x.next(share.interleave);
         }
         store::<S, P, T>(share, panel, row, &sums);
+    }
+}
+
+/// Where a block of a tile's activations is; see [`super::rows::Rows`].
+#[derive(Clone, Copy)]
+struct Activations {
+    quants: *const i8,
+    scales: *const f32,
+    sums: *const i32,
+    first_sums: *const i32,
+    scaled_sums: *const f32,
+}
+
+impl Activations {
+    /// The first of a tile's `blocks`.
+    #[inline(always)]
+    fn of(share: &Share<'_>, row: usize, blocks: usize) -> Self {
+        let (rows, at) = (share.rows, (share.linear.at + row) * blocks);
+        Self {
+            quants: rows.quants.as_slice()[at * BLOCK..].as_ptr(),
+            scales: rows.scales.as_slice()[at..].as_ptr(),
+            sums: rows.sums.as_slice()[at..].as_ptr(),
+            first_sums: rows.first_sums.as_slice()[at..].as_ptr(),
+            scaled_sums: rows.scaled_sums.as_slice()[at..].as_ptr(),
+        }
+    }
+
+    /// The next of as many interleaved rows.
+    #[inline(always)]
+    fn next(self, rows: usize) -> Self {
+        Self {
+            quants: self.quants.wrapping_add(rows * BLOCK),
+            scales: self.scales.wrapping_add(rows),
+            sums: self.sums.wrapping_add(rows),
+            first_sums: self.first_sums.wrapping_add(rows),
+            scaled_sums: self.scaled_sums.wrapping_add(rows),
+        }
+    }
+}
+
+/// Adds to `sums` what sub-block `SUB` of block `block` of a unit gives: one of 32, or the first or second of 16.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the promise of `tile`
+unsafe fn sub_block<F: Scales, S: Simd, const T: usize, const SUB: usize>(
+    unit: *const u8,
+    block: usize,
+    x: &Activations,
+    sums: &mut [[S::V; 2]; T],
+) {
+    unsafe {
+        let subs = BLOCK.div_ceil(F::SUB);
+        let (from, to) = (SUB * GROUPS / subs, (SUB + 1) * GROUPS / subs);
+        let planes = unit.add(side_bytes::<F>());
+        let dots = match together::<F>() {
+            8 => dots::<F, S, T, 8>(planes, block, from, to, x.quants),
+            4 => dots::<F, S, T, 4>(planes, block, from, to, x.quants),
+            2 => dots::<F, S, T, 2>(planes, block, from, to, x.quants),
+            _ => dots::<F, S, T, 1>(planes, block, from, to, x.quants),
+        };
+        let mut side = [(S::vsplat(0.0), S::vsplat(0.0)); 2];
+        for h in 0..S::HALVES {
+            let sub = (block * BLOCK + SUB * 16) / F::SUB;
+            side[h] = F::scales::<S>(unit, sub, h * S::WIDE);
+        }
+        for t in 0..T {
+            let sum = match (subs, SUB) {
+                (1, _) => *x.sums.add(t),
+                (_, 0) => *x.first_sums.add(t),
+                _ => *x.sums.add(t) - *x.first_sums.add(t),
+            };
+            let x_scale = *x.scales.add(t);
+            for h in 0..S::HALVES {
+                let (scale, min) = side[h];
+                let mut dot = dots[t][h];
+                if F::OFFSET > 0 {
+                    dot = S::wsub(dot, S::wsplat(F::OFFSET * sum));
+                }
+                let scale = S::vmul(scale, S::vsplat(x_scale));
+                let y = S::vfma(scale, S::vto_float(dot), sums[t][h]);
+                sums[t][h] = if F::MINIMA {
+                    let scaled = if subs == 1 {
+                        *x.scaled_sums.add(t)
+                    } else {
+                        x_scale * sum as f32
+                    };
+                    S::vfma(min, S::vsplat(scaled), y)
+                } else {
+                    y
+                };
+            }
+        }
     }
 }
 

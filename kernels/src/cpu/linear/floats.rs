@@ -4,7 +4,7 @@
 
 use super::super::groups::f8_unit_bytes;
 use super::super::simd::{Isa, PANEL, Simd, dispatch};
-use super::{Share, panels_at, store};
+use super::{Next, Share, panels_at, store};
 
 /// Panels multiplied at once when there is a single activation row: enough independent chains to hide an addition's latency.
 const SINGLE_PANELS: usize = 4;
@@ -33,8 +33,11 @@ macro_rules! walk {
             let mut panel = $share.first;
             while panel < $share.last {
                 let several = $panels > 1 && panel + 2 <= $share.last;
+                let after = panel + 1 + usize::from(several);
+                let mut next = Next::new($share, after, $panels, (end - begin).div_ceil($rows));
                 let mut row = begin;
                 while row < end {
+                    next.ask::<S>();
                     match ((end - row).min($rows), several) {
                         (1, true) => $body::<$format, S, 2, 1>($share, panel, row),
                         (1, false) => $body::<$format, S, 1, 1>($share, panel, row),
@@ -60,7 +63,7 @@ macro_rules! walk {
                     }
                     row += $rows;
                 }
-                panel += 1 + usize::from(several);
+                panel = after;
             }
             begin = end;
         }

@@ -26,6 +26,7 @@ impl QuantFormat for Q2 {
         unsafe {
             let mut dots = [[S::wsplat(0); 2]; T];
             for half in 0..S::HALVES {
+                let mut pairs = [S::pbegin(dots[0][half]); T];
                 for plane in 0..2 {
                     let four = S::bload(quants.add(plane * QUAD + half * 4 * S::WIDE));
                     for group in 0..4 {
@@ -33,9 +34,12 @@ impl QuantFormat for Q2 {
                         for t in 0..T {
                             let at = BLOCK * t + 16 * plane + 4 * group as usize;
                             let x = x.add(at).cast::<i32>().read_unaligned();
-                            dots[t][half] = S::bdot(dots[t][half], codes, x);
+                            pairs[t] = S::pdot(pairs[t], codes, x);
                         }
                     }
+                }
+                for t in 0..T {
+                    dots[t][half] = S::pend(dots[t][half], pairs[t]);
                 }
                 for t in 0..T {
                     dots[t][half] = S::wsub(dots[t][half], S::wsplat(*sums.add(t)));
@@ -82,6 +86,7 @@ impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
             let mut q = share.rows.quants.as_slice()[at * blocks * BLOCK..].as_ptr();
             let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();
             let mut row_sums = share.rows.sums.as_slice()[at * blocks..].as_ptr();
+            let mut scaled_sums = share.rows.scaled_sums.as_slice()[at * blocks..].as_ptr();
             let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
             for _ in 0..blocks / per_unit {
                 if T == 1 {
@@ -116,7 +121,7 @@ impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
                                     let dot = S::wsub(dots[t][half], S::wsplat(-F::OFFSET * sum));
                                     let scale = S::vmul(scale, x_scale);
                                     let y = S::vfma(scale, S::vto_float(dot), y);
-                                    S::vfma(S::vmul(zero, x_scale), S::vsplat(sum as f32), y)
+                                    S::vfma(zero, S::vsplat(*scaled_sums.add(t)), y)
                                 } else {
                                     let dot = S::vto_float(dots[t][half]);
                                     let dot = S::vfma(zero, S::vsplat(sum as f32), dot);
@@ -128,6 +133,7 @@ impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
                     q = q.add(stride * BLOCK);
                     scales = scales.add(stride);
                     row_sums = row_sums.add(stride);
+                    scaled_sums = scaled_sums.add(stride);
                 }
                 for unit in &mut units {
                     *unit = unit.add(unit_bytes(grouped));

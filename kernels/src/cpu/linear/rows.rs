@@ -17,6 +17,8 @@ pub(crate) struct Rows {
     pub(super) sums: Buffer<i32>,
     /// The sum of each block's first 16 quants. `[rows / T][k / 32][T]`
     pub(super) first_sums: Buffer<i32>,
+    /// The sum of each block's quants times their scale. `[rows / T][k / 32][T]`
+    pub(super) scaled_sums: Buffer<f32>,
 }
 
 impl Rows {
@@ -28,6 +30,7 @@ impl Rows {
             scales: Buffer::zeroed(0, what)?,
             sums: Buffer::zeroed(0, what)?,
             first_sums: Buffer::zeroed(0, what)?,
+            scaled_sums: Buffer::zeroed(0, what)?,
         })
     }
 }
@@ -59,7 +62,8 @@ impl Rows {
             self.quants.reserve(padded * k, what)?;
             self.scales.reserve(padded * blocks, what)?;
             self.sums.reserve(padded * blocks, what)?;
-            self.first_sums.reserve(padded * blocks, what)
+            self.first_sums.reserve(padded * blocks, what)?;
+            self.scaled_sums.reserve(padded * blocks, what)
         } else {
             self.floats.reserve(padded * k, what)
         }
@@ -75,6 +79,7 @@ impl Rows {
             scales: Shared::new(self.scales.as_mut_slice()),
             sums: Shared::new(self.sums.as_mut_slice()),
             first_sums: Shared::new(self.first_sums.as_mut_slice()),
+            scaled_sums: Shared::new(self.scaled_sums.as_mut_slice()),
         }
     }
 }
@@ -88,6 +93,7 @@ pub(super) struct Target {
     scales: Shared<f32>,
     sums: Shared<i32>,
     first_sums: Shared<i32>,
+    scaled_sums: Shared<f32>,
 }
 
 impl Target {
@@ -113,6 +119,7 @@ impl Target {
                     scales: self.scales.range(at * blocks, interleave * blocks),
                     sums: self.sums.range(at * blocks, interleave * blocks),
                     first_sums: self.first_sums.range(at * blocks, interleave * blocks),
+                    scaled_sums: self.scaled_sums.range(at * blocks, interleave * blocks),
                     interleave,
                 }
             };
@@ -177,6 +184,7 @@ struct Quantised<'a> {
     scales: &'a mut [f32],
     sums: &'a mut [i32],
     first_sums: &'a mut [i32],
+    scaled_sums: &'a mut [f32],
     interleave: usize,
 }
 
@@ -212,7 +220,9 @@ unsafe fn quantize_tile<S: Simd>(x: &[f32], k: usize, out: Quantised<'_>) {
                     sum = S::int_add(sum, q);
                 }
                 out.scales[at] = scale;
-                out.sums[at] = S::int_sum(sum);
+                let sum = S::int_sum(sum);
+                out.sums[at] = sum;
+                out.scaled_sums[at] = scale * sum as f32;
             }
         }
     }

@@ -5,6 +5,72 @@ use std::arch::x86_64::*;
 
 use super::{QUAD, Simd};
 
+/// `x`, in a register, now: no load below it is moved above it, no sum through it is rearranged.
+///
+/// Compilers otherwise see a block's exact sums as a tree to be balanced, begin with all of its products, and keep them on the stack.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn settled(mut x: __m256i) -> __m256i {
+    // SAFETY: there are no instructions.
+    unsafe {
+        std::arch::asm!("/* {0} */", inout(ymm_reg) x, options(nostack, preserves_flags));
+    }
+    x
+}
+
+/// `x`, of which compilers are to know nothing.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn opaque(mut x: __m256i) -> __m256i {
+    // SAFETY: there are no instructions.
+    unsafe {
+        std::arch::asm!("/* {0} */", inout(ymm_reg) x, options(pure, nomem, nostack, preserves_flags));
+    }
+    x
+}
+
+/// Adds to sums of pairs those of the products of a group of nibbles, low halves and then high ones, with eight activations of each row; see
+/// [`Simd::dot_q4`].
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the promise of `dot_q4`
+unsafe fn add_nibbles<const T: usize, const FIRST: bool>(
+    pairs: &mut [[__m256i; 2]; T],
+    w: *const u8,
+    x: *const i8,
+) {
+    unsafe {
+        let low = _mm256_set1_epi8(15);
+        let both = [
+            _mm256_loadu_si256(w.cast()),
+            _mm256_loadu_si256(w.add(QUAD / 2).cast()),
+        ];
+        for nibble in 0..2 {
+            let mut q = both;
+            for q in &mut q {
+                if nibble == 1 {
+                    *q = _mm256_srli_epi16::<4>(*q);
+                }
+                *q = _mm256_and_si256(*q, low);
+            }
+            for t in 0..T {
+                let x = x.add(32 * t + 4 * nibble).cast::<i32>();
+                let x = _mm256_set1_epi32(x.read_unaligned());
+                for half in 0..2 {
+                    let pair = _mm256_maddubs_epi16(q[half], x);
+                    pairs[t][half] = if FIRST && nibble == 0 {
+                        pair
+                    } else {
+                        _mm256_add_epi16(pairs[t][half], pair)
+                    };
+                }
+            }
+            for pair in pairs.as_flattened_mut() {
+                *pair = settled(*pair);
+            }
+        }
+    }
+}
+
 /// AVX2 with FMA and F16C.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2;
@@ -17,6 +83,7 @@ impl Simd for Avx2 {
     type V = __m256;
     type W = __m256i;
     type B = __m256i;
+    type P = __m256i;
 
     const WIDE: usize = 8;
     // 6 rows × 2 vectors of accumulators, weights and a broadcast fill 15 of 16 registers.
@@ -267,15 +334,20 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn bdots<const K: usize>(sums: Self::W, w: &[Self::B; K], x: *const i32) -> Self::W {
-        unsafe {
-            let mut pairs = _mm256_maddubs_epi16(w[0], _mm256_set1_epi32(x.read_unaligned()));
-            for k in 1..K {
-                let x = _mm256_set1_epi32(x.add(k).read_unaligned());
-                pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[k], x));
-            }
-            _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-        }
+    unsafe fn pbegin(_: Self::W) -> Self::P {
+        unsafe { _mm256_setzero_si256() }
+    }
+    #[inline(always)]
+    unsafe fn pdot(pairs: Self::P, w: Self::B, x: i32) -> Self::P {
+        unsafe { _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w, _mm256_set1_epi32(x))) }
+    }
+    #[inline(always)]
+    unsafe fn pend(sums: Self::W, pairs: Self::P) -> Self::W {
+        unsafe { _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))) }
+    }
+    #[inline(always)]
+    unsafe fn settle(pairs: &mut Self::P) {
+        *pairs = unsafe { settled(*pairs) };
     }
     #[inline(always)]
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {
@@ -325,33 +397,17 @@ impl Simd for Avx2 {
         sums: *const i32,
     ) -> [[Self::W; 2]; T] {
         unsafe {
-            let low = _mm256_set1_epi8(15);
             // Eight sums of two products, each at most 15 · 127, fit 16 bits; they are widened once.
             let mut pairs = [[_mm256_setzero_si256(); 2]; T];
-            for g in 0..4 {
-                let first = _mm256_loadu_si256(w.add(QUAD * g).cast());
-                let second = _mm256_loadu_si256(w.add(QUAD * g + QUAD / 2).cast());
-                for nibble in 0..2 {
-                    let mut q = [first, second];
-                    for half in 0..2 {
-                        if nibble == 1 {
-                            q[half] = _mm256_srli_epi16::<4>(q[half]);
-                        }
-                        q[half] = _mm256_and_si256(q[half], low);
-                    }
-                    for t in 0..T {
-                        let x = x.add(32 * t + 8 * g + 4 * nibble).cast::<i32>();
-                        let x = _mm256_set1_epi32(x.read_unaligned());
-                        for half in 0..2 {
-                            let pair = _mm256_maddubs_epi16(q[half], x);
-                            pairs[t][half] = _mm256_add_epi16(pairs[t][half], pair);
-                        }
-                    }
-                }
-            }
+            add_nibbles::<T, true>(&mut pairs, w, x);
+            add_nibbles::<T, false>(&mut pairs, w.add(QUAD), x.add(8));
+            add_nibbles::<T, false>(&mut pairs, w.add(2 * QUAD), x.add(16));
+            add_nibbles::<T, false>(&mut pairs, w.add(3 * QUAD), x.add(24));
             let ones = _mm256_set1_epi16(1);
             for t in 0..T {
-                let offset = _mm256_set1_epi32(8 * *sums.add(t));
+                // (Eight times the sum, in vectors: compilers multiply first and spread then, which takes three instructions more.)
+                let sum = opaque(_mm256_set1_epi32(*sums.add(t)));
+                let offset = _mm256_slli_epi32::<3>(sum);
                 for half in 0..2 {
                     let four = _mm256_madd_epi16(pairs[t][half], ones);
                     pairs[t][half] = _mm256_sub_epi32(four, offset);

@@ -99,6 +99,8 @@ pub(crate) trait Simd: Copy {
     type W: Copy;
     /// `4 · WIDE` bytes: four consecutive k of each lane of `W`.
     type B: Copy;
+    /// Sums of products on their way to become a `W`: of pairs, in 16 bits, where the instructions add up so.
+    type P: Copy;
 
     /// Lanes of `V`; divides [`PANEL`].
     const WIDE: usize;
@@ -184,16 +186,15 @@ pub(crate) trait Simd: Copy {
     unsafe fn btrit(a: Self::B, power: u8) -> Self::B;
     /// Adds to every lane the products of its four bytes of `w`, each below 128, with the four signed bytes of `x`, never -128; exactly.
     unsafe fn bdot(sums: Self::W, w: Self::B, x: i32) -> Self::W;
-    /// As [`Simd::bdot`] for `K` groups of `w` and as many of `x`, one after the other, of which `K` times two products fit 16 bits.
+    /// Begins sums of products that are added to `sums` later, by [`Simd::pend`].
+    unsafe fn pbegin(sums: Self::W) -> Self::P;
+    /// As [`Simd::bdot`], to sums that the caller ends before what two products add to them each time is too much for 16 bits.
+    unsafe fn pdot(pairs: Self::P, w: Self::B, x: i32) -> Self::P;
+    /// `sums`, with which `pairs` were begun, and what was added to these.
+    unsafe fn pend(sums: Self::W, pairs: Self::P) -> Self::W;
+    /// Keeps compilers from bringing sums into another order, and loads that follow before them: with all loads first the registers do not suffice.
     #[inline(always)]
-    unsafe fn bdots<const K: usize>(sums: Self::W, w: &[Self::B; K], x: *const i32) -> Self::W {
-        let mut sums = sums;
-        for k in 0..K {
-            // SAFETY: the caller's promise.
-            sums = unsafe { Self::bdot(sums, w[k], x.add(k).read_unaligned()) };
-        }
-        sums
-    }
+    unsafe fn settle(_pairs: &mut Self::P) {}
     /// As [`Simd::bdot`] for any bytes `w`.
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W;
 

@@ -20,6 +20,7 @@ impl Simd for Scalar {
     type V = [f32; PANEL];
     type W = [i32; PANEL];
     type B = [u8; QUAD];
+    type P = [i32; PANEL];
 
     const WIDE: usize = PANEL;
     const FLOAT_ROWS: usize = 4;
@@ -241,6 +242,18 @@ impl Simd for Scalar {
             }
         }
         sums
+    }
+    #[inline(always)]
+    unsafe fn pbegin(sums: Self::W) -> Self::P {
+        sums
+    }
+    #[inline(always)]
+    unsafe fn pdot(pairs: Self::P, w: Self::B, x: i32) -> Self::P {
+        unsafe { Self::bdot(pairs, w, x) }
+    }
+    #[inline(always)]
+    unsafe fn pend(_: Self::W, pairs: Self::P) -> Self::W {
+        pairs
     }
     #[inline(always)]
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {
