@@ -191,53 +191,76 @@ unsafe fn dots<F: BlockFormat, S: Simd, const T: usize, const K: usize>(
     unsafe {
         let mut dots = [[S::wsplat(0); 2]; T];
         let mut pairs = [[S::pbegin(dots[0][0]); 2]; T];
-        // Written out and not a loop: where codes are in their bytes has to be known when this is compiled.
-        macro_rules! group {
-            ($i:literal) => {
-                if from + $i < to {
-                    let mut w = [S::bload(planes); 2];
-                    for h in 0..S::HALVES {
-                        w[h] = codes::<F, S>(planes.add(4 * h * S::WIDE), block, from + $i);
-                    }
-                    for t in 0..T {
-                        let x = q.add(BLOCK * t + 4 * (from + $i)).cast::<i32>();
-                        let x = x.read_unaligned();
-                        for h in 0..S::HALVES {
-                            if F::OFFSET > 63 {
-                                dots[t][h] = S::bdot_wide(dots[t][h], w[h], x);
-                                continue;
-                            }
-                            if $i % K == 0 {
-                                pairs[t][h] = S::pbegin(dots[t][h]);
-                            }
-                            pairs[t][h] = S::pdot(pairs[t][h], w[h], x);
-                        }
-                    }
-                    for t in 0..T {
-                        for h in 0..S::HALVES {
-                            if F::OFFSET > 63 {
-                                continue;
-                            }
-                            if T > 1 {
-                                S::settle(&mut pairs[t][h]);
-                            }
-                            if ($i + 1) % K == 0 || from + $i + 1 == to {
-                                dots[t][h] = S::pend(dots[t][h], pairs[t][h]);
-                            }
-                        }
-                    }
-                }
-            };
+        let (d, p) = (&mut dots, &mut pairs);
+        if S::VECTORS {
+            // Written out and not a loop: where codes are in their bytes has to be known when this is compiled.
+            add_group::<F, S, T, K>(planes, block, from, to, 0, q, d, p);
+            add_group::<F, S, T, K>(planes, block, from, to, 1, q, d, p);
+            add_group::<F, S, T, K>(planes, block, from, to, 2, q, d, p);
+            add_group::<F, S, T, K>(planes, block, from, to, 3, q, d, p);
+            add_group::<F, S, T, K>(planes, block, from, to, 4, q, d, p);
+            add_group::<F, S, T, K>(planes, block, from, to, 5, q, d, p);
+            add_group::<F, S, T, K>(planes, block, from, to, 6, q, d, p);
+            add_group::<F, S, T, K>(planes, block, from, to, 7, q, d, p);
+        } else {
+            for i in 0..to - from {
+                add_group::<F, S, T, K>(planes, block, from, to, i, q, d, p);
+            }
         }
-        group!(0);
-        group!(1);
-        group!(2);
-        group!(3);
-        group!(4);
-        group!(5);
-        group!(6);
-        group!(7);
         dots
+    }
+}
+
+/// [`dots`] of the `i`th of its groups, if there is one.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the promise of `dots`
+#[allow(clippy::too_many_arguments)] // those of `dots`, and what it carries on
+unsafe fn add_group<F: BlockFormat, S: Simd, const T: usize, const K: usize>(
+    planes: *const u8,
+    block: usize,
+    from: usize,
+    to: usize,
+    i: usize,
+    q: *const i8,
+    dots: &mut [[S::W; 2]; T],
+    pairs: &mut [[S::P; 2]; T],
+) {
+    let group = from + i;
+    if group >= to {
+        return;
+    }
+    unsafe {
+        let mut w = [S::bload(planes); 2];
+        for h in 0..S::HALVES {
+            w[h] = codes::<F, S>(planes.add(4 * h * S::WIDE), block, group);
+        }
+        for t in 0..T {
+            let x = q.add(BLOCK * t + 4 * group).cast::<i32>();
+            let x = x.read_unaligned();
+            for h in 0..S::HALVES {
+                if F::OFFSET > 63 {
+                    dots[t][h] = S::bdot_wide(dots[t][h], w[h], x);
+                    continue;
+                }
+                if i % K == 0 {
+                    pairs[t][h] = S::pbegin(dots[t][h]);
+                }
+                pairs[t][h] = S::pdot(pairs[t][h], w[h], x);
+            }
+        }
+        if F::OFFSET > 63 {
+            return;
+        }
+        for t in 0..T {
+            for h in 0..S::HALVES {
+                if T > 1 {
+                    S::settle(&mut pairs[t][h]);
+                }
+                if (i + 1) % K == 0 || group + 1 == to {
+                    dots[t][h] = S::pend(dots[t][h], pairs[t][h]);
+                }
+            }
+        }
     }
 }
 

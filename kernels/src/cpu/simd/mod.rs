@@ -102,6 +102,8 @@ pub(crate) trait Simd: Copy {
     /// Sums of products on their way to become a `W`: of pairs, in 16 bits, where the instructions add up so.
     type P: Copy;
 
+    /// Its vectors are the processor's: what is unrolled for them is a loop for others, of which compilers make more code than is worth while.
+    const VECTORS: bool = true;
     /// Lanes of `V`; divides [`PANEL`].
     const WIDE: usize;
     /// Vectors of a panel.

@@ -22,6 +22,7 @@ impl Simd for Scalar {
     type B = [u8; QUAD];
     type P = [i32; PANEL];
 
+    const VECTORS: bool = false;
     const WIDE: usize = PANEL;
     const FLOAT_ROWS: usize = 4;
     const QUANT_ROWS: usize = 4;
