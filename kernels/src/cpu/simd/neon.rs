@@ -396,7 +396,7 @@ impl<P: Products> Simd for Neon<P> {
 
 const _: () = assert!(PANEL == 2 * LANES, "a panel is two vectors");
 
-/// [`Products::add`] for the registers of a vector.
+/// [`Products::add`] for groups of unsigned bytes that are meant to be signed.
 ///
 /// # Safety
 /// The processor has the instructions of `P`.
@@ -406,18 +406,15 @@ unsafe fn add<P: Products, const K: usize, const TOGETHER: usize>(
     w: &[[uint8x16_t; REGISTERS]; K],
     x: int8x16_t,
 ) -> [int32x4_t; REGISTERS] {
-    let mut sums = sums;
-    for register in 0..REGISTERS {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let mut groups = [x; K];
-            for k in 0..K {
-                groups[k] = vreinterpretq_s8_u8(w[k][register]);
-            }
-            sums[register] = P::add::<K, TOGETHER>(sums[register], groups, x);
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut signed = [[x; REGISTERS]; K];
+        for k in 0..K {
+            let w = w[k];
+            signed[k] = each!(vreinterpretq_s8_u8, w);
         }
+        P::add::<K, TOGETHER>(sums, signed, x)
     }
-    sums
 }
 
 /// The `K` groups of four bytes at `p`, in a register's first lanes.
