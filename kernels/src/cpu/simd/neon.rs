@@ -50,7 +50,11 @@ impl<P: Products> Simd for Neon<P> {
     unsafe fn prefetch(p: *const u8) {
         // SAFETY: a prefetch may name any address.
         unsafe {
-            asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nomem, nostack, preserves_flags));
+            asm!(
+                "prfm pldl1keep, [{address}]",
+                address = in(reg) p.addr(),
+                options(nomem, nostack, preserves_flags),
+            );
         }
     }
     #[inline(always)]
@@ -130,7 +134,7 @@ impl<P: Products> Simd for Neon<P> {
     unsafe fn store_i8(p: *mut i8, x: Self::I) {
         unsafe {
             let words = vcombine_s16(vmovn_s32(x[0]), vmovn_s32(x[1]));
-            vst1_s8(p, vmovn_s16(words))
+            vst1_s8(p, vmovn_s16(words));
         }
     }
     #[inline(always)]
