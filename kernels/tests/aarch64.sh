@@ -41,6 +41,7 @@ build_library() {
     )
     mkdir -p "$own/lib/rustlib/$target/lib"
     cp "$own/library/target/$target"/release/deps/lib*.rlib "$own/lib/rustlib/$target/lib/"
+    rm "$own/lib/rustlib/$target/lib"/libnothing-*.rlib
     touch "$own/complete"
 }
 
