@@ -119,6 +119,10 @@ enum InstructionSet {
     Avx512,
     /// AVX2, FMA and F16C
     Avx2,
+    /// NEON with dot products of bytes
+    Dotprod,
+    /// NEON
+    Neon,
     /// Plain Rust
     Scalar,
 }
@@ -128,6 +132,8 @@ impl InstructionSet {
         match self {
             Self::Avx512 => Isa::Avx512,
             Self::Avx2 => Isa::Avx2,
+            Self::Dotprod => Isa::NeonDotprod,
+            Self::Neon => Isa::Neon,
             Self::Scalar => Isa::Scalar,
         }
     }

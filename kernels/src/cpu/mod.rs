@@ -1,7 +1,7 @@
 //! The CPU backend: [`CpuBackend`].
 //!
 //! Weights are packed once at load so that a vector's lanes are output rows (`matrix`); kernels are written once over vectors of eight lanes and of
-//! as many as the processor likes (`simd`) and compiled for AVX-512, AVX2 and plain Rust, chosen once per backend; an operation is cut by output
+//! as many as the processor likes (`simd`) and compiled for AVX-512, AVX2, NEON and plain Rust, chosen once per backend; an operation is cut by output
 //! tile over a pinned pool of threads (`pool`).
 //!
 //! **Invariant:** the order in which an output element is summed depends on the shapes of the weights and, in attention, on the row's

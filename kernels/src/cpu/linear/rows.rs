@@ -173,6 +173,10 @@ impl Isa {
             Self::Avx512 => tiles::<simd::Avx512>(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => tiles::<simd::Avx2>(),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDotprod => tiles::<simd::Neon<simd::Dotprod>>(),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => tiles::<simd::Neon<simd::Widening>>(),
             _ => tiles::<simd::Scalar>(),
         })
     }

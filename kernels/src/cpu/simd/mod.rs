@@ -1,4 +1,4 @@
-//! [`Simd`]: the arithmetic of the kernels, in AVX-512, in AVX2 and in plain Rust.
+//! [`Simd`]: the arithmetic of the kernels, in AVX-512, in AVX2, in NEON and in plain Rust.
 //!
 //! Kernels are written once, generic over it, so the scalar fallback computes the same operations in the same order and
 //! gives the same bits as the vector code — not by luck but because there is one source. A kernel's entry point is made with
@@ -11,12 +11,18 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
+#[cfg(test)]
+mod tests;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::{Dotprod, Neon, Widening};
 pub(crate) use scalar::Scalar;
 
 /// Lanes of `F`.
@@ -35,11 +41,21 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, VL and VNNI.
     Avx512,
+    /// NEON, as all 64-bit ARM processors have it.
+    Neon,
+    /// NEON with dot products of bytes: `dotprod`, optional from Armv8.2, there from Armv8.4.
+    NeonDotprod,
 }
 
 impl Isa {
     /// All of them, best first.
-    pub const ALL: [Self; 3] = [Self::Avx512, Self::Avx2, Self::Scalar];
+    pub const ALL: [Self; 5] = [
+        Self::Avx512,
+        Self::Avx2,
+        Self::NeonDotprod,
+        Self::Neon,
+        Self::Scalar,
+    ];
 
     /// The best this processor has.
     pub fn best() -> Self {
@@ -70,6 +86,12 @@ impl Isa {
             }
             #[cfg(not(target_arch = "x86_64"))]
             Self::Avx2 | Self::Avx512 => false,
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => true,
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDotprod => std::arch::is_aarch64_feature_detected!("dotprod"),
+            #[cfg(not(target_arch = "aarch64"))]
+            Self::Neon | Self::NeonDotprod => false,
         }
     }
 
@@ -79,6 +101,8 @@ impl Isa {
             Self::Scalar => "scalar",
             Self::Avx2 => "AVX2+FMA+F16C",
             Self::Avx512 => "AVX-512+VNNI",
+            Self::Neon => "NEON",
+            Self::NeonDotprod => "NEON+dotprod",
         }
     }
 }
@@ -238,6 +262,13 @@ macro_rules! dispatch {
             // SAFETY: the instructions are enabled here; the arguments are the caller's promise.
             unsafe { $f::<$crate::cpu::simd::Avx512>($($arg),*) }
         }
+        #[cfg(target_arch = "aarch64")]
+        #[target_feature(enable = "neon,dotprod")]
+        #[allow(clippy::too_many_arguments)]
+        unsafe fn with_dotprod($($arg: $ty),*) {
+            // SAFETY: the instructions are enabled here; the arguments are the caller's promise.
+            unsafe { $f::<$crate::cpu::simd::Neon<$crate::cpu::simd::Dotprod>>($($arg),*) }
+        }
         match $isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a backend with this instruction set is only made where the processor has it.
@@ -245,6 +276,14 @@ macro_rules! dispatch {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a backend with this instruction set is only made where the processor has it.
             $crate::cpu::simd::Isa::Avx2 => unsafe { with_avx2($($arg),*) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: a backend with this instruction set is only made where the processor has it.
+            $crate::cpu::simd::Isa::NeonDotprod => unsafe { with_dotprod($($arg),*) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: every processor of this architecture has it; the arguments are the caller's promise.
+            $crate::cpu::simd::Isa::Neon => unsafe {
+                $f::<$crate::cpu::simd::Neon<$crate::cpu::simd::Widening>>($($arg),*)
+            },
             // SAFETY: plain Rust needs no instructions; the arguments are the caller's promise.
             _ => unsafe { $f::<$crate::cpu::simd::Scalar>($($arg),*) },
         }
