@@ -39,6 +39,7 @@ impl<P: Products> Simd for Neon<P> {
     type V = [float32x4_t; REGISTERS];
     type W = [int32x4_t; REGISTERS];
     type B = [uint8x16_t; REGISTERS];
+    type P = [int32x4_t; REGISTERS];
 
     const WIDE: usize = LANES;
     // 6 rows × 4 registers of accumulators, as many of weights and a broadcast fill 29 of 32 registers.
@@ -74,6 +75,22 @@ impl<P: Products> Simd for Neon<P> {
         unsafe {
             vst1q_f32(p, x[0]);
             vst1q_f32(p.add(REGISTER), x[1]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(p: *mut u16, x: Self::F) {
+        let both: uint16x8_t;
+        // SAFETY: it reads and writes the registers named, and every processor has it; the elements are there.
+        unsafe {
+            asm!(
+                "fcvtn {both:v}.4h, {low:v}.4s",
+                "fcvtn2 {both:v}.8h, {high:v}.4s",
+                low = in(vreg) x[0],
+                high = in(vreg) x[1],
+                both = out(vreg) both,
+                options(pure, nomem, nostack),
+            );
+            vst1q_u16(p, both);
         }
     }
     #[inline(always)]
@@ -323,8 +340,16 @@ impl<P: Products> Simd for Neon<P> {
         }
     }
     #[inline(always)]
-    unsafe fn bdots<const K: usize>(sums: Self::W, w: &[Self::B; K], x: *const i32) -> Self::W {
-        unsafe { add::<P, K, K>(sums, w, load_groups::<K>(x.cast())) }
+    unsafe fn pbegin(sums: Self::W) -> Self::P {
+        sums
+    }
+    #[inline(always)]
+    unsafe fn pdot(pairs: Self::P, w: Self::B, x: i32) -> Self::P {
+        unsafe { Self::bdot(pairs, w, x) }
+    }
+    #[inline(always)]
+    unsafe fn pend(_: Self::W, pairs: Self::P) -> Self::W {
+        pairs
     }
     #[inline(always)]
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {
@@ -418,23 +443,6 @@ unsafe fn add<P: Products, const K: usize, const TOGETHER: usize>(
             signed[k] = each!(vreinterpretq_s8_u8, w);
         }
         P::add::<K, TOGETHER>(sums, signed, x)
-    }
-}
-
-/// The `K` groups of four bytes at `p`, in a register's first lanes.
-///
-/// # Safety
-/// They are there.
-#[inline(always)]
-unsafe fn load_groups<const K: usize>(p: *const i8) -> int8x16_t {
-    const { assert!(K == 1 || K == 2 || K == 4) };
-    // SAFETY: the caller's promise.
-    unsafe {
-        match K {
-            4 => vld1q_s8(p),
-            2 => vcombine_s8(vld1_s8(p), vdup_n_s8(0)),
-            _ => vreinterpretq_s8_s32(vdupq_n_s32(p.cast::<i32>().read_unaligned())),
-        }
     }
 }
 

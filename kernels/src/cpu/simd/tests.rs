@@ -112,6 +112,11 @@ kernel! { arithmetic(x: [[f32; PANEL]; 3], out) {
     eight!(out, |i| S::max(S::load(a.add(i)), S::load(b.add(i))));
     eight!(out, |i| S::min(S::load(a.add(i)), S::load(b.add(i))));
     eight!(out, |i| S::fma(S::load(a.add(i)), S::load(b.add(i)), S::load(c.add(i))));
+    eight!(out, |i| {
+        let mut halves = [0; LANES];
+        S::store_f16(halves.as_mut_ptr(), S::load(a.add(i)));
+        S::load_f16(halves.as_ptr())
+    });
     eight!(out, |i| exp::<S>(S::load(a.add(i))));
     eight!(out, |i| tanh::<S>(S::load(a.add(i))));
     wide!(out, |i| S::vadd(S::vload(a.add(i)), S::vload(b.add(i))));
@@ -246,19 +251,27 @@ kernel! { products(factors: Factors, out) {
     integers!(out, |i| S::bdot(S::wsplat(-3), S::band(S::bload(w.add(4 * i)), 0x7f), one));
     integers!(out, |i| S::bdot_wide(S::wsplat(5), S::bload(w.add(4 * i)), one));
     // As large as so many together may be.
-    integers!(out, |i| S::bdots(S::wsplat(7), &[S::band(S::bload(w.add(4 * i)), 0x7f)], x));
-    integers!(out, |i| {
-        let w = [S::bload(w.add(4 * i)), S::bload(w.add(QUAD + 4 * i))];
-        S::bdots(S::wsplat(7), &[S::band(w[0], 63), S::band(w[1], 63)], x)
-    });
-    integers!(out, |i| {
-        let mut codes = [S::bload(w.add(4 * i)); 4];
-        for k in 0..4 {
-            codes[k] = S::band(S::bload(w.add(QUAD * k + 4 * i)), 31);
-        }
-        S::bdots(S::wsplat(7), &codes, x)
-    });
+    integers!(out, |i| together::<S, 1>(w.add(4 * i), 127, x));
+    integers!(out, |i| together::<S, 2>(w.add(4 * i), 63, x));
+    integers!(out, |i| together::<S, 4>(w.add(4 * i), 31, x));
+    integers!(out, |i| together::<S, 8>(w.add(4 * i), 15, x));
 } }
+
+/// 7, and the dot products of `K` groups of bytes of at most `most` with as many of `x`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // as in `kernel!`
+unsafe fn together<S: Simd, const K: usize>(w: *const u8, most: u8, x: *const i32) -> S::W {
+    unsafe {
+        let seven = S::wsplat(7);
+        let mut pairs = S::pbegin(seven);
+        for k in 0..K {
+            let codes = S::band(S::bload(w.add(QUAD * k)), most);
+            pairs = S::pdot(pairs, codes, x.add(k).read_unaligned());
+            S::settle(&mut pairs);
+        }
+        S::pend(seven, pairs)
+    }
+}
 
 kernel! { tiles(factors: Factors, out) {
     tile::<S, 1>(factors, out);
