@@ -3,10 +3,16 @@
 //! A block of a layer holds, per KV head, K then V. K is stored in groups of 16 positions, transposed — `[group][head_dim][16]` — so
 //! that the scores of 16 positions are the lanes of two vectors and the sum over `head_dim` runs inside each lane; V is
 //! `[position][head_dim]`, so that the weighted sum over positions runs inside each lane too. No sum crosses lanes, which fixes its order.
+//!
+//! On several NUMA nodes each has some of the heads, in proportion to its threads, and their keys and values of all layers and blocks: the cache is
+//! `[node][layer][block][head of the node]`. A node's threads store them, so that is where their pages are.
+
+use std::ops::Range;
 
 use half::f16;
 
-use super::memory::Buffer;
+use super::memory::{Buffer, Shared};
+use super::pool::Pool;
 use crate::{Error, KvDtype, KvShape};
 
 /// Positions of a transposed group of keys; attention walks the cache in tiles of this size.
@@ -16,6 +22,10 @@ pub(crate) const TILE: usize = 16;
 pub struct KvCache {
     pub(crate) shape: KvShape,
     pub(crate) data: Buffer<u8>,
+    /// The heads of each node.
+    nodes: Vec<Range<usize>>,
+    /// Of each head, the heads of its node.
+    of_head: Vec<Range<usize>>,
 }
 
 impl std::fmt::Debug for KvCache {
@@ -27,7 +37,8 @@ impl std::fmt::Debug for KvCache {
 }
 
 impl KvCache {
-    pub(crate) fn new(shape: &KvShape) -> Result<Self, Error> {
+    /// For the threads of `pool`.
+    pub(crate) fn new(shape: &KvShape, pool: &Pool) -> Result<Self, Error> {
         if shape.block_size == 0 || !shape.block_size.is_multiple_of(TILE) {
             return Err(Error::Shape(format!(
                 "KV blocks of {} positions, expected a multiple of {TILE}",
@@ -52,10 +63,34 @@ impl KvCache {
             what: "the KV cache",
             bytes: usize::MAX,
         })?;
+        let nodes: Vec<_> = (0..pool.nodes())
+            .map(|node| pool.share(shape.kv_heads, node))
+            .collect();
+        let of_head = nodes
+            .iter()
+            .flat_map(|heads| heads.clone().map(|_| heads.clone()))
+            .collect();
+        let data = if pool.nodes() == 1 {
+            Buffer::zeroed(bytes, "the KV cache")?
+        } else {
+            Buffer::own_pages(bytes, "the KV cache")?
+        };
         Ok(Self {
             shape: *shape,
-            data: Buffer::zeroed(bytes, "the KV cache")?,
+            data,
+            nodes,
+            of_head,
         })
+    }
+
+    /// Nodes that its heads are divided among.
+    pub(crate) fn nodes(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// The heads of a node; none, where there are more nodes than heads.
+    pub(crate) fn heads(&self, node: usize) -> Range<usize> {
+        self.nodes[node].clone()
     }
 
     /// Elements of one head's K (or V) in one block.
@@ -65,21 +100,33 @@ impl KvCache {
 
     /// Element offset of a head's K in a block; its V follows at `+ tile_elements()`.
     pub(crate) fn offset(&self, layer: usize, block: usize, head: usize) -> usize {
-        ((layer * self.shape.blocks + block) * self.shape.kv_heads + head)
-            * 2
-            * self.tile_elements()
+        let heads = &self.of_head[head];
+        let before = heads.start * self.shape.layers * self.shape.blocks;
+        let block = (layer * self.shape.blocks + block) * heads.len();
+        (before + block + head - heads.start) * 2 * self.tile_elements()
     }
 
     /// Copies a block in every layer.
-    pub(crate) fn copy_block(&mut self, from: usize, to: usize) {
-        let bytes = self.shape.block_bytes() / self.shape.layers;
-        let layer_bytes = bytes * self.shape.blocks;
-        let data = self.data.as_mut_slice();
-        for layer in 0..self.shape.layers {
-            let from = layer * layer_bytes + from * bytes;
-            let to = layer * layer_bytes + to * bytes;
-            data.copy_within(from..from + bytes, to);
-        }
+    pub(crate) fn copy_block(&mut self, from: usize, to: usize, pool: &Pool) {
+        let (layers, size) = (self.shape.layers, self.shape.dtype.size());
+        let head_bytes = 2 * self.tile_elements() * size;
+        let data = Shared::new(self.data.as_mut_slice());
+        let this = &*self;
+        pool.at_home(&|node| layers * this.heads(node).len(), &|turn| {
+            let heads = this.heads(turn.node);
+            let (layer, head) = (turn.task / heads.len(), heads.start + turn.task % heads.len());
+            let at = |block| this.offset(layer, block, head) * size;
+            if from != to {
+                // SAFETY: a head of a block is copied by one task, from a block to another.
+                let (from, to) = unsafe {
+                    (
+                        data.range(at(from), head_bytes),
+                        data.range(at(to), head_bytes),
+                    )
+                };
+                to.copy_from_slice(from);
+            }
+        });
     }
 }
 

@@ -81,6 +81,7 @@ impl<'a> Linear<'a> {
 
     /// Computes the product into `y`. The caller has checked the shapes against the buffers.
     pub fn run(&self, y: &mut [f32], rows: &mut Rows, pool: &Pool, isa: Isa) -> Result<(), Error> {
+        self.matrix.check_nodes(pool)?;
         let (n, k) = (self.features, self.matrix.cols);
         assert!(self.x.len() >= self.rows * k && y.len() >= self.rows * n);
         assert!(self.bias.is_none_or(|bias| bias.len() >= n));
@@ -101,16 +102,17 @@ impl<'a> Linear<'a> {
             } else {
                 TASK_PANELS
             };
-            pool.each(panels.div_ceil(at_once), &|task| {
-                let first = task * at_once;
+            pool.near(&|node| segment.tasks(node, at_once), &|turn| {
+                let panels = segment.task(turn.node, at_once, turn.task);
                 let share = Share {
                     linear: self,
                     segment,
+                    weights: segment.panels(panels.clone()),
                     rows,
                     interleave,
                     y,
-                    first,
-                    last: (first + at_once).min(panels),
+                    first: panels.start,
+                    last: panels.end,
                 };
                 multiply(&share, isa);
             });
@@ -147,6 +149,8 @@ impl<'a> Linear<'a> {
 struct Share<'a> {
     linear: &'a Linear<'a>,
     segment: &'a Segment,
+    /// Its panels.
+    weights: &'a [u8],
     rows: &'a Rows,
     interleave: usize,
     y: Shared<f32>,
@@ -260,10 +264,12 @@ unsafe fn panels<K: Tile, S: Simd>(share: &Share<'_>, format: K::Format) {
 
 /// Where `P` panels begin.
 #[inline(always)]
-fn panels_at<const P: usize>(segment: &Segment, first: usize) -> [*const u8; P] {
+fn panels_at<const P: usize>(share: &Share<'_>, first: usize) -> [*const u8; P] {
+    let bytes = share.segment.panel_bytes();
     let mut at = [std::ptr::null(); P];
     for (p, at) in at.iter_mut().enumerate() {
-        *at = segment.panel(first + p).as_ptr();
+        let panel = first - share.first + p;
+        *at = share.weights[panel * bytes..][..bytes].as_ptr();
     }
     at
 }

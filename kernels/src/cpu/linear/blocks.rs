@@ -238,7 +238,7 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
     unsafe {
         let blocks = share.segment.cols / BLOCK;
         let stride = share.interleave;
-        let weights = panels_at::<P>(share.segment, panel);
+        let weights = panels_at::<P>(share, panel);
         let at = share.linear.at + row;
         let mut q = share.rows.quants.as_slice()[at * blocks * BLOCK..].as_ptr();
         let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();
