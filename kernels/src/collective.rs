@@ -77,10 +77,7 @@ impl InProcess {
     }
 
     /// Waits until all have brought something, has `take` look at the parts in order, waits until all have looked.
-    fn exchange(
-        &mut self,
-        mut take: impl FnMut(&[f32]) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    fn exchange(&mut self, mut take: impl FnMut(&[f32]) -> Result<(), Error>) -> Result<(), Error> {
         self.group.meet()?;
         let mut taken = Ok(());
         for part in &self.group.parts {

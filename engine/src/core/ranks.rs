@@ -71,9 +71,7 @@ impl<B: Backend> Loaded<B> {
         let decoders = thread::scope(|scope| {
             let others: Vec<_> = backends
                 .map(|backend| {
-                    scope.spawn(move || {
-                        Decoder::load(checkpoint, backend, options, &mut |_| {})
-                    })
+                    scope.spawn(move || Decoder::load(checkpoint, backend, options, &mut |_| {}))
                 })
                 .collect();
             let first = Decoder::load(checkpoint, first, options, progress);

@@ -154,7 +154,10 @@ impl<B: Backend> Loader<'_, B> {
         let whole = self.whole_gate_up_bias(mlp, of)?;
         let halves = whole.chunks_exact(of.intermediate_size);
         let keep = self.cuts.expert.clone();
-        Ok(halves.flat_map(|half| &half[keep.clone()]).copied().collect())
+        Ok(halves
+            .flat_map(|half| &half[keep.clone()])
+            .copied()
+            .collect())
     }
 
     fn whole_gate_up_bias(&mut self, mlp: &str, of: &ExpertsConfig) -> Result<Vec<f32>, LoadError> {

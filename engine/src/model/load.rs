@@ -332,9 +332,7 @@ impl<B: Backend> Loader<'_, B> {
     ) -> Result<B::Matrix, LoadError> {
         let quantize = self.quantize_to(what);
         let matrix = match shard {
-            Some(shard) if !self.cuts.rank.is_alone() => {
-                self.backend.shard(parts, quantize, shard)
-            }
+            Some(shard) if !self.cuts.rank.is_alone() => self.backend.shard(parts, quantize, shard),
             _ => self.backend.matrix(parts, quantize),
         };
         let matrix = matrix.map_err(|source| LoadError::Device {

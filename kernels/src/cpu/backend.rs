@@ -24,7 +24,8 @@ use crate::{
 pub struct CpuOptions {
     /// Threads that compute; `None`: the cores this process may use.
     pub threads: Option<usize>,
-    /// Keep each thread on a core of its own, where there are enough. Right for a server, wrong for many backends in one process.
+    /// Keep threads on their NUMA node, and on a core of their own if they are as many as there are. Right for a server, wrong for many backends in
+    /// one process.
     pub pin: bool,
     /// The instruction set; `None`: the best there is.
     pub isa: Option<Isa>,
@@ -112,6 +113,11 @@ impl CpuBackend {
             ranked: Some(Ranked::new(collective)?),
             ..Self::new(options)?
         })
+    }
+
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     fn rows(&self) -> usize {
@@ -450,7 +456,10 @@ impl Backend for CpuBackend {
         let k_norm = k_norm.map(|w| weights(w, d)).transpose()?;
         let head_bytes = kv.tile_elements() * kv.shape.dtype.size() * 2;
         let (kv_shape, size) = (kv.shape, kv.shape.dtype.size());
-        let KvLayer { group: page_group, index } = layer.layer;
+        let KvLayer {
+            group: page_group,
+            index,
+        } = layer.layer;
         let cache = Shared::new(kv.data.as_mut_slice());
         let kv = &*kv;
         let step = &self.step;
@@ -572,9 +581,8 @@ impl Backend for CpuBackend {
         let out = out.first_mut(rows, cols, "output of experts")?;
         let (pool, isa) = (&self.pool, self.isa);
         let (scratch, product_rows) = (&mut self.experts, &mut self.product_rows);
-        let mut run = |out: &mut [f32]| {
-            mixture.run(x, rows, n, out, scratch, product_rows, pool, isa)
-        };
+        let mut run =
+            |out: &mut [f32]| mixture.run(x, rows, n, out, scratch, product_rows, pool, isa);
         match &mut self.ranked {
             Some(ranked) if experts.down.shard == Some(Shard::Columns) => {
                 add_rows(ranked.sums_of(rows * cols, run)?, cols, out, pool, isa);

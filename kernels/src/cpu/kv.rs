@@ -114,7 +114,10 @@ impl KvCache {
         let this = &*self;
         pool.at_home(&|node| layers * this.heads(node).len(), &|turn| {
             let heads = this.heads(turn.node);
-            let (layer, head) = (turn.task / heads.len(), heads.start + turn.task % heads.len());
+            let (layer, head) = (
+                turn.task / heads.len(),
+                heads.start + turn.task % heads.len(),
+            );
             let at = |block| this.offset(layer, block, head) * size;
             if from != to {
                 // SAFETY: a head of a block is copied by one task, from a block to another.

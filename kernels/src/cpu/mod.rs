@@ -25,6 +25,8 @@ mod matrix;
 mod memory;
 mod moe;
 mod numa;
+#[cfg(all(test, target_os = "linux"))]
+mod placement;
 mod planes;
 mod pool;
 mod ranked;

@@ -149,12 +149,15 @@ impl Pool {
                     continue;
                 }
                 let inner = Arc::clone(&self.inner);
-                let cpu = team.cpus.get(nth).copied();
+                let cpus = match team.cpus.get(nth) {
+                    Some(&cpu) => vec![cpu],
+                    None => team.node.clone(),
+                };
                 let worker = std::thread::Builder::new()
                     .name(format!("quire-cpu-{index}"))
                     .spawn(move || {
-                        if let Some(cpu) = cpu {
-                            pin(&[cpu]);
+                        if !cpus.is_empty() {
+                            pin(&cpus);
                         }
                         inner.work(node, index);
                     })?;
@@ -281,11 +284,7 @@ impl Pool {
     }
 
     /// Runs `tasks(node)` tasks of every node on the node's own threads, as they become free: for what is written there first, and so put there.
-    pub fn at_home(
-        &self,
-        tasks: &(dyn Fn(usize) -> usize + Sync),
-        task: &(dyn Fn(Turn) + Sync),
-    ) {
+    pub fn at_home(&self, tasks: &(dyn Fn(usize) -> usize + Sync), task: &(dyn Fn(Turn) + Sync)) {
         self.by_node(false, tasks, task);
     }
 

@@ -17,6 +17,8 @@ pub(crate) struct Topology {
 struct Node {
     /// First hardware threads of its cores, then second ones, and so on; never empty but for a system that tells nothing.
     cpus: Vec<usize>,
+    /// How many first ones there are.
+    cores: usize,
 }
 
 /// Where the threads of a pool are to run.
@@ -31,9 +33,9 @@ pub(crate) struct Placement {
 pub(crate) struct Team {
     /// How many there are; at least one.
     pub threads: usize,
-    /// The CPU of each; empty: they are not pinned.
+    /// The CPU of each; empty: they may be on any of the node.
     pub cpus: Vec<usize>,
-    /// All CPUs of the node; empty where they are not pinned.
+    /// All CPUs of the node; empty: they may be anywhere.
     pub node: Vec<usize>,
 }
 
@@ -49,53 +51,76 @@ impl Topology {
             let text = std::fs::read_to_string(system.join(path)).ok()?;
             parse_cpu_list(&text)
         };
-        // How many hardware threads of its core come before a CPU.
+        // How many hardware threads of its core that may be used come before a CPU.
         let nth = |cpu: usize| {
             let siblings = list(format!("cpu/cpu{cpu}/topology/thread_siblings_list"));
             let siblings = siblings.unwrap_or_default();
-            siblings.iter().filter(|&&s| s < cpu).count()
+            let before = siblings.iter().filter(|s| **s < cpu && allowed.contains(s));
+            before.count()
+        };
+        let node = |cpus: Vec<usize>| Node {
+            cores: cpus.iter().filter(|&&cpu| nth(cpu) == 0).count(),
+            cpus,
         };
         let mut left = allowed.to_vec();
         left.sort_by_key(|&cpu| (nth(cpu), cpu));
         let mut nodes = Vec::new();
-        for node in list("node/online".to_owned()).unwrap_or_default() {
-            let of_node = list(format!("node/node{node}/cpulist")).unwrap_or_default();
+        for online in list("node/online".to_owned()).unwrap_or_default() {
+            let of_node = list(format!("node/node{online}/cpulist")).unwrap_or_default();
             let (cpus, others) = left.iter().partition(|cpu| of_node.contains(cpu));
             left = others;
-            nodes.push(Node { cpus });
+            nodes.push(node(cpus));
         }
         // What no node claims (a kernel without NUMA claims nothing) is a node by itself.
-        nodes.push(Node { cpus: left });
+        nodes.push(node(left));
         nodes.retain(|node| !node.cpus.is_empty());
         if nodes.is_empty() {
-            nodes.push(Node { cpus: Vec::new() });
+            nodes.push(node(Vec::new()));
         }
         Self { nodes }
     }
 
     /// The same CPUs as one node.
     pub fn as_one(&self) -> Self {
-        self.emulated(1)
+        let (mut firsts, mut others) = (Vec::new(), Vec::new());
+        for node in &self.nodes {
+            firsts.extend_from_slice(&node.cpus[..node.cores]);
+            others.extend_from_slice(&node.cpus[node.cores..]);
+        }
+        let cores = firsts.len();
+        firsts.append(&mut others);
+        Self {
+            nodes: vec![Node {
+                cpus: firsts,
+                cores,
+            }],
+        }
     }
 
     /// The same CPUs as `nodes` nodes, for experiments and tests. Nodes share CPUs where there are fewer of those.
     pub fn emulated(&self, nodes: usize) -> Self {
-        let mut cpus: Vec<usize> = self.nodes.iter().flat_map(|n| n.cpus.clone()).collect();
+        let mut cpus = self.as_one().nodes.remove(0).cpus;
         let there = cpus.len();
         if (1..nodes).contains(&there) {
             cpus = cpus.into_iter().cycle().take(nodes).collect();
         }
-        let nodes = (0..nodes).map(|node| Node {
-            cpus: cpus[proportion(cpus.len(), node, nodes)..proportion(cpus.len(), node + 1, nodes)]
-                .to_vec(),
+        let nodes = (0..nodes).map(|node| {
+            let begin = |node| proportion(cpus.len(), node, nodes);
+            let cpus = &cpus[begin(node)..begin(node + 1)];
+            Node {
+                cpus: cpus.to_vec(),
+                cores: cpus.len(),
+            }
         });
         Self {
             nodes: nodes.collect(),
         }
     }
 
-    /// Spreads `threads` threads over the nodes in proportion to their CPUs; nodes that get none are left out. `pin`: each on a CPU of its own,
-    /// if there are enough.
+    /// Spreads `threads` threads over the nodes in proportion to their CPUs; nodes that get none are left out.
+    ///
+    /// `pin`: threads stay on their node if it has a CPU for each, and on a CPU of their own if they are as many as its cores or its CPUs. With fewer,
+    /// which CPUs are free is for the system to know: other processes are there too, and would choose the same first ones.
     pub fn place(&self, threads: usize, pin: bool) -> Placement {
         let mut counts = vec![0; self.nodes.len()];
         for _ in 0..threads.max(1) {
@@ -111,16 +136,17 @@ impl Topology {
         distinct.sort_unstable();
         distinct.dedup();
         let shared = distinct.len() < self.nodes.iter().map(|n| n.cpus.len()).sum();
-        let fit = counts.iter().zip(&self.nodes);
-        let fit = fit.fold(true, |fit, (&count, node)| fit && count <= node.cpus.len());
-        let pin = pin && fit && !shared;
+        let mut fits = counts.iter().zip(&self.nodes);
+        let pin = pin && !shared && fits.all(|(&count, node)| count <= node.cpus.len());
         let teams = counts.iter().zip(&self.nodes);
         let teams = teams.filter(|team| *team.0 > 0).map(|(&threads, node)| {
-            let cpus = if pin { node.cpus.clone() } else { Vec::new() };
+            let full = threads == node.cores || threads == node.cpus.len();
+            let node = if pin { node.cpus.clone() } else { Vec::new() };
+            let own = if full { threads } else { 0 };
             Team {
                 threads,
-                cpus: cpus.iter().copied().take(threads).collect(),
-                node: cpus,
+                cpus: node.iter().copied().take(own).collect(),
+                node,
             }
         });
         Placement {
@@ -326,50 +352,68 @@ mod tests {
         let system = System::new("affinity", &nodes, &[]);
         assert_eq!(system.topology(&[5, 6]), [[5, 6]]);
         assert_eq!(system.topology(&[3, 4]), [[3], [4]]);
+        let system = System::new("second-threads", &[(0, "0-3")], &["0,2", "1,3"]);
+        let seconds = Topology::read(&system.0, &[2, 3]);
+        assert_eq!(seconds.nodes, [node(2..4)], "nobody is on their cores");
     }
 
     #[test]
     fn a_system_that_tells_nothing_is_one_node() {
         let nowhere = Path::new("/nonexistent");
-        let topology = Topology::read(nowhere, &[2, 3]);
-        assert_eq!(topology.nodes, [Node { cpus: vec![2, 3] }]);
+        assert_eq!(Topology::read(nowhere, &[2, 3]).nodes, [node(2..4)]);
         let topology = Topology::read(nowhere, &[]);
         assert_eq!(topology.nodes.len(), 1);
         assert_eq!(counts(&topology.place(4, true)), [4]);
+        assert_eq!(counts(&topology.emulated(3).place(4, true)), [2, 1, 1]);
+    }
+
+    /// Cores of one hardware thread each.
+    fn node(cpus: std::ops::Range<usize>) -> Node {
+        Node {
+            cores: cpus.len(),
+            cpus: cpus.collect(),
+        }
     }
 
     #[test]
     fn threads_are_spread_in_proportion_to_cpus() {
-        let node = |cpus: std::ops::Range<usize>| Node {
-            cpus: cpus.collect(),
-        };
         let topology = Topology {
             nodes: vec![node(0..8), node(8..12)],
         };
         assert_eq!(counts(&topology.place(12, true)), [8, 4]);
         assert_eq!(counts(&topology.place(6, true)), [4, 2]);
+        assert_eq!(counts(&topology.place(3, true)), [2, 1]);
         assert_eq!(counts(&topology.place(1, true)), [1]);
-        let three = topology.place(3, true);
-        assert_eq!(counts(&three), [2, 1]);
-        assert_eq!(three.teams[0].cpus, [0, 1]);
-        assert_eq!(three.teams[1].cpus, [8]);
-        assert_eq!(three.teams[1].node, [8, 9, 10, 11]);
         let crowded = topology.place(13, true);
         assert_eq!(crowded.teams.iter().map(|t| t.threads).sum::<usize>(), 13);
-        assert!(crowded.teams.iter().all(|team| team.cpus.is_empty()));
+        assert!(crowded.teams.iter().all(|team| team.node.is_empty()));
+    }
+
+    #[test]
+    fn threads_have_cpus_of_their_own_where_they_fill_a_node_and_the_node_where_they_do_not() {
+        let cores = ["0,4", "1,5", "2,6", "3,7"];
+        let system = System::new("pinned", &[(0, "0-7")], &cores);
+        let topology = Topology::read(&system.0, &[0, 1, 2, 3, 4, 5, 6, 7]);
+        let cpus = |threads| topology.place(threads, true).teams.remove(0).cpus;
+        assert_eq!(cpus(8), [0, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(cpus(4), [0, 1, 2, 3], "a core each");
+        for threads in [1, 3, 5] {
+            let team = topology.place(threads, true).teams.remove(0);
+            assert_eq!((team.cpus.len(), team.node.len()), (0, 8));
+        }
+        assert!(topology.place(8, false).teams[0].cpus.is_empty());
     }
 
     #[test]
     fn emulated_nodes_divide_the_cpus_or_share_them() {
         let topology = Topology::read(Path::new("/nonexistent"), &[0, 1, 2, 3, 4]);
         let two = topology.emulated(2);
-        assert_eq!(two.nodes[0].cpus, [0, 1, 2]);
-        assert_eq!(two.nodes[1].cpus, [3, 4]);
+        assert_eq!(two.nodes, [node(0..3), node(3..5)]);
         assert_eq!(two.as_one(), topology);
         let eight = topology.emulated(8).place(8, true);
         assert_eq!(counts(&eight), [1; 8]);
         assert!(
-            eight.teams.iter().all(|team| team.cpus.is_empty()),
+            eight.teams.iter().all(|team| team.node.is_empty()),
             "threads that share a CPU are not pinned"
         );
     }
