@@ -122,18 +122,35 @@ fn windows_and_multipliers() {
     }
 }
 
+#[test]
+fn more_ranks_than_key_value_heads_share_them() {
+    equal_one_rank("qwen2", 2);
+    equal_one_rank("qwen2", 4);
+    equal_one_rank("qwen3", 4);
+    // Three query heads.
+    equal_one_rank("phi4-longrope", 2);
+    equal_one_rank("smollm3", 2);
+}
+
 /// Activations are rounded to 8 bits between the sums, which magnifies their last bits.
+fn tell_the_same(name: &str, checkpoint: &Checkpoint, quantize: Option<Format>, of: usize) {
+    let one = read(Sequence::on(common::backend(1), checkpoint, quantize));
+    for rank in read_on(of, checkpoint, quantize) {
+        for (got, expected) in rank.iter().zip(&one) {
+            let divergence = common::divergence(expected, got);
+            assert!(divergence < 1e-3, "{name} as {quantize:?}: {divergence}");
+        }
+    }
+}
+
 #[test]
 fn quantised_weights_are_cut_between_their_blocks() {
-    let checkpoint = common::demo_checkpoint();
+    let demo = common::demo_checkpoint();
     for format in [Format::Q8_0, Format::Q4_0] {
-        let one = read(Sequence::on(common::backend(1), &checkpoint, Some(format)));
-        for rank in read_on(2, &checkpoint, Some(format)) {
-            for (got, expected) in rank.iter().zip(&one) {
-                let divergence = common::divergence(expected, got);
-                assert!(divergence < 1e-3, "{format:?}: {divergence}");
-            }
-        }
+        tell_the_same("demo", &demo, Some(format), 3);
+    }
+    for name in ["mlx-8bit-f16", "compressed-int4-g32"] {
+        tell_the_same(name, &golden(&format!("formats/{name}")), None, 2);
     }
 }
 
@@ -148,15 +165,22 @@ fn what_cannot_be_divided_is_refused_with_the_numbers() {
         let loaded = Decoder::load(&golden(name), backends.remove(0), options, &mut |_| {});
         loaded.unwrap_err().to_string()
     };
-    let text = refused("qwen2", 2);
+    let text = refused("llama-linear-rope", 7);
     assert!(
-        text.contains("2 ranks") && text.contains("1 key/value heads"),
+        text.contains("7 ranks") && text.contains("5 key/value heads"),
         "{text}"
     );
     let text = refused("olmo2", 2);
     assert!(text.contains("normalised over all heads"), "{text}");
     let text = refused("bitnet", 2);
     assert!(text.contains("norms inside"), "{text}");
+    let text = refused("formats/mlx-4bit", 2);
+    assert!(
+        text.contains("o_proj") && text.contains("column 32 of 64") && text.contains("block of 64"),
+        "{text}"
+    );
+    let text = refused("formats/gptq-4bit-g32-desc-act", 2);
+    assert!(text.contains("desc_act"), "{text}");
 }
 
 #[test]

@@ -219,3 +219,69 @@ impl Follower {
         Error::Device(format!("rank {} has ended after a failure", self.rank))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use quire_kernels::cpu::{CpuBackend, CpuOptions};
+    use quire_kernels::{InProcess, Span};
+
+    use super::*;
+    use crate::checkpoint::ModelSource;
+
+    const BLOCK: usize = 16;
+
+    fn demo_on(of: usize) -> Ranks<CpuBackend> {
+        let checkpoint = Checkpoint::open(&ModelSource::Demo).expect("it is part of the binary");
+        let options = CpuOptions {
+            threads: Some(1),
+            pin: false,
+            ..CpuOptions::default()
+        };
+        let backends = InProcess::group(of)
+            .into_iter()
+            .map(|rank| CpuBackend::of_rank(options, Box::new(rank)).expect("it has a thread"))
+            .collect();
+        let options = LoadOptions {
+            quantize: None,
+            max_rows: 4,
+        };
+        let loaded = Loaded::load(&checkpoint, backends, options, &mut |_| {});
+        let loaded = loaded.expect("three query heads");
+        assert!(loaded.description().contains(&format!("{of} ranks")));
+        loaded
+            .start(4, BLOCK, KvDtype::F32)
+            .expect("a small cache and a thread")
+    }
+
+    fn step(token: u32) -> Step {
+        Step {
+            tokens: vec![token],
+            positions: vec![0],
+            spans: vec![Span {
+                row: 0,
+                rows: 1,
+                start: 0,
+                table: 0,
+                beyond: false,
+            }],
+            block_tables: vec![0],
+            logit_rows: vec![0],
+            ..Step::default()
+        }
+    }
+
+    #[test]
+    fn a_step_that_fails_ends_the_ranks_and_hangs_nobody() {
+        let mut ranks = demo_on(2);
+        let mut logits = Vec::new();
+        ranks
+            .forward(&step(3), &[], &mut logits)
+            .expect("a token of the vocabulary");
+        assert_eq!(logits.len(), ranks.vocab_size());
+        let outside = step(u32::MAX);
+        assert!(ranks.forward(&outside, &[], &mut logits).is_err());
+        let error = ranks.forward(&step(3), &[], &mut logits);
+        let error = error.expect_err("the followers have ended").to_string();
+        assert!(error.contains("rank"), "{error}");
+    }
+}

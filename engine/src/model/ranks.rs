@@ -10,7 +10,8 @@
 //! | biases of what is cut by columns | on the first rank only: they are added once | |
 //! | norms, router | all of it | |
 //!
-//! Where a number does not divide, the first ranks have more. What cannot be cut so is refused with the numbers.
+//! Where a number does not divide, the first ranks have more. Where there are more ranks than KV heads, several have the same one and divide its query
+//! heads. What cannot be cut so is refused with the numbers.
 
 use std::ops::Range;
 
@@ -39,7 +40,7 @@ impl Cuts {
     /// Divides a model.
     ///
     /// # Errors
-    /// There are more ranks than KV heads (or whatever else they are to share), or the family normalises what would be on several ranks.
+    /// There are more ranks than there is to share, or the family normalises what would be on several ranks.
     pub fn of(config: &ModelConfig, rank: Rank) -> Result<Self, LoadError> {
         let fault = |problem: String| {
             Err(LoadError::Ranks {
@@ -49,12 +50,6 @@ impl Cuts {
         };
         let expert = config.experts.as_ref().map_or(0, |of| of.intermediate_size);
         if !rank.is_alone() {
-            if config.kv_heads < rank.of {
-                return fault(format!(
-                    "it has {} key/value heads, so at most {} ranks can share them",
-                    config.kv_heads, config.kv_heads
-                ));
-            }
             for (what, width) in [("MLP", config.intermediate_size), ("experts", expert)] {
                 if (1..rank.of).contains(&width) {
                     return fault(format!("its {what} are only {width} wide"));
@@ -72,11 +67,16 @@ impl Cuts {
                 );
             }
         }
-        let kv_heads = rank.share(config.kv_heads, 1);
-        let group = config.heads / config.kv_heads;
+        let Some((heads, kv_heads)) = heads(config, rank) else {
+            return fault(format!(
+                "its {} key/value heads with {} query heads each can neither be divided nor shared by so many",
+                config.kv_heads,
+                config.heads / config.kv_heads
+            ));
+        };
         Ok(Self {
             rank,
-            heads: kv_heads.start * group..kv_heads.end * group,
+            heads,
             kv_heads,
             inner: rank.share(
                 config.intermediate_size,
@@ -105,6 +105,27 @@ impl Cuts {
     }
 }
 
+/// The query heads and key/value heads of a rank: whole groups, or a part of one of which all have the key/value head.
+fn heads(config: &ModelConfig, rank: Rank) -> Option<(Range<usize>, Range<usize>)> {
+    let group = config.heads / config.kv_heads;
+    if config.kv_heads >= rank.of {
+        let kv_heads = rank.share(config.kv_heads, 1);
+        return Some((kv_heads.start * group..kv_heads.end * group, kv_heads));
+    }
+    let sharing = rank.of / config.kv_heads;
+    if !rank.of.is_multiple_of(config.kv_heads) || group < sharing {
+        return None;
+    }
+    let head = rank.index / sharing;
+    let within = Rank {
+        index: rank.index % sharing,
+        of: sharing,
+    };
+    let queries = within.share(group, 1);
+    let first = head * group;
+    Some((first + queries.start..first + queries.end, head..head + 1))
+}
+
 /// Where an MLP `width` wide may be cut among `ranks`: at multiples of the largest quantised blocks that leave something for everybody.
 fn unit(width: usize, ranks: usize) -> usize {
     let units = [256, 128, 64, 32, 16, 8];
@@ -127,7 +148,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ranks_have_everything_once_and_whole_groups_of_heads(
+        fn ranks_have_everything_once_and_every_head_its_keys(
             kv_heads in 1_usize..40, group in 1_usize..9, width in 1_usize..20_000, vocab in 20_usize..200_000, of in 1_usize..9,
         ) {
             let config = ModelConfig {
@@ -139,12 +160,11 @@ mod tests {
             };
             let cuts: Result<Vec<_>, _> = Rank::all(of).map(|rank| Cuts::of(&config, rank)).collect();
             let Ok(cuts) = cuts else {
-                prop_assert!(kv_heads < of || width < of);
+                prop_assert!(width < of || kv_heads < of && (of % kv_heads > 0 || group < of / kv_heads));
                 return Ok(());
             };
             for (of_rank, whole) in [
                 (&(|c: &Cuts| c.heads.clone()) as &dyn Fn(&Cuts) -> Range<usize>, kv_heads * group),
-                (&|c| c.kv_heads.clone(), kv_heads),
                 (&|c| c.inner.clone(), width),
                 (&|c| c.tokens.clone(), vocab),
             ] {
@@ -159,7 +179,12 @@ mod tests {
             }
             for cut in &cuts {
                 let local = cut.config(&config);
-                prop_assert_eq!(local.heads, local.kv_heads * group);
+                prop_assert_eq!(local.heads % local.kv_heads, 0);
+                // Every query head meets the keys and values that it has in the whole model.
+                for (at, head) in cut.heads.clone().enumerate() {
+                    let own = at / (local.heads / local.kv_heads);
+                    prop_assert_eq!(cut.kv_heads.start + own, head / group);
+                }
                 prop_assert_eq!(local.vocab_size, vocab);
                 prop_assert_eq!(local.intermediate_size, cut.inner.len());
             }
@@ -192,11 +217,14 @@ mod tests {
             heads: 4,
             ..config()
         };
-        let text = refused(two_heads, 3);
-        assert!(
-            text.contains("3 ranks") && text.contains("2 key/value heads"),
-            "{text}"
-        );
+        for of in [3, 6] {
+            let text = refused(two_heads.clone(), of);
+            let numbers = "its 2 key/value heads with 2 query heads each";
+            assert!(
+                text.contains(numbers) && text.contains(&format!("{of} ranks")),
+                "{text}"
+            );
+        }
         let together = ModelConfig {
             qk_norm: QkNorm::Together,
             ..config()
