@@ -416,7 +416,8 @@ impl Backend for CpuBackend {
         kv: &mut KvCache,
     ) -> Result<(), Error> {
         let shape = layer.shape;
-        check_layer(&shape, layer.layer, kv, &self.pool)?;
+        check_layer(&shape, layer.layer, kv)?;
+        kv.check_nodes(&self.pool)?;
         self.check_tables(layer.layer.group, shape.window, kv)?;
         let (rows, d, eps, isa) = (self.rows(), shape.head_dim, layer.eps, self.isa);
         let (heads, kv_heads) = (shape.heads, shape.kv_heads);
@@ -513,7 +514,8 @@ impl Backend for CpuBackend {
         kv: &KvCache,
         out: &mut Activations,
     ) -> Result<(), Error> {
-        check_layer(shape, layer, kv, &self.pool)?;
+        check_layer(shape, layer, kv)?;
+        kv.check_nodes(&self.pool)?;
         self.check_tables(layer.group, shape.window, kv)?;
         if let Some(sinks) = sinks
             && sinks.as_slice().len() != shape.heads

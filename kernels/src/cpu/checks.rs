@@ -1,7 +1,6 @@
 //! What a step, its block tables and a layer must be for the kernels to rely on it.
 
 use super::kv::KvCache;
-use super::pool::Pool;
 use crate::{AttentionShape, Error, KvLayer, Span, Step};
 
 /// Refuses a step whose parts do not fit each other; the kernels rely on it.
@@ -83,15 +82,7 @@ pub(super) fn check_layer(
     shape: &AttentionShape,
     layer: KvLayer,
     kv: &KvCache,
-    pool: &Pool,
 ) -> Result<(), Error> {
-    if kv.nodes() != pool.nodes() {
-        return Err(Error::Shape(format!(
-            "a KV cache for {} NUMA nodes on {}",
-            kv.nodes(),
-            pool.nodes()
-        )));
-    }
     let fits = layer.index < kv.shape.layers
         && shape.window != Some(0)
         && shape.kv_heads == kv.shape.kv_heads

@@ -83,9 +83,16 @@ impl KvCache {
         })
     }
 
-    /// Nodes that its heads are divided among.
-    pub(crate) fn nodes(&self) -> usize {
-        self.nodes.len()
+    /// Refuses a cache that was made for another number of nodes.
+    pub(crate) fn check_nodes(&self, pool: &Pool) -> Result<(), Error> {
+        if self.nodes.len() == pool.nodes() {
+            return Ok(());
+        }
+        Err(Error::Shape(format!(
+            "a KV cache for {} NUMA nodes on {}",
+            self.nodes.len(),
+            pool.nodes()
+        )))
     }
 
     /// The heads of a node; none, where there are more nodes than heads.
@@ -109,7 +116,7 @@ impl KvCache {
     /// Copies a block in every layer.
     pub(crate) fn copy_block(&mut self, from: usize, to: usize, pool: &Pool) {
         let (layers, size) = (self.shape.layers, self.shape.dtype.size());
-        let head_bytes = 2 * self.tile_elements() * size;
+        let head_bytes = self.shape.block_bytes() / (layers * self.shape.kv_heads);
         let data = Shared::new(self.data.as_mut_slice());
         let this = &*self;
         pool.at_home(&|node| layers * this.heads(node).len(), &|turn| {

@@ -158,7 +158,14 @@ struct Share<'a> {
     last: usize,
 }
 
-impl Share<'_> {
+impl<'a> Share<'a> {
+    /// The bytes of some of its panels.
+    #[inline(always)]
+    fn panels(&self, first: usize, last: usize) -> &'a [u8] {
+        let bytes = self.segment.panel_bytes();
+        &self.weights[(first - self.first) * bytes..(last - self.first) * bytes]
+    }
+
     /// Writes the finished sums of a panel for one activation row.
     #[inline(always)]
     fn finish(&self, row: usize, panel: usize, sums: &[f32; PANEL]) {
@@ -265,11 +272,9 @@ unsafe fn panels<K: Tile, S: Simd>(share: &Share<'_>, format: K::Format) {
 /// Where `P` panels begin.
 #[inline(always)]
 fn panels_at<const P: usize>(share: &Share<'_>, first: usize) -> [*const u8; P] {
-    let bytes = share.segment.panel_bytes();
     let mut at = [std::ptr::null(); P];
     for (p, at) in at.iter_mut().enumerate() {
-        let panel = first - share.first + p;
-        *at = share.weights[panel * bytes..][..bytes].as_ptr();
+        *at = share.panels(first + p, first + p + 1).as_ptr();
     }
     at
 }

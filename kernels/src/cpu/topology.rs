@@ -58,16 +58,16 @@ impl Topology {
             let before = siblings.iter().filter(|s| **s < cpu && allowed.contains(s));
             before.count()
         };
-        let node = |cpus: Vec<usize>| Node {
-            cores: cpus.iter().filter(|&&cpu| nth(cpu) == 0).count(),
-            cpus,
+        let node = |cpus: Vec<(usize, usize)>| Node {
+            cores: cpus.iter().filter(|(nth, _)| *nth == 0).count(),
+            cpus: cpus.into_iter().map(|(_, cpu)| cpu).collect(),
         };
-        let mut left = allowed.to_vec();
-        left.sort_by_key(|&cpu| (nth(cpu), cpu));
+        let mut left: Vec<_> = allowed.iter().map(|&cpu| (nth(cpu), cpu)).collect();
+        left.sort_unstable();
         let mut nodes = Vec::new();
         for online in list("node/online".to_owned()).unwrap_or_default() {
             let of_node = list(format!("node/node{online}/cpulist")).unwrap_or_default();
-            let (cpus, others) = left.iter().partition(|cpu| of_node.contains(cpu));
+            let (cpus, others) = left.iter().partition(|(_, cpu)| of_node.contains(cpu));
             left = others;
             nodes.push(node(cpus));
         }
