@@ -172,7 +172,7 @@ fn panels_are_where_the_machines_nodes_are() {
 fn places(bytes: &[u8]) -> Option<Vec<i32>> {
     let page = page();
     let first = bytes.as_ptr().align_offset(page);
-    let pages: Vec<*const u8> = (first..bytes.len().saturating_sub(page) + 1)
+    let pages: Vec<*const u8> = (first..=bytes.len().saturating_sub(page))
         .step_by(page)
         .map(|at| bytes[at..].as_ptr())
         .collect();

@@ -105,17 +105,15 @@ impl Pool {
             pending: Line(AtomicUsize::new(0)),
             next: Line(AtomicUsize::new(0)),
         };
-        let inner = |teams: Vec<Range<usize>>| {
-            Arc::new(Inner {
-                teams: teams.into_iter().map(team).collect(),
-                panicked: AtomicBool::new(false),
-                stop: AtomicBool::new(false),
-                sleepers: Mutex::new(0),
-                wake: Condvar::new(),
-            })
+        let inner = Inner {
+            teams: teams.into_iter().map(team).collect(),
+            panicked: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            sleepers: Mutex::new(0),
+            wake: Condvar::new(),
         };
         let mut pool = Self {
-            inner: inner(teams),
+            inner: Arc::new(inner),
             workers: Vec::new(),
             turn: Mutex::new(()),
             home: match &placement.teams[..] {
@@ -124,20 +122,10 @@ impl Pool {
             },
         };
         if pool.spawn(placement).is_err() {
-            // The system gives no more threads: compute with those there are. Which nodes they are on does not matter any more.
+            // The system gives no more threads: compute with as many as there were. Which nodes they are on does not matter any more.
             let started = pool.workers.len() + 1;
             drop(pool);
-            pool = Self {
-                inner: inner(vec![0..started]),
-                workers: Vec::new(),
-                turn: Mutex::new(()),
-                home: Vec::new(),
-            };
-            // As many as there were a moment ago; if even that fails, the caller computes alone.
-            if pool.spawn(&Placement::unpinned(&[started])).is_err() {
-                drop(pool);
-                return Self::new(&Placement::unpinned(&[1]));
-            }
+            return Self::new(&Placement::unpinned(&[started]));
         }
         pool
     }
