@@ -33,23 +33,17 @@ pub fn table(rounds: &[Round]) -> String {
         }));
         table.add_row(row);
     }
-    let limits: [(&str, fn(&Limits) -> Option<f64>); 3] = [
-        ("memory, GB/s", |limits| {
-            Some(limits.memory_bytes_per_second)
-        }),
-        ("f32, GFLOP/s", |limits| Some(limits.f32.per_second)),
-        ("8-bit, GOP/s", |limits| {
-            limits.int8.map(|peak| peak.per_second)
-        }),
-    ];
-    for (what, of) in limits {
+    let mut limit = |what: &str, of: &dyn Fn(&Limits) -> Option<f64>| {
         if let Some(alone) = of(&first.limits) {
             let mut row = vec![format!("limit: {what}"), String::new()];
             let reached = rounds.iter().filter_map(|round| of(&round.limits));
             row.extend(reached.map(|limit| format!("{:.0} = {:.2} ×", limit / 1e9, limit / alone)));
             table.add_row(row);
         }
-    }
+    };
+    limit("memory, GB/s", &|l| Some(l.memory_bytes_per_second));
+    limit("f32, GFLOP/s", &|l| Some(l.f32.per_second));
+    limit("8-bit, GOP/s", &|l| l.int8.map(|peak| peak.per_second));
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
