@@ -1,7 +1,7 @@
 //! Promise 2: tokens and logprobs of a request are the same bits alone and under any schedule.
 //!
 //! 200 requests of mixed lengths, seeds and sampling go through engines whose token budget, chunk size, block count, block size,
-//! policy, prefix cache and thread count are drawn at random — with blocks few enough to force preemption — and every answer is
+//! policy and prefix cache are drawn at random, on one and two threads and on emulated NUMA nodes — with blocks few enough to force preemption — and every answer is
 //! compared bit for bit — log-probabilities of prompts included — with the one the same request gets alone in an engine without a cache.
 #![allow(clippy::unwrap_used)]
 
@@ -14,7 +14,8 @@ use quire::checkpoint::{Checkpoint, ModelSource};
 use quire::core::{Engine, EngineConfig, Request};
 use quire::model::PageLayout;
 use quire::sampling::SamplingParams;
-use quire_kernels::{Format, KvDtype};
+use quire_kernels::cpu::CpuBackend;
+use quire_kernels::{Format, InProcess, KvDtype};
 use quire_scheduler::{Policy, TokenId};
 
 const REQUESTS: usize = 200;
@@ -84,6 +85,46 @@ fn sequences_that_outgrow_a_rotary_switch() {
     same_bits(&golden("phi4-longrope"), None, KvDtype::F16, 8);
 }
 
+/// More nodes than the models have KV heads, and not as many threads on each.
+#[test]
+fn four_nodes() {
+    let machines = [1, 4, 5, 4, 5].map(|threads| Machine::new(threads, 4));
+    same_bits_on(machines, &golden("gpt-oss"), None, KvDtype::F16, 18);
+}
+
+/// As GPUs do: each rank adds a part of every sum.
+#[test]
+fn two_ranks_that_add_their_parts_up() {
+    let one = Machine {
+        ranks: 2,
+        ..Machine::ONE_THREAD
+    };
+    let checkpoint = demo_checkpoint();
+    same_bits_on([one; 5], &checkpoint, None, KvDtype::F16, 17);
+}
+
+/// What an engine runs on.
+#[derive(Debug, Clone, Copy)]
+struct Machine {
+    threads: usize,
+    /// NUMA nodes, emulated.
+    nodes: u16,
+    /// Ranks of so many threads each that add parts of sums up.
+    ranks: usize,
+}
+
+impl Machine {
+    const ONE_THREAD: Self = Self::new(1, 1);
+
+    const fn new(threads: usize, nodes: u16) -> Self {
+        Self {
+            threads,
+            nodes,
+            ranks: 1,
+        }
+    }
+}
+
 /// A small random model of some family.
 fn golden(name: &str) -> Checkpoint {
     let path = format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
@@ -91,6 +132,25 @@ fn golden(name: &str) -> Checkpoint {
 }
 
 fn same_bits(checkpoint: &Checkpoint, quantize: Option<Format>, kv_dtype: KvDtype, seed: u64) {
+    let machines = [
+        Machine::ONE_THREAD,
+        Machine::new(1, 1),
+        Machine::new(2, 1),
+        // One node has more threads than the other, and some models have a single KV head.
+        Machine::new(3, 2),
+        Machine::new(2, 2),
+    ];
+    same_bits_on(machines, checkpoint, quantize, kv_dtype, seed);
+}
+
+/// `alone`: what requests run on by themselves; `machines`: on what together.
+fn same_bits_on(
+    [alone_on, machines @ ..]: [Machine; 5],
+    checkpoint: &Checkpoint,
+    quantize: Option<Format>,
+    kv_dtype: KvDtype,
+    seed: u64,
+) {
     let mut random = Random::new(seed);
     let requests: Vec<Request> = requests(&mut random, checkpoint.config.vocab_size as u32);
     let base = EngineConfig {
@@ -98,12 +158,12 @@ fn same_bits(checkpoint: &Checkpoint, quantize: Option<Format>, kv_dtype: KvDtyp
         kv_dtype,
         ..EngineConfig::default()
     };
-    let alone = alone(checkpoint, &base, &requests);
+    let alone = alone(checkpoint, &base, alone_on, &requests);
 
     let (mut preemptions, mut hits) = (0, 0);
-    for round in 0..4 {
-        let (config, threads) = schedule(&base, checkpoint, round, &mut random);
-        let engine = start(checkpoint, &config, threads);
+    for (round, machine) in machines.into_iter().enumerate() {
+        let config = schedule(&base, checkpoint, round, &mut random);
+        let engine = start(checkpoint, &config, machine);
         let mut order: Vec<usize> = (0..requests.len()).collect();
         random.shuffle(&mut order);
         let streams: Vec<_> = order
@@ -114,7 +174,7 @@ fn same_bits(checkpoint: &Checkpoint, quantize: Option<Format>, kv_dtype: KvDtyp
             let got = answers(stream);
             assert_eq!(
                 got, alone[at],
-                "request {at} of {:?} under {config:?} on {threads} threads differs from the same request alone",
+                "request {at} of {:?} under {config:?} on {machine:?} differs from the same request alone",
                 requests[at].sampling
             );
         }
@@ -128,7 +188,12 @@ fn same_bits(checkpoint: &Checkpoint, quantize: Option<Format>, kv_dtype: KvDtyp
 }
 
 /// Each request's answer when nothing else runs and nothing is cached.
-fn alone(checkpoint: &Checkpoint, base: &EngineConfig, requests: &[Request]) -> Vec<Vec<Answer>> {
+fn alone(
+    checkpoint: &Checkpoint,
+    base: &EngineConfig,
+    machine: Machine,
+    requests: &[Request],
+) -> Vec<Vec<Answer>> {
     let config = EngineConfig {
         prefix_cache: false,
         max_batch_tokens: 512,
@@ -136,7 +201,7 @@ fn alone(checkpoint: &Checkpoint, base: &EngineConfig, requests: &[Request]) -> 
         kv_cache_memory: Some(64 << 20),
         ..base.clone()
     };
-    let engine = start(checkpoint, &config, 1);
+    let engine = start(checkpoint, &config, machine);
     let answers: Vec<Vec<Answer>> = requests
         .iter()
         .map(|request| answers(submit(&engine, request)))
@@ -156,7 +221,7 @@ fn schedule(
     checkpoint: &Checkpoint,
     round: usize,
     random: &mut Random,
-) -> (EngineConfig, usize) {
+) -> EngineConfig {
     let block_size = [16, 32][random.below(2)];
     let config = &checkpoint.config;
     let pages = PageLayout::of(config);
@@ -166,7 +231,7 @@ fn schedule(
     // The largest request needs 512 tokens of blocks (4 samples of up to 112 tokens); a few hundred more let a handful run side by side.
     let tokens = 576 + random.below(300);
     let max_batch_tokens = 3 + random.below(if round.is_multiple_of(2) { 40 } else { 400 }) as u32;
-    let config = EngineConfig {
+    EngineConfig {
         max_batch_tokens,
         max_chunk_tokens: 1 + random.below(max_batch_tokens as usize) as u32,
         max_seqs: 24 + random.below(40) as u32,
@@ -177,8 +242,7 @@ fn schedule(
         policy: [Policy::Fcfs, Policy::Priority, Policy::FairShare][random.below(3)],
         priority_aging: Duration::from_millis(1 + random.below(50) as u64),
         ..base.clone()
-    };
-    (config, 1 + round % 2)
+    }
 }
 
 fn requests(random: &mut Random, vocab: u32) -> Vec<Request> {
@@ -248,7 +312,19 @@ fn sampling(random: &mut Random) -> SamplingParams {
     }
 }
 
-fn start(checkpoint: &Checkpoint, config: &EngineConfig, threads: usize) -> Engine {
-    let backend = common::backend(threads);
-    Engine::start(checkpoint, backend, config, None, &mut |_| {}).unwrap()
+fn start(checkpoint: &Checkpoint, config: &EngineConfig, machine: Machine) -> Engine {
+    let Machine {
+        threads,
+        nodes,
+        ranks,
+    } = machine;
+    if ranks == 1 {
+        let backend = common::backend_on_nodes(nodes, threads);
+        return Engine::start(checkpoint, backend, config, None, &mut |_| {}).unwrap();
+    }
+    let backends = InProcess::group(ranks)
+        .into_iter()
+        .map(|rank| CpuBackend::of_rank(common::options(threads), Box::new(rank)).unwrap())
+        .collect();
+    Engine::start_on_ranks(checkpoint, backends, config, None, &mut |_| {}).unwrap()
 }

@@ -5,8 +5,8 @@
 //! activation buffers. Operations are fused where fusing saves a pass over memory. Buffers are sized when the model is
 //! loaded: no operation allocates in steady state.
 
-use crate::Error;
 use crate::quantize::Grouped;
+use crate::{Error, Rank, Shard};
 
 /// The number format of a stored matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -360,6 +360,32 @@ pub trait Backend: Send + 'static {
         parts: &[MatrixPart<'_>],
         quantize: Option<Format>,
     ) -> Result<Self::Matrix, Error>;
+
+    /// Which of the ranks that compute the model together this device is.
+    fn rank(&self) -> Rank {
+        Rank::ALONE
+    }
+
+    /// As [`Backend::matrix`], of a matrix of which this rank has a part. (The exchange between ranks is inside the operations that use it, where a
+    /// device may overlap or fuse it.)
+    ///
+    /// # Errors
+    /// As [`Backend::matrix`]; or this kind of device is never one of several ranks.
+    fn shard(
+        &self,
+        parts: &[MatrixPart<'_>],
+        quantize: Option<Format>,
+        shard: Shard,
+    ) -> Result<Self::Matrix, Error> {
+        let _ = (parts, quantize);
+        Err(Error::Device(format!(
+            "{} cannot hold {shard:?} of a matrix: it computes models alone",
+            self.description()
+        )))
+    }
+
+    /// Takes no part in the ranks' work any more: the others' operations fail instead of waiting for this one.
+    fn leave(&mut self) {}
 
     /// Bytes a matrix occupies on the device.
     fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;

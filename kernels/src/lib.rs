@@ -9,13 +9,17 @@
 )]
 
 pub mod backend;
+pub mod collective;
 pub mod cpu;
 pub mod quantize;
+pub mod ranks;
 
 pub use backend::{
     Activation, AttentionShape, Backend, Experts, Format, KvDtype, KvLayer, KvShape, LogitsRule,
     MatrixPart, Norm, QkvLayer, Rotary, Span, Step,
 };
+pub use collective::{Collective, InProcess};
+pub use ranks::{Rank, Shard};
 
 /// Why a device could not do what was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

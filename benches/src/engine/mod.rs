@@ -7,6 +7,7 @@
 mod cost;
 mod limits;
 mod report;
+mod scaling;
 mod workload;
 
 use std::path::PathBuf;
@@ -15,7 +16,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use quire::checkpoint::{Checkpoint, ModelSource};
 use quire::model::{Decoder, LoadOptions};
-use quire_kernels::cpu::{CpuBackend, CpuOptions, Isa};
+use quire_kernels::cpu::{CpuBackend, CpuOptions, Isa, Numa};
 use quire_kernels::{Backend, Format, KvDtype};
 use serde::Serialize;
 
@@ -37,6 +38,9 @@ use workload::{Kind, Line, Workload};
 /// 8 bit for quantised weights. The limits are the fastest of five runs, each line
 /// is the median of --repeat runs. A small model stays in the caches, and reads
 /// more than the memory could give.
+///
+/// Several numbers of --threads are measured one after the other, each with its own
+/// limits, and a last table says how many times the first one's speed the others have.
 #[derive(Debug, Clone, Args, Serialize)]
 #[command(verbatim_doc_comment, after_help = EXAMPLES)]
 pub struct Arguments {
@@ -52,9 +56,14 @@ pub struct Arguments {
     #[arg(long, value_name = "DTYPE", default_value = "f16")]
     kv_cache_dtype: KvCacheDtype,
 
-    /// Threads that compute [default: the cores this process may use]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
+    /// Threads that compute; several numbers are compared [default: the cores this process may use]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Vec<u16>,
+
+    /// Memory nodes that threads, weights and KV cache are divided among: auto (the machine's NUMA nodes), off, or a number of nodes to emulate
+    #[arg(long, value_name = "auto|off|N", default_value_t = Numa::Auto)]
+    #[serde(serialize_with = "as_text")]
+    numa: Numa,
 
     /// Instruction set of the kernels and of the limits they are held against [default: the best there is]
     #[arg(long, value_name = "SET")]
@@ -92,7 +101,17 @@ Examples:
     quire-bench engine --model PATH
     quire-bench engine --model PATH --quantize q4_0 --batch 1,8,32 --json q4_0.json
   How decoding slows down with the length of the context:
-    quire-bench engine --model PATH --batch 1 --prompt 8192";
+    quire-bench engine --model PATH --batch 1 --prompt 8192
+  How speed grows with threads, and what dividing memory among two nodes costs:
+    quire-bench engine --model PATH --threads 1,2 --batch 1,32
+    quire-bench engine --model PATH --numa 2";
+
+fn as_text<T: std::fmt::Display, S: serde::Serializer>(
+    value: &T,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
 
 /// What weights may be quantised to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
@@ -158,6 +177,37 @@ const BLOCK: u32 = 16;
 /// # Errors
 /// The model cannot be loaded, or the context is longer than it was made for.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut threads: Vec<usize> = arguments.threads.iter().map(|&n| usize::from(n)).collect();
+    if threads.is_empty() {
+        threads.push(cores);
+    }
+    let rounds = threads
+        .into_iter()
+        .map(|threads| measure(arguments, threads))
+        .collect::<anyhow::Result<Vec<Round>>>()?;
+    if rounds.len() > 1 {
+        println!("{}", scaling::table(&rounds));
+    }
+    if let Some(path) = &arguments.json {
+        let json = serde_json::json!({ "parameters": arguments, "rounds": rounds });
+        std::fs::write(path, serde_json::to_string_pretty(&json)? + "\n")
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// What was measured on some number of threads.
+#[derive(Debug, Clone, Serialize)]
+struct Round {
+    threads: usize,
+    about: String,
+    limits: Limits,
+    lines: Vec<Line>,
+}
+
+/// Runs every line on so many threads and prints it.
+fn measure(arguments: &Arguments, threads: usize) -> anyhow::Result<Round> {
     let source = match &arguments.model {
         None => ModelSource::Demo,
         Some(path) => ModelSource::Path(path.clone()),
@@ -173,10 +223,6 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     );
     let largest = arguments.batch.iter().copied().max().unwrap_or(1);
 
-    let threads = arguments.threads.map_or_else(
-        || std::thread::available_parallelism().map_or(1, usize::from),
-        usize::from,
-    );
     eprintln!("measuring the machine on {threads} threads …");
     let isa = arguments.isa.map(InstructionSet::isa);
     let limits = Limits::measure(threads, isa.unwrap_or_else(Isa::best))?;
@@ -184,6 +230,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let backend = CpuBackend::new(CpuOptions {
         threads: Some(threads),
         isa,
+        numa: arguments.numa,
         ..CpuOptions::default()
     })?;
     let options = LoadOptions {
@@ -253,15 +300,10 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         }
     }
     println!("{}", report::table(&lines));
-    if let Some(path) = &arguments.json {
-        let json = serde_json::json!({
-            "parameters": arguments,
-            "about": about,
-            "limits": limits,
-            "lines": lines,
-        });
-        std::fs::write(path, serde_json::to_string_pretty(&json)? + "\n")
-            .with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    Ok(())
+    Ok(Round {
+        threads,
+        about,
+        limits,
+        lines,
+    })
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
+use quire_kernels::cpu::{CpuOptions, Numa};
 use quire_kernels::{Format, KvDtype};
 use quire_scheduler::Policy;
 
@@ -23,6 +24,11 @@ pub(super) struct ModelArgs {
     /// Threads that compute [default: the cores this process may use]
     #[arg(long, env = "QUIRE_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+
+    /// Memory nodes that threads, weights and KV cache are divided among: auto (the machine's NUMA nodes that have cores this process may use), off,
+    /// or a number of nodes to emulate. Answers are the same bits either way
+    #[arg(long, env = "QUIRE_NUMA", value_name = "auto|off|N", default_value_t = Numa::Auto)]
+    pub numa: Numa,
 
     /// Most tokens computed in one step, prompts and generation together
     #[arg(long, env = "QUIRE_MAX_BATCH_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_batch_tokens)]
@@ -183,7 +189,11 @@ impl ModelArgs {
         let loading = Loading::start(&checkpoint.name);
         let engine = Engine::start_on_cpu(
             checkpoint,
-            self.threads.map(usize::from),
+            CpuOptions {
+                threads: self.threads.map(usize::from),
+                numa: self.numa,
+                ..CpuOptions::default()
+            },
             config,
             observer,
             &mut |progress| loading.update(progress),

@@ -11,11 +11,11 @@ use flume::{Receiver, Selector, Sender};
 use quire_kernels::{Backend, Step};
 use quire_scheduler::{NewSequence, Sampled, Scheduled, Scheduler, SeqId, Time};
 
-use crate::model::Decoder;
 use crate::sampling::{Choice, Sampler, Scratch};
 
 use super::config::StepReport;
 use super::handle::{EngineStats, Shared, Submission};
+use super::ranks::Ranks;
 use super::request::{Event, FinishReason};
 use super::rows::{self, Job, Work};
 use super::sequence::{Limits, Sequence};
@@ -24,8 +24,7 @@ use super::stream::{Control, RequestKey, Ticket};
 
 /// Everything the engine thread owns.
 pub(super) struct EngineLoop<B: Backend> {
-    decoder: Decoder<B>,
-    kv: B::KvCache,
+    ranks: Ranks<B>,
     scheduler: Scheduler,
     shared: Arc<Shared>,
     requests: Receiver<Submission>,
@@ -90,8 +89,7 @@ enum Arrival {
 
 impl<B: Backend> EngineLoop<B> {
     pub fn new(
-        decoder: Decoder<B>,
-        kv: B::KvCache,
+        ranks: Ranks<B>,
         scheduler: Scheduler,
         shared: Arc<Shared>,
         (requests, control): (Receiver<Submission>, Receiver<Control>),
@@ -104,8 +102,7 @@ impl<B: Backend> EngineLoop<B> {
             .hash(&mut entropy);
         std::process::id().hash(&mut entropy);
         Self {
-            decoder,
-            kv,
+            ranks,
             scheduler,
             shared,
             requests,
@@ -287,9 +284,9 @@ impl<B: Backend> EngineLoop<B> {
         }
         self.announce_admitted();
         step::fill(&self.scheduler, &mut self.step, &mut self.copies);
-        let forward =
-            self.decoder
-                .forward(&self.step, &self.copies, &mut self.kv, &mut self.logits);
+        let forward = self
+            .ranks
+            .forward(&self.step, &self.copies, &mut self.logits);
         if let Err(error) = forward {
             tracing::error!(%error, "a step failed; its requests end");
             self.fail_step();
@@ -333,9 +330,9 @@ impl<B: Backend> EngineLoop<B> {
     fn sample(&mut self) {
         let mut jobs = std::mem::take(&mut self.jobs);
         self.list_jobs(&mut jobs);
-        let vocab = self.decoder.config().vocab_size;
+        let vocab = self.ranks.vocab_size();
         rows::run(
-            self.decoder.backend_mut(),
+            self.ranks.backend_mut(),
             &mut jobs,
             &mut self.scratches,
             &self.logits,

@@ -13,6 +13,7 @@ mod groups;
 mod handle;
 mod kv_events;
 mod memory;
+mod ranks;
 mod request;
 mod rows;
 mod sequence;

@@ -163,6 +163,7 @@ mod tests {
             threads: Some(threads),
             pin: false,
             isa: None,
+            numa: quire_kernels::cpu::Numa::Off,
         };
         let mut backend = CpuBackend::new(options).unwrap();
         let mut samplers: Vec<Sampler> = (0..2 * ROWS)

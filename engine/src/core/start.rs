@@ -14,24 +14,21 @@ use crate::model::{Decoder, LoadOptions, LoadProgress};
 use super::config::{EngineConfig, StartError, StepReport};
 use super::engine_loop::EngineLoop;
 use super::handle::{Engine, ModelInfo, Shared};
+use super::ranks::Loaded;
 use super::{groups, memory};
 
 impl Engine {
-    /// [`Engine::start`] on this machine's CPU. `threads`: how many compute; `None`: the cores this process may use.
+    /// [`Engine::start`] on this machine's CPU.
     ///
     /// # Errors
     /// As [`Engine::start`].
     pub fn start_on_cpu(
         checkpoint: &Checkpoint,
-        threads: Option<usize>,
+        options: CpuOptions,
         config: &EngineConfig,
         observer: Option<Box<dyn FnMut(StepReport) + Send>>,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, StartError> {
-        let options = CpuOptions {
-            threads,
-            ..CpuOptions::default()
-        };
         let backend = CpuBackend::new(options).map_err(StartError::Backend)?;
         Self::start(checkpoint, backend, config, observer, progress)
     }
@@ -49,13 +46,28 @@ impl Engine {
         observer: Option<Box<dyn FnMut(StepReport) + Send>>,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, StartError> {
+        Self::start_on_ranks(checkpoint, vec![backend], config, observer, progress)
+    }
+
+    /// As [`Engine::start`], on the ranks of a group that compute the model together, in order: each loads its part of the weights and has its part
+    /// of the KV cache (`kv_cache_memory` is the first one's).
+    ///
+    /// # Errors
+    /// As [`Engine::start`]; or the model cannot be divided so.
+    pub fn start_on_ranks<B: Backend>(
+        checkpoint: &Checkpoint,
+        backends: Vec<B>,
+        config: &EngineConfig,
+        observer: Option<Box<dyn FnMut(StepReport) + Send>>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, StartError> {
         check(config)?;
         let options = LoadOptions {
             quantize: config.quantize,
             max_rows: config.max_batch_tokens as usize,
         };
-        let decoder = Decoder::load(checkpoint, backend, options, progress)?;
-        let model = decoder.config();
+        let loaded = Loaded::load(checkpoint, backends, options, progress)?;
+        let model = loaded.first().config();
         let block_size = config.block_size as usize;
         let block_bytes =
             Decoder::<B>::kv_shape(model, 1, block_size, config.kv_dtype).block_bytes();
@@ -85,9 +97,6 @@ impl Engine {
             kv_events: false,
         };
         let scheduler = Scheduler::new(scheduling.clone())?;
-        let kv = decoder
-            .kv_cache(sizes.blocks as usize, block_size, config.kv_dtype)
-            .map_err(StartError::Cache)?;
         let info = ModelInfo {
             name: config
                 .served_name
@@ -105,12 +114,12 @@ impl Engine {
             num_blocks: sizes.blocks,
             block_size: config.block_size,
             block_bytes: block_bytes as u64,
-            weight_bytes: decoder.weight_bytes() as u64,
+            weight_bytes: loaded.weight_bytes() as u64,
             prefix_cache: config.prefix_cache,
             max_seqs: config.max_seqs,
             max_batch_tokens: config.max_batch_tokens,
             max_waiting: config.max_waiting,
-            device: decoder.backend().description(),
+            device: loaded.description(),
         };
         let shared = Arc::new(Shared::new(
             Arc::new(info),
@@ -118,9 +127,9 @@ impl Engine {
             config.max_waiting as usize,
         ));
         let (engine, requests, control) = Self::new(Arc::clone(&shared));
+        let ranks = loaded.start(sizes.blocks as usize, block_size, config.kv_dtype)?;
         let engine_loop = EngineLoop::new(
-            decoder,
-            kv,
+            ranks,
             scheduler,
             Arc::clone(&shared),
             (requests, control),

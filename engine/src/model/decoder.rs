@@ -7,6 +7,7 @@ use quire_kernels::{
 use crate::checkpoint::Checkpoint;
 
 use super::load::{self, LoadError, LoadOptions, LoadProgress, Mlp, Weights};
+use super::ranks::Cuts;
 use super::{ModelConfig, NormPlacement, PageLayout, rope};
 
 /// A loaded model: weights on the device, and buffers for the largest step it will be asked to run.
@@ -51,7 +52,7 @@ impl<B: Backend> std::fmt::Debug for Decoder<B> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Loads the checkpoint's weights onto `backend`.
+    /// Loads the checkpoint's weights onto `backend`: its part of them, if it is one of several ranks.
     ///
     /// # Errors
     /// A tensor is missing or has another shape than `config.json` says, or the device has no memory or no kernel for it.
@@ -61,8 +62,9 @@ impl<B: Backend> Decoder<B> {
         options: LoadOptions,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, LoadError> {
-        let config = checkpoint.config.clone();
-        let weights = load::weights(checkpoint, &backend, options.quantize, progress)?;
+        let cuts = Cuts::of(&checkpoint.config, backend.rank())?;
+        let config = cuts.config(&checkpoint.config);
+        let weights = load::weights(checkpoint, &cuts, &backend, options.quantize, progress)?;
         let device = |what: &str| {
             let what = what.to_owned();
             move |source| LoadError::Device { what, source }
@@ -114,7 +116,7 @@ impl<B: Backend> Decoder<B> {
         &self.pages
     }
 
-    /// The model's shape.
+    /// The model's shape, as this decoder computes it: of several ranks each has some of the heads and a part of the width.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }

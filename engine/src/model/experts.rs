@@ -10,10 +10,11 @@
 
 use std::borrow::Cow;
 
-use quire_kernels::{Backend, Format, MatrixPart};
+use quire_kernels::{Backend, Format, MatrixPart, Shard};
 
 use super::ExpertsConfig;
 use super::load::{LoadError, Loader, Mlp};
+use super::slices::{self, Rows};
 use crate::checkpoint::{CheckpointError, Tensors};
 
 /// Elements of an MXFP4 block.
@@ -27,6 +28,18 @@ struct Part<'a> {
     data: Cow<'a, [u8]>,
     /// The input feature of each column, where they are sorted.
     order: Option<Vec<u32>>,
+}
+
+impl Part<'_> {
+    fn as_matrix(&self) -> MatrixPart<'_> {
+        MatrixPart {
+            rows: self.rows,
+            cols: self.cols,
+            format: self.format,
+            data: &self.data,
+            order: self.order.as_deref(),
+        }
+    }
 }
 
 impl<B: Backend> Loader<'_, B> {
@@ -50,30 +63,38 @@ impl<B: Backend> Loader<'_, B> {
             experts: format!("{mlp}.experts"),
         };
         let gate_up = stored.gate_up(of, hidden)?;
-        let gate_up = self.pack_rows(&format!("{mlp}.experts.gate_up_proj"), &gate_up)?;
+        let gate_up = self.gate_up(&format!("{mlp}.experts.gate_up_proj"), &gate_up, of)?;
         let down = stored.down(of, hidden)?;
-        let down = self.pack_rows(&format!("{mlp}.experts.down_proj"), &down)?;
-        let router_bias = self.vector_if(of.bias, &[(format!("{mlp}.{router}.bias"), count)])?;
+        let down = self.down(&format!("{mlp}.experts.down_proj"), &down)?;
+        let router_bias =
+            self.vector_if(of.bias, &[Rows::all(format!("{mlp}.{router}.bias"), count)])?;
         let (gate_up_bias, down_bias) = if of.bias {
             let gate_up = self.gate_up_bias(&mlp, of)?;
             let mut down = Vec::new();
             let name = self.either(&mlp, "experts.down_proj_bias", "experts.down_proj.bias");
             self.values(&name, &[count, hidden], &mut down)?;
+            let down = self.cuts.is_first().then_some(down);
             (
                 Some(self.upload(&format!("{mlp}.experts.gate_up_proj_bias"), &gate_up)?),
-                Some(self.upload(&name, &down)?),
+                down.map(|down| self.upload(&name, &down)).transpose()?,
             )
         } else {
             (None, None)
         };
         Ok(Mlp::Experts {
-            router: self.matrix(&[(format!("{mlp}.{router}.weight"), count)], hidden)?,
+            router: self.matrix(
+                &[Rows::all(format!("{mlp}.{router}.weight"), count)],
+                hidden,
+            )?,
             router_bias,
             gate_up,
             gate_up_bias,
             down,
             down_bias,
-            of: of.clone(),
+            of: ExpertsConfig {
+                intermediate_size: self.cuts.expert.len(),
+                ..of.clone()
+            },
         })
     }
 
@@ -87,22 +108,59 @@ impl<B: Backend> Loader<'_, B> {
         }
     }
 
-    fn pack_rows(&mut self, what: &str, rows: &[Part<'_>]) -> Result<B::Matrix, LoadError> {
-        let parts: Vec<MatrixPart<'_>> = rows
+    /// Packs this rank's rows of the experts' gates and inputs. A part is one of the two, or both.
+    fn gate_up(
+        &mut self,
+        what: &str,
+        stored: &[Part<'_>],
+        of: &ExpertsConfig,
+    ) -> Result<B::Matrix, LoadError> {
+        let (n, keep) = (of.intermediate_size, self.cuts.expert.clone());
+        let parts: Vec<MatrixPart<'_>> = stored
             .iter()
-            .map(|rows| MatrixPart {
-                rows: rows.rows,
-                cols: rows.cols,
-                format: rows.format,
-                data: &rows.data,
-                order: rows.order.as_deref(),
+            .flat_map(|part| {
+                let firsts = (0..part.rows).step_by(n);
+                firsts.map(|first| {
+                    slices::rows(&part.as_matrix(), &(first + keep.start..first + keep.end))
+                })
             })
             .collect();
-        self.pack(what, &parts)
+        let read = stored.iter().map(|part| part.data.len()).sum();
+        self.pack(what, &parts, None, read)
     }
 
-    /// `[experts · 2n]`, of each expert its gate's, then its input's.
+    /// Packs this rank's columns of the experts' outputs.
+    fn down(&mut self, what: &str, stored: &[Part<'_>]) -> Result<B::Matrix, LoadError> {
+        let keep = self.cuts.expert.clone();
+        let data = stored
+            .iter()
+            .map(|part| self.columns_of(what, &part.as_matrix(), &keep))
+            .collect::<Result<Vec<_>, _>>()?;
+        let parts: Vec<MatrixPart<'_>> = stored
+            .iter()
+            .zip(&data)
+            .map(|(part, data)| MatrixPart {
+                cols: keep.len(),
+                data,
+                ..part.as_matrix()
+            })
+            .collect();
+        let read = stored.iter().map(|part| part.data.len()).sum();
+        self.pack(what, &parts, Some(Shard::Columns), read)
+    }
+
+    /// This rank's part of `[experts · 2n]`, of each expert its gate's, then its input's.
     fn gate_up_bias(&mut self, mlp: &str, of: &ExpertsConfig) -> Result<Vec<f32>, LoadError> {
+        let whole = self.whole_gate_up_bias(mlp, of)?;
+        let halves = whole.chunks_exact(of.intermediate_size);
+        let keep = self.cuts.expert.clone();
+        Ok(halves
+            .flat_map(|half| &half[keep.clone()])
+            .copied()
+            .collect())
+    }
+
+    fn whole_gate_up_bias(&mut self, mlp: &str, of: &ExpertsConfig) -> Result<Vec<f32>, LoadError> {
         let (count, n) = (of.count, of.intermediate_size);
         let mut out = Vec::with_capacity(count * 2 * n);
         let separate = format!("{mlp}.experts.gate_proj.bias");

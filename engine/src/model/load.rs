@@ -1,9 +1,14 @@
 //! Moves a checkpoint's tensors onto a backend: names them, checks their shapes, fuses and quantises what belongs together.
 
-use quire_kernels::{Backend, Format, MatrixPart};
+use std::borrow::Cow;
+use std::ops::Range;
+
+use quire_kernels::{Backend, Format, MatrixPart, Shard};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, TensorView, Tensors};
 
+use super::ranks::Cuts;
+use super::slices::{self, Rows};
 use super::{ExpertsConfig, ModelConfig, NormPlacement, QkNorm};
 
 /// What may be chosen when a model is loaded.
@@ -38,6 +43,14 @@ pub enum LoadError {
         /// What the device said.
         #[source]
         source: quire_kernels::Error,
+    },
+    /// It cannot be divided among so many devices.
+    #[error("the model cannot be divided among {ranks} ranks: {problem}")]
+    Ranks {
+        /// How many there are.
+        ranks: usize,
+        /// What is in the way.
+        problem: String,
     },
 }
 
@@ -87,9 +100,10 @@ pub(super) struct Weights<B: Backend> {
     pub head: Option<B::Matrix>,
 }
 
-/// Packs all weights of `checkpoint`.
+/// Packs what `cuts` says of the weights of `checkpoint`.
 pub(super) fn weights<B: Backend>(
     checkpoint: &Checkpoint,
+    cuts: &Cuts,
     backend: &B,
     quantize: Option<Format>,
     progress: &mut dyn FnMut(LoadProgress),
@@ -98,18 +112,19 @@ pub(super) fn weights<B: Backend>(
     let hidden = config.hidden_size;
     let mut loader = Loader {
         tensors: &checkpoint.tensors,
+        cuts,
         backend,
         quantize,
         norm_offset: config.norm_offset,
         done: 0,
         progress,
     };
-    let embedding = loader.matrix(&[("model.embed_tokens.weight", config.vocab_size)], hidden)?;
+    let embedding = loader.table("model.embed_tokens.weight", config.vocab_size, hidden)?;
     // The two largest matrices come first: while a matrix is packed it is in memory twice, and now there is nothing else there yet.
     let head = if config.tied_head {
         None
     } else {
-        Some(loader.matrix(&[("lm_head.weight", config.vocab_size)], hidden)?)
+        Some(loader.table("lm_head.weight", config.vocab_size, hidden)?)
     };
     let layers = (0..config.layers.len())
         .map(|layer| loader.layer(config, layer))
@@ -125,6 +140,7 @@ pub(super) fn weights<B: Backend>(
 
 pub(super) struct Loader<'a, B: Backend> {
     pub tensors: &'a Tensors,
+    pub cuts: &'a Cuts,
     backend: &'a B,
     quantize: Option<Format>,
     norm_offset: f32,
@@ -138,38 +154,51 @@ impl<B: Backend> Loader<'_, B> {
         let inner = config.intermediate_size;
         let q = config.heads * config.head_dim;
         let kv = config.kv_heads * config.head_dim;
+        let cuts = self.cuts;
+        let d = config.head_dim;
+        let (q_rows, kv_rows) = (
+            cuts.heads.start * d..cuts.heads.end * d,
+            cuts.kv_heads.start * d..cuts.kv_heads.end * d,
+        );
         let name = |rest: &str| format!("model.layers.{layer}.{rest}");
-        let parts = |parts: &[(&str, usize)]| -> Vec<(String, usize)> {
-            parts
-                .iter()
-                .map(|&(rest, rows)| (name(rest), rows))
-                .collect()
-        };
         let norm = |this: &mut Self, there: bool, rest: &str, len: usize| {
             there.then(|| this.norm(&name(rest), len)).transpose()
         };
-        // Phi-3 stores what we fuse as one tensor already.
-        let fused = |fused: (&'static str, usize), parts: &[(&'static str, usize)]| {
-            if self.tensors.contains(&name(&format!("{}.weight", fused.0))) {
-                vec![fused]
-            } else {
-                parts.to_vec()
+        // What we fuse: one tensor each, or, in Phi-3, one for all. Of each part the rank's rows.
+        let fused = |fused: &str, parts: &[(&str, usize, &Range<usize>)]| {
+            let mut rows = Vec::new();
+            let whole = self.tensors.contains(&name(&format!("{fused}.weight")));
+            let (mut keep, mut of) = (Vec::new(), 0);
+            for &(part, part_rows, part_keep) in parts {
+                if !whole {
+                    rows.push(Rows::some(name(part), part_rows, part_keep.clone()));
+                }
+                keep.push(of + part_keep.start..of + part_keep.end);
+                of += part_rows;
             }
+            if whole {
+                let name = name(fused);
+                rows.push(Rows { name, of, keep });
+            }
+            rows
         };
         let qkv = fused(
-            ("self_attn.qkv_proj", q + 2 * kv),
+            "self_attn.qkv_proj",
             &[
-                ("self_attn.q_proj", q),
-                ("self_attn.k_proj", kv),
-                ("self_attn.v_proj", kv),
+                ("self_attn.q_proj", q, &q_rows),
+                ("self_attn.k_proj", kv, &kv_rows),
+                ("self_attn.v_proj", kv, &kv_rows),
             ],
         );
         let gate_up = fused(
-            ("mlp.gate_up_proj", 2 * inner),
-            &[("mlp.gate_proj", inner), ("mlp.up_proj", inner)],
+            "mlp.gate_up_proj",
+            &[
+                ("mlp.gate_proj", inner, &cuts.inner),
+                ("mlp.up_proj", inner, &cuts.inner),
+            ],
         );
-        let output = [("self_attn.o_proj", hidden)];
-        let down = [("mlp.down_proj", hidden)];
+        let output = name("self_attn.o_proj");
+        let down = name("mlp.down_proj");
         let (before, after) = (
             config.norms != NormPlacement::After,
             config.norms != NormPlacement::Before,
@@ -187,24 +216,36 @@ impl<B: Backend> Loader<'_, B> {
         let mlp = match &config.experts {
             Some(of) if config.layers[layer].experts => self.experts(of, hidden, layer)?,
             _ => Mlp::Dense {
-                gate_up: self.matrix(&suffixed(&parts(&gate_up), ".weight"), hidden)?,
-                gate_up_bias: self
-                    .vector_if(config.mlp_bias, &suffixed(&parts(&gate_up), ".bias"))?,
+                gate_up: self.matrix(&suffixed(&gate_up, ".weight"), hidden)?,
+                gate_up_bias: self.vector_if(config.mlp_bias, &suffixed(&gate_up, ".bias"))?,
                 sub_norm: norm(self, config.sub_norms, "mlp.ffn_sub_norm.weight", inner)?,
-                down: self.matrix(&suffixed(&parts(&down), ".weight"), inner)?,
-                down_bias: self.vector_if(config.mlp_bias, &suffixed(&parts(&down), ".bias"))?,
+                down: self.columns(&down, hidden, inner, &cuts.inner)?,
+                down_bias: self.vector_if(
+                    config.mlp_bias && cuts.is_first(),
+                    &[Rows::all(format!("{down}.bias"), hidden)],
+                )?,
             },
         };
         Ok(Layer {
             attention_norm,
-            qkv: self.matrix(&suffixed(&parts(&qkv), ".weight"), hidden)?,
-            qkv_bias: self.vector_if(config.qkv_bias, &suffixed(&parts(&qkv), ".bias"))?,
+            qkv: self.matrix(&suffixed(&qkv, ".weight"), hidden)?,
+            qkv_bias: self.vector_if(config.qkv_bias, &suffixed(&qkv, ".bias"))?,
             q_norm: norm(self, qk_norm, "self_attn.q_norm.weight", q_len)?,
             k_norm: norm(self, qk_norm, "self_attn.k_norm.weight", k_len)?,
-            sinks: self.vector_if(config.sinks, &parts(&[("self_attn.sinks", config.heads)]))?,
+            sinks: self.vector_if(
+                config.sinks,
+                &[Rows::some(
+                    name("self_attn.sinks"),
+                    config.heads,
+                    cuts.heads.clone(),
+                )],
+            )?,
             attention_sub_norm: norm(self, config.sub_norms, "self_attn.attn_sub_norm.weight", q)?,
-            output: self.matrix(&suffixed(&parts(&output), ".weight"), q)?,
-            output_bias: self.vector_if(config.output_bias, &suffixed(&parts(&output), ".bias"))?,
+            output: self.columns(&output, hidden, q, &q_rows)?,
+            output_bias: self.vector_if(
+                config.output_bias && cuts.is_first(),
+                &[Rows::all(format!("{output}.bias"), hidden)],
+            )?,
             attention_post_norm: norm(self, after, "post_attention_layernorm.weight", hidden)?,
             mlp_norm: norm(self, before, mlp_norm, hidden)?,
             mlp,
@@ -212,42 +253,95 @@ impl<B: Backend> Loader<'_, B> {
         })
     }
 
-    /// One matrix whose rows are those of the named tensors, one after the other.
-    pub fn matrix<S: AsRef<str>>(
-        &mut self,
-        parts: &[(S, usize)],
-        cols: usize,
-    ) -> Result<B::Matrix, LoadError> {
-        let views = parts
-            .iter()
-            .map(|(name, rows)| self.tensors.get(name.as_ref(), &[*rows, cols]))
-            .collect::<Result<Vec<_>, _>>()?;
-        let views: Vec<MatrixPart<'_>> = views
-            .iter()
-            .map(|view| MatrixPart {
-                rows: view.shape[0],
-                cols,
-                format: view.format,
-                data: &view.data,
-                order: view.order.as_deref(),
-            })
-            .collect();
-        let names: Vec<&str> = parts.iter().map(|part| part.0.as_ref()).collect();
-        self.pack(&names.join(" + "), &views)
+    /// One matrix whose rows are those named, one after the other.
+    pub fn matrix(&mut self, rows: &[Rows], cols: usize) -> Result<B::Matrix, LoadError> {
+        self.matrix_of(rows, cols, None)
     }
 
-    /// Packs a matrix; `what` names it in errors.
-    pub fn pack(&mut self, what: &str, parts: &[MatrixPart<'_>]) -> Result<B::Matrix, LoadError> {
-        let matrix = self
-            .backend
-            .matrix(parts, self.quantize_to(what))
-            .map_err(|source| LoadError::Device {
-                what: what.to_owned(),
-                source,
-            })?;
+    fn matrix_of(
+        &mut self,
+        rows: &[Rows],
+        cols: usize,
+        shard: Option<Shard>,
+    ) -> Result<B::Matrix, LoadError> {
+        let views = rows
+            .iter()
+            .map(|rows| self.tensors.get(&rows.name, &[rows.of, cols]))
+            .collect::<Result<Vec<_>, _>>()?;
+        let read = views.iter().map(|view| view.data.len()).sum();
+        let parts: Vec<MatrixPart<'_>> = rows
+            .iter()
+            .zip(&views)
+            .flat_map(|(rows, view)| {
+                let part = part(view, cols);
+                rows.keep.iter().map(move |keep| slices::rows(&part, keep))
+            })
+            .collect();
+        let names: Vec<&str> = rows.iter().map(|rows| rows.name.as_str()).collect();
+        self.pack(&names.join(" + "), &parts, shard, read)
+    }
+
+    /// A table with a row for each token of the vocabulary: this rank's rows of it.
+    fn table(&mut self, name: &str, of: usize, cols: usize) -> Result<B::Matrix, LoadError> {
+        let rows = Rows::some(name, of, self.cuts.tokens.clone());
+        self.matrix_of(&[rows], cols, Some(Shard::Vocabulary { of }))
+    }
+
+    /// The matrix of a projection back into the residual stream: this rank's columns of it.
+    fn columns(
+        &mut self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        keep: &Range<usize>,
+    ) -> Result<B::Matrix, LoadError> {
+        let name = format!("{name}.weight");
+        let view = self.tensors.get(&name, &[rows, cols])?;
+        let part = part(&view, cols);
+        let data = self.columns_of(&name, &part, keep)?;
+        let cut = MatrixPart {
+            cols: keep.len(),
+            data: &data,
+            ..part
+        };
+        self.pack(&name, &[cut], Some(Shard::Columns), view.data.len())
+    }
+
+    /// The columns `keep` of the tensor `name`, of which `part` is all or some rows.
+    pub fn columns_of<'p>(
+        &self,
+        name: &str,
+        part: &MatrixPart<'p>,
+        keep: &Range<usize>,
+    ) -> Result<Cow<'p, [u8]>, LoadError> {
+        let cut = slices::columns(part, keep, self.quantize_to(name));
+        cut.map_err(|problem| LoadError::Ranks {
+            ranks: self.cuts.rank.of,
+            problem: format!("{name}: {problem}"),
+        })
+    }
+
+    /// Packs a matrix; `what` names it in errors, `shard` is what it is of the whole where there are several ranks, `read` how many bytes of the
+    /// checkpoint are done with.
+    pub fn pack(
+        &mut self,
+        what: &str,
+        parts: &[MatrixPart<'_>],
+        shard: Option<Shard>,
+        read: usize,
+    ) -> Result<B::Matrix, LoadError> {
+        let quantize = self.quantize_to(what);
+        let matrix = match shard {
+            Some(shard) if !self.cuts.rank.is_alone() => self.backend.shard(parts, quantize, shard),
+            _ => self.backend.matrix(parts, quantize),
+        };
+        let matrix = matrix.map_err(|source| LoadError::Device {
+            what: what.to_owned(),
+            source,
+        })?;
         // What was packed is not read again.
         self.tensors.release();
-        self.advance(parts.iter().map(|part| part.data.len()).sum());
+        self.advance(read);
         Ok(matrix)
     }
 
@@ -258,13 +352,17 @@ impl<B: Backend> Loader<'_, B> {
             .filter(|&format| ternary || format != Format::Tq2_0)
     }
 
-    /// One vector made of the named tensors, one after the other.
-    fn vector<S: AsRef<str>>(&mut self, parts: &[(S, usize)]) -> Result<B::Vector, LoadError> {
-        let mut values = Vec::with_capacity(parts.iter().map(|part| part.1).sum());
-        for (name, len) in parts {
-            self.values(name.as_ref(), &[*len], &mut values)?;
+    /// One vector made of the elements named, one after the other.
+    fn vector(&mut self, parts: &[Rows]) -> Result<B::Vector, LoadError> {
+        let mut values = Vec::new();
+        for part in parts {
+            let mut whole = Vec::with_capacity(part.of);
+            self.values(&part.name, &[part.of], &mut whole)?;
+            for keep in &part.keep {
+                values.extend_from_slice(&whole[keep.clone()]);
+            }
         }
-        let names: Vec<&str> = parts.iter().map(|part| part.0.as_ref()).collect();
+        let names: Vec<&str> = parts.iter().map(|part| part.name.as_str()).collect();
         self.upload(&names.join(" + "), &values)
     }
 
@@ -301,10 +399,10 @@ impl<B: Backend> Loader<'_, B> {
             })
     }
 
-    pub fn vector_if<S: AsRef<str>>(
+    pub fn vector_if(
         &mut self,
         wanted: bool,
-        parts: &[(S, usize)],
+        parts: &[Rows],
     ) -> Result<Option<B::Vector>, LoadError> {
         wanted.then(|| self.vector(parts)).transpose()
     }
@@ -318,11 +416,23 @@ impl<B: Backend> Loader<'_, B> {
     }
 }
 
-fn suffixed(parts: &[(String, usize)], suffix: &str) -> Vec<(String, usize)> {
-    parts
-        .iter()
-        .map(|(name, rows)| (format!("{name}{suffix}"), *rows))
-        .collect()
+fn suffixed(rows: &[Rows], suffix: &str) -> Vec<Rows> {
+    let suffixed = |rows: &Rows| Rows {
+        name: format!("{}{suffix}", rows.name),
+        ..rows.clone()
+    };
+    rows.iter().map(suffixed).collect()
+}
+
+/// All of a tensor, as a part of a matrix of `cols` columns.
+fn part<'a>(view: &'a TensorView<'_>, cols: usize) -> MatrixPart<'a> {
+    MatrixPart {
+        rows: view.shape[0],
+        cols,
+        format: view.format,
+        data: &view.data,
+        order: view.order.as_deref(),
+    }
 }
 
 /// Appends a vector's elements as f32.

@@ -8,7 +8,9 @@ mod decoder;
 mod experts;
 mod load;
 mod pages;
+mod ranks;
 mod rope;
+mod slices;
 
 pub use config::{
     ExpertsConfig, LayerConfig, ModelConfig, NormPlacement, QkNorm, RopeConfig, RopeScaling,

@@ -5,11 +5,13 @@ pub mod broken;
 pub mod gguf;
 pub mod sequence;
 
+use std::num::NonZero;
+
 use half::bf16;
 use quire::checkpoint::{Checkpoint, ModelSource};
 use quire::core::{Engine, Event, FinishReason, Request, RequestStream};
 use quire::sampling::TokenLogprobs;
-use quire_kernels::cpu::{CpuBackend, CpuOptions};
+use quire_kernels::cpu::{CpuBackend, CpuOptions, Numa};
 use quire_scheduler::TokenId;
 use safetensors::tensor::{Dtype, TensorView};
 use tempfile::TempDir;
@@ -118,10 +120,24 @@ pub fn demo_checkpoint_as_f32() -> (TempDir, Checkpoint) {
 
 /// A backend that leaves the machine's cores to the other tests as well.
 pub fn backend(threads: usize) -> CpuBackend {
-    CpuBackend::new(CpuOptions {
+    CpuBackend::new(options(threads)).unwrap()
+}
+
+/// What [`backend`] is made with.
+pub fn options(threads: usize) -> CpuOptions {
+    CpuOptions {
         threads: Some(threads),
         pin: false,
         isa: None,
+        numa: Numa::Off,
+    }
+}
+
+/// A backend whose threads, weights and KV heads are divided among nodes that are none.
+pub fn backend_on_nodes(nodes: u16, threads: usize) -> CpuBackend {
+    CpuBackend::new(CpuOptions {
+        numa: Numa::Emulated(NonZero::new(nodes).unwrap()),
+        ..options(threads)
     })
     .unwrap()
 }

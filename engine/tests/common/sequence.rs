@@ -3,7 +3,7 @@
 use quire::checkpoint::Checkpoint;
 use quire::model::{Decoder, LoadOptions};
 use quire_kernels::cpu::{CpuBackend, KvCache};
-use quire_kernels::{KvDtype, Span, Step};
+use quire_kernels::{Format, KvDtype, Span, Step};
 
 use super::Random;
 
@@ -33,11 +33,25 @@ impl Sequence {
 
     /// With keys and values kept as `dtype`.
     pub fn with_cache(checkpoint: &Checkpoint, dtype: KvDtype) -> Self {
+        Self::of(super::backend(1), checkpoint, None, dtype)
+    }
+
+    /// On a backend that may be one of several ranks, with weights quantised when they are loaded.
+    pub fn on(backend: CpuBackend, checkpoint: &Checkpoint, quantize: Option<Format>) -> Self {
+        Self::of(backend, checkpoint, quantize, KvDtype::F32)
+    }
+
+    fn of(
+        backend: CpuBackend,
+        checkpoint: &Checkpoint,
+        quantize: Option<Format>,
+        dtype: KvDtype,
+    ) -> Self {
         let options = LoadOptions {
-            quantize: None,
+            quantize,
             max_rows: 256,
         };
-        let decoder = Decoder::load(checkpoint, super::backend(1), options, &mut |_| {}).unwrap();
+        let decoder = Decoder::load(checkpoint, backend, options, &mut |_| {}).unwrap();
         let blocks = BLOCKS * decoder.pages().windows.len();
         let kv = decoder.kv_cache(blocks, BLOCK, dtype).unwrap();
         let mut blocks: Vec<u32> = (0..blocks as u32).collect();

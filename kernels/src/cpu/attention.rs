@@ -103,27 +103,19 @@ impl Attention<'_> {
         let floats = Shared::new(scratch.floats.as_mut_slice());
         let runs = &scratch.runs;
         let out = Shared::new(out);
-        let kv_heads = self.shape.kv_heads;
-        let tasks = runs.len() * kv_heads;
-        let next = std::sync::atomic::AtomicUsize::new(0);
-        pool.run(&|thread| {
+        let kv = self.kv;
+        pool.near(&|node| runs.len() * kv.heads(node).len(), &|turn| {
             // SAFETY: each thread has its own part.
-            let floats = unsafe { floats.range(thread * each, each) };
-            loop {
-                let task = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                if task >= tasks {
-                    break;
-                }
-                let work = Work {
-                    attention: self,
-                    run: runs[task / kv_heads],
-                    kv_head: task % kv_heads,
-                    out,
-                };
-                let work = &work;
-                let floats = &mut *floats;
-                dispatch!(isa, attend(work: &Work<'_>, floats: &mut [f32]));
-            }
+            let floats = unsafe { floats.range(turn.thread * each, each) };
+            let heads = kv.heads(turn.node);
+            let work = Work {
+                attention: self,
+                run: runs[turn.task / heads.len()],
+                kv_head: heads.start + turn.task % heads.len(),
+                out,
+            };
+            let work = &work;
+            dispatch!(isa, attend(work: &Work<'_>, floats: &mut [f32]));
         });
         Ok(())
     }

@@ -9,12 +9,14 @@ use super::linear::{Linear, Output, Rows};
 use super::matrix::Matrix;
 use super::memory::{Buffer, Shared};
 use super::moe::{self, Mixture};
+use super::numa::Numa;
 use super::pool::Pool;
+use super::ranked::Ranked;
 use super::simd::{Isa, dispatch};
-use super::topology;
+use super::topology::{self, Topology};
 use crate::{
-    Activation, AttentionShape, Backend, Error, Experts, Format, KvLayer, KvShape, LogitsRule,
-    MatrixPart, Norm, QkvLayer, Rotary, Step,
+    Activation, AttentionShape, Backend, Collective, Error, Experts, Format, KvLayer, KvShape,
+    LogitsRule, MatrixPart, Norm, QkvLayer, Rank, Rotary, Shard, Step,
 };
 
 /// How a [`CpuBackend`] is made.
@@ -22,10 +24,13 @@ use crate::{
 pub struct CpuOptions {
     /// Threads that compute; `None`: the cores this process may use.
     pub threads: Option<usize>,
-    /// Keep each thread on a core of its own, where there are enough. Right for a server, wrong for many backends in one process.
+    /// Keep threads on their NUMA node, and on a core of their own if they are as many as there are. Right for a server, wrong for many backends in
+    /// one process.
     pub pin: bool,
     /// The instruction set; `None`: the best there is.
     pub isa: Option<Isa>,
+    /// The NUMA nodes that weights, KV cache and threads are divided among.
+    pub numa: Numa,
 }
 
 impl Default for CpuOptions {
@@ -34,6 +39,7 @@ impl Default for CpuOptions {
             threads: None,
             pin: true,
             isa: None,
+            numa: Numa::Auto,
         }
     }
 }
@@ -50,6 +56,8 @@ pub struct CpuBackend {
     checked: Vec<(usize, Option<u32>, usize)>,
     /// Rows whose logits are wanted, normalised. `[logit rows, hidden]`
     head_rows: Buffer<f32>,
+    /// Where it is one of several ranks.
+    ranked: Option<Ranked>,
 }
 
 impl std::fmt::Debug for CpuBackend {
@@ -75,14 +83,14 @@ impl CpuBackend {
             .threads
             .unwrap_or_else(topology::default_threads)
             .max(1);
-        let cores = topology::allowed_cores();
-        let pinned: &[usize] = if options.pin && threads <= cores.len() {
-            &cores
-        } else {
-            &[]
+        let machine = Topology::of_machine();
+        let topology = match options.numa {
+            Numa::Auto => machine,
+            Numa::Off => machine.as_one(),
+            Numa::Emulated(nodes) => machine.emulated(usize::from(nodes.get())),
         };
         Ok(Self {
-            pool: Pool::new(threads, pinned),
+            pool: Pool::new(&topology.place(threads, options.pin)),
             isa,
             step: Step::default(),
             product_rows: Rows::new()?,
@@ -90,7 +98,26 @@ impl CpuBackend {
             experts: moe::Scratch::new()?,
             checked: Vec::new(),
             head_rows: Buffer::zeroed(0, "output rows")?,
+            ranked: None,
         })
+    }
+
+    /// One of several ranks that compute a model together, each with a part of the weights.
+    ///
+    /// For tests of what GPUs do: CPUs of one machine share their memory, and divide rows and heads among [`Numa`] nodes instead.
+    ///
+    /// # Errors
+    /// As [`CpuBackend::new`].
+    pub fn of_rank(options: CpuOptions, collective: Box<dyn Collective>) -> Result<Self, Error> {
+        Ok(Self {
+            ranked: Some(Ranked::new(collective)?),
+            ..Self::new(options)?
+        })
+    }
+
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     fn rows(&self) -> usize {
@@ -118,7 +145,22 @@ impl CpuBackend {
         let x = x.first(rows, matrix.cols, "input of a product")?;
         let linear = Linear::new(matrix, x, rows, bias.map(Vector::as_slice), output);
         let y = out.first_mut(rows, matrix.rows, "output of a product")?;
-        linear.run(y, &mut self.product_rows, &self.pool, self.isa)
+        let (product_rows, pool, isa) = (&mut self.product_rows, &self.pool, self.isa);
+        match (&mut self.ranked, matrix.shard, output) {
+            (Some(ranked), Some(Shard::Columns), Output::Set) => {
+                linear.run(y, product_rows, pool, isa)?;
+                ranked.sum(y)
+            }
+            (Some(ranked), Some(Shard::Columns), Output::Add) => {
+                let part = Linear::new(matrix, x, rows, bias.map(Vector::as_slice), Output::Set);
+                let sums = ranked.sums_of(rows * matrix.rows, |own| {
+                    part.run(own, product_rows, pool, isa)
+                })?;
+                add_rows(sums, matrix.rows, y, pool, isa);
+                Ok(())
+            }
+            _ => linear.run(y, product_rows, pool, isa),
+        }
     }
 
     /// Checks the step's block tables for a layer, once for all that are alike.
@@ -146,11 +188,45 @@ impl Backend for CpuBackend {
     fn description(&self) -> String {
         let threads = self.pool.threads();
         let s = if threads == 1 { "" } else { "s" };
-        format!("CPU, {}, {threads} thread{s}", self.isa.name())
+        let nodes = match self.pool.nodes() {
+            1 => String::new(),
+            nodes => format!(" on {nodes} NUMA nodes"),
+        };
+        format!("CPU, {}, {threads} thread{s}{nodes}", self.isa.name())
     }
 
     fn matrix(&self, parts: &[MatrixPart<'_>], quantize: Option<Format>) -> Result<Matrix, Error> {
         Matrix::pack(parts, quantize, &self.pool)
+    }
+
+    fn rank(&self) -> Rank {
+        self.ranked.as_ref().map_or(Rank::ALONE, Ranked::rank)
+    }
+
+    fn shard(
+        &self,
+        parts: &[MatrixPart<'_>],
+        quantize: Option<Format>,
+        shard: Shard,
+    ) -> Result<Matrix, Error> {
+        let mut matrix = self.matrix(parts, quantize)?;
+        if let Shard::Vocabulary { of } = shard
+            && self.rank().share(of, 1).len() != matrix.rows
+        {
+            return Err(Error::Shape(format!(
+                "{} rows of a vocabulary of {of} on {:?}",
+                matrix.rows,
+                self.rank()
+            )));
+        }
+        matrix.shard = Some(shard);
+        Ok(matrix)
+    }
+
+    fn leave(&mut self) {
+        if let Some(ranked) = &mut self.ranked {
+            ranked.leave();
+        }
     }
 
     fn matrix_bytes(&self, matrix: &Matrix) -> usize {
@@ -166,10 +242,11 @@ impl Backend for CpuBackend {
     }
 
     fn kv_cache(&self, shape: &KvShape) -> Result<KvCache, Error> {
-        KvCache::new(shape)
+        KvCache::new(shape, &self.pool)
     }
 
     fn begin(&mut self, step: &Step) -> Result<(), Error> {
+        self.pool.settle();
         check_step(step)?;
         self.step.clone_from(step);
         self.checked.clear();
@@ -186,27 +263,44 @@ impl Backend for CpuBackend {
                     kv.shape.blocks
                 )));
             }
-            kv.copy_block(from, to);
+            kv.copy_block(from, to, &self.pool);
         }
         Ok(())
     }
 
     fn embed(&mut self, table: &Matrix, scale: f32, out: &mut Activations) -> Result<(), Error> {
         let tokens = &self.step.tokens;
-        if let Some(token) = tokens.iter().find(|&&token| token as usize >= table.rows) {
+        let of = match table.shard {
+            Some(Shard::Vocabulary { of }) => of,
+            _ => table.rows,
+        };
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= of) {
             return Err(Error::Shape(format!(
-                "token {token} of a vocabulary of {}",
-                table.rows
+                "token {token} of a vocabulary of {of}"
             )));
         }
         let cols = table.cols;
-        let out = Shared::new(out.first_mut(tokens.len(), cols, "embeddings")?);
+        let own = match &self.ranked {
+            Some(ranked) if table.shard.is_some() => ranked.tokens(of),
+            _ => 0..of,
+        };
+        let out = out.first_mut(tokens.len(), cols, "embeddings")?;
+        let rows = Shared::new(out);
         self.pool.each(tokens.len(), &|row| {
             // SAFETY: each row is written by one task.
-            let out = unsafe { out.range(row * cols, cols) };
-            table.row(tokens[row] as usize, scale, out);
+            let out = unsafe { rows.range(row * cols, cols) };
+            let token = tokens[row] as usize;
+            if own.contains(&token) {
+                table.row(token - own.start, scale, out);
+            } else {
+                // Another rank has it.
+                out.fill(0.0);
+            }
         });
-        Ok(())
+        match &mut self.ranked {
+            Some(ranked) if table.shard.is_some() => ranked.sum(out),
+            _ => Ok(()),
+        }
     }
 
     fn rotary(&mut self, rotary: &Rotary<'_, Self>, out: &mut Activations) -> Result<(), Error> {
@@ -323,6 +417,7 @@ impl Backend for CpuBackend {
     ) -> Result<(), Error> {
         let shape = layer.shape;
         check_layer(&shape, layer.layer, kv)?;
+        kv.check_nodes(&self.pool)?;
         self.check_tables(layer.layer.group, shape.window, kv)?;
         let (rows, d, eps, isa) = (self.rows(), shape.head_dim, layer.eps, self.isa);
         let (heads, kv_heads) = (shape.heads, shape.kv_heads);
@@ -361,12 +456,19 @@ impl Backend for CpuBackend {
         let q_norm = q_norm.map(|w| weights(w, d)).transpose()?;
         let k_norm = k_norm.map(|w| weights(w, d)).transpose()?;
         let (kv_shape, layout) = (kv.shape, kv.layout());
-        let first_block = kv.offset(layer.layer.index, 0, 0);
-        let page_group = layer.layer.group;
+        let KvLayer {
+            group: page_group,
+            index,
+        } = layer.layer;
         let cache = Shared::new(kv.data.as_mut_slice());
+        let kv = &*kv;
         let step = &self.step;
-        self.pool.each(step.spans.len() * kv_heads, &|task| {
-            let (span, kv_head) = (step.spans[task / kv_heads], task % kv_heads);
+        // A head's keys and values are written by its node's threads, also the first time: that puts them there.
+        let tasks = |node| step.spans.len() * kv.heads(node).len();
+        self.pool.at_home(&tasks, &|turn| {
+            let heads_here = kv.heads(turn.node);
+            let span = step.spans[turn.task / heads_here.len()];
+            let kv_head = heads_here.start + turn.task % heads_here.len();
             let group = heads / kv_heads;
             for i in 0..span.rows as usize {
                 let row = span.row as usize + i;
@@ -387,7 +489,7 @@ impl Backend for CpuBackend {
                 let position = step.positions[row] as usize;
                 let entry = position / kv_shape.block_size * step.groups + page_group;
                 let block = step.block_tables[span.table as usize + entry] as usize;
-                let at = first_block + (block * kv_heads + kv_head) * layout.bytes;
+                let at = kv.offset(index, block, kv_head);
                 let slot = &mut Slot {
                     // SAFETY: this KV head of this block is written by the one sequence that owns the block.
                     bytes: unsafe { cache.range(at, layout.bytes) },
@@ -413,6 +515,7 @@ impl Backend for CpuBackend {
         out: &mut Activations,
     ) -> Result<(), Error> {
         check_layer(shape, layer, kv)?;
+        kv.check_nodes(&self.pool)?;
         self.check_tables(layer.group, shape.window, kv)?;
         if let Some(sinks) = sinks
             && sinks.as_slice().len() != shape.heads
@@ -478,16 +581,17 @@ impl Backend for CpuBackend {
         let n = mixture.check(cols)?;
         let x = x.first(rows, cols, "input of experts")?;
         let out = out.first_mut(rows, cols, "output of experts")?;
-        mixture.run(
-            x,
-            rows,
-            n,
-            out,
-            &mut self.experts,
-            &mut self.product_rows,
-            &self.pool,
-            self.isa,
-        )
+        let (pool, isa) = (&self.pool, self.isa);
+        let (scratch, product_rows) = (&mut self.experts, &mut self.product_rows);
+        let mut run =
+            |out: &mut [f32]| mixture.run(x, rows, n, out, scratch, product_rows, pool, isa);
+        match &mut self.ranked {
+            Some(ranked) if experts.down.shard == Some(Shard::Columns) => {
+                add_rows(ranked.sums_of(rows * cols, run)?, cols, out, pool, isa);
+                Ok(())
+            }
+            _ => run(out),
+        }
     }
 
     fn logits(
@@ -517,19 +621,30 @@ impl Backend for CpuBackend {
             let out = unsafe { rows.range(i * cols, cols) };
             dispatch!(isa, rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]));
         });
-        logits.resize(wanted.len() * head.rows, 0.0);
+        let vocabulary = match head.shard {
+            Some(Shard::Vocabulary { of }) => of,
+            _ => head.rows,
+        };
+        logits.resize(wanted.len() * vocabulary, 0.0);
         if wanted.is_empty() {
             return Ok(());
         }
         let x = self.head_rows.as_slice();
         let linear = Linear::new(head, x, wanted.len(), None, Output::Set);
-        linear.run(logits, &mut self.product_rows, &self.pool, isa)?;
+        let (product_rows, pool) = (&mut self.product_rows, &self.pool);
+        let mut run = |out: &mut [f32]| linear.run(out, product_rows, pool, isa);
+        match &mut self.ranked {
+            Some(ranked) if head.shard.is_some() => {
+                ranked.logits(wanted.len(), vocabulary, logits, run)?;
+            }
+            _ => run(logits)?,
+        }
         let LogitsRule { scale, softcap } = rule;
         if scale != 1.0 || softcap.is_some() {
             let rows = Shared::new(logits);
             self.pool.each(wanted.len(), &|i| {
                 // SAFETY: each row is written by one task.
-                let x = unsafe { rows.range(i * head.rows, head.rows) };
+                let x = unsafe { rows.range(i * vocabulary, vocabulary) };
                 dispatch!(isa, rule_row(x: &mut [f32], scale: f32, softcap: Option<f32>));
             });
         }
@@ -539,6 +654,18 @@ impl Backend for CpuBackend {
     fn each(&mut self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         self.pool.each(tasks, task);
     }
+}
+
+/// `out[r] += x[r]`; both `[rows, cols]`.
+fn add_rows(x: &[f32], cols: usize, out: &mut [f32], pool: &Pool, isa: Isa) {
+    let rows = Shared::new(out);
+    pool.each(x.len() / cols, &|row| {
+        let x = &x[row * cols..(row + 1) * cols];
+        // SAFETY: each row is written by one task.
+        let out = unsafe { rows.range(row * cols, cols) };
+        let (norm, scale): (Option<(&[f32], f32)>, f32) = (None, 1.0);
+        dispatch!(isa, add_row(x: &[f32], norm: Option<(&[f32], f32)>, scale: f32, out: &mut [f32]));
+    });
 }
 
 /// Normalises, where there are weights, and rotates one head.

@@ -6,8 +6,14 @@
 //!
 //! Scales of quantised elements follow the elements they belong to: a group's key scales as `[head_dim / 32][16]`, so that they are lanes, too, and a
 //! value's as `[position]`. They cost attention a multiplication for 32 elements of a key, and one for a whole value.
+//!
+//! On several NUMA nodes each has some of the heads, in proportion to its threads, and their keys and values of all layers and blocks: the cache is
+//! `[node][layer][block][head of the node]`. A node's threads store them, so that is where their pages are.
 
-use super::memory::Buffer;
+use std::ops::Range;
+
+use super::memory::{Buffer, Shared};
+use super::pool::Pool;
 use super::simd::{LANES, Simd};
 use crate::{Error, KvDtype, KvShape};
 
@@ -18,6 +24,10 @@ pub(crate) const TILE: usize = 16;
 pub struct KvCache {
     pub(crate) shape: KvShape,
     pub(crate) data: Buffer<u8>,
+    /// The heads of each node.
+    nodes: Vec<Range<usize>>,
+    /// Of each head, the heads of its node.
+    of_head: Vec<Range<usize>>,
 }
 
 impl std::fmt::Debug for KvCache {
@@ -29,7 +39,8 @@ impl std::fmt::Debug for KvCache {
 }
 
 impl KvCache {
-    pub(crate) fn new(shape: &KvShape) -> Result<Self, Error> {
+    /// For the threads of `pool`.
+    pub(crate) fn new(shape: &KvShape, pool: &Pool) -> Result<Self, Error> {
         if shape.block_size == 0 || !shape.block_size.is_multiple_of(TILE) {
             return Err(Error::Shape(format!(
                 "KV blocks of {} positions, expected a multiple of {TILE}",
@@ -55,10 +66,42 @@ impl KvCache {
             bytes: usize::MAX,
         })?;
         debug_assert!(shape.block_bytes() * shape.blocks <= bytes);
+        let bytes = shape.block_bytes() * shape.blocks;
+        let nodes: Vec<_> = (0..pool.nodes())
+            .map(|node| pool.share(shape.kv_heads, node))
+            .collect();
+        let of_head = nodes
+            .iter()
+            .flat_map(|heads| heads.clone().map(|_| heads.clone()))
+            .collect();
+        let data = if pool.nodes() == 1 {
+            Buffer::zeroed(bytes, "the KV cache")?
+        } else {
+            Buffer::own_pages(bytes, "the KV cache")?
+        };
         Ok(Self {
             shape: *shape,
-            data: Buffer::zeroed(shape.block_bytes() * shape.blocks, "the KV cache")?,
+            data,
+            nodes,
+            of_head,
         })
+    }
+
+    /// Refuses a cache that was made for another number of nodes.
+    pub(crate) fn check_nodes(&self, pool: &Pool) -> Result<(), Error> {
+        if self.nodes.len() == pool.nodes() {
+            return Ok(());
+        }
+        Err(Error::Shape(format!(
+            "a KV cache for {} NUMA nodes on {}",
+            self.nodes.len(),
+            pool.nodes()
+        )))
+    }
+
+    /// The heads of a node; none, where there are more nodes than heads.
+    pub(crate) fn heads(&self, node: usize) -> Range<usize> {
+        self.nodes[node].clone()
     }
 
     /// Where a head's keys and values are in its part of a block.
@@ -68,20 +111,36 @@ impl KvCache {
 
     /// Where a head's part of a block begins, in bytes.
     pub(crate) fn offset(&self, layer: usize, block: usize, head: usize) -> usize {
-        let heads = (layer * self.shape.blocks + block) * self.shape.kv_heads + head;
-        heads * self.layout().bytes
+        let heads = &self.of_head[head];
+        let before = heads.start * self.shape.layers * self.shape.blocks;
+        let block = (layer * self.shape.blocks + block) * heads.len();
+        (before + block + head - heads.start) * self.layout().bytes
     }
 
     /// Copies a block in every layer.
-    pub(crate) fn copy_block(&mut self, from: usize, to: usize) {
-        let bytes = self.shape.block_bytes() / self.shape.layers;
-        let layer_bytes = bytes * self.shape.blocks;
-        let data = self.data.as_mut_slice();
-        for layer in 0..self.shape.layers {
-            let from = layer * layer_bytes + from * bytes;
-            let to = layer * layer_bytes + to * bytes;
-            data.copy_within(from..from + bytes, to);
-        }
+    pub(crate) fn copy_block(&mut self, from: usize, to: usize, pool: &Pool) {
+        let layers = self.shape.layers;
+        let head_bytes = self.layout().bytes;
+        let data = Shared::new(self.data.as_mut_slice());
+        let this = &*self;
+        pool.at_home(&|node| layers * this.heads(node).len(), &|turn| {
+            let heads = this.heads(turn.node);
+            let (layer, head) = (
+                turn.task / heads.len(),
+                heads.start + turn.task % heads.len(),
+            );
+            let at = |block| this.offset(layer, block, head);
+            if from != to {
+                // SAFETY: a head of a block is copied by one task, from a block to another.
+                let (from, to) = unsafe {
+                    (
+                        data.range(at(from), head_bytes),
+                        data.range(at(to), head_bytes),
+                    )
+                };
+                to.copy_from_slice(from);
+            }
+        });
     }
 }
 

@@ -83,6 +83,7 @@ impl<'a> Linear<'a> {
 
     /// Computes the product into `y`. The caller has checked the shapes against the buffers.
     pub fn run(&self, y: &mut [f32], rows: &mut Rows, pool: &Pool, isa: Isa) -> Result<(), Error> {
+        self.matrix.check_nodes(pool)?;
         let (n, k) = (self.features, self.matrix.cols);
         assert!(self.x.len() >= self.rows * k && y.len() >= self.rows * n);
         assert!(self.bias.is_none_or(|bias| bias.len() >= n));
@@ -103,19 +104,20 @@ impl<'a> Linear<'a> {
                 fair.max(TASK_PANELS)
             } else {
                 // What stays in a core's cache while more rows pass over it than fit beside it.
-                let cached = CACHED_PANELS / segment.panel(0).len().max(1);
+                let cached = CACHED_PANELS / segment.panel_bytes().max(1);
                 fair.min(cached).max(TASK_PANELS)
             };
-            pool.each(panels.div_ceil(at_once), &|task| {
-                let first = task * at_once;
+            pool.near(&|node| segment.tasks(node, at_once), &|turn| {
+                let panels = segment.task(turn.node, at_once, turn.task);
                 let share = Share {
                     linear: self,
                     segment,
+                    weights: segment.panels(panels.clone()),
                     rows,
                     interleave,
                     y,
-                    first,
-                    last: (first + at_once).min(panels),
+                    first: panels.start,
+                    last: panels.end,
                 };
                 multiply(&share, isa);
             });
@@ -152,6 +154,8 @@ impl<'a> Linear<'a> {
 struct Share<'a> {
     linear: &'a Linear<'a>,
     segment: &'a Segment,
+    /// Its panels.
+    weights: &'a [u8],
     rows: &'a Rows,
     interleave: usize,
     y: Shared<f32>,
@@ -159,7 +163,14 @@ struct Share<'a> {
     last: usize,
 }
 
-impl Share<'_> {
+impl<'a> Share<'a> {
+    /// The bytes of some of its panels.
+    #[inline(always)]
+    fn panels(&self, first: usize, last: usize) -> &'a [u8] {
+        let bytes = self.segment.panel_bytes();
+        &self.weights[(first - self.first) * bytes..(last - self.first) * bytes]
+    }
+
     /// Writes the finished sums of a panel for one activation row.
     #[inline(always)]
     fn finish(&self, row: usize, panel: usize, sums: &[f32; PANEL]) {
@@ -220,7 +231,7 @@ impl<'a> Next<'a> {
     /// `count` panels from `first`, or as many as the share has, asked for by `tiles` tiles.
     #[inline(always)]
     fn new(share: &Share<'a>, first: usize, count: usize, tiles: usize) -> Self {
-        let bytes = share.segment.panels(first, (first + count).min(share.last));
+        let bytes = share.panels(first, (first + count).min(share.last).max(first));
         Self {
             bytes,
             part: bytes.len().div_ceil(tiles),
@@ -302,10 +313,10 @@ unsafe fn panels<K: Tile, S: Simd>(share: &Share<'_>, format: K::Format) {
 
 /// Where `P` panels begin.
 #[inline(always)]
-fn panels_at<const P: usize>(segment: &Segment, first: usize) -> [*const u8; P] {
+fn panels_at<const P: usize>(share: &Share<'_>, first: usize) -> [*const u8; P] {
     let mut at = [std::ptr::null(); P];
     for (p, at) in at.iter_mut().enumerate() {
-        *at = segment.panel(first + p).as_ptr();
+        *at = share.panels(first + p, first + p + 1).as_ptr();
     }
     at
 }

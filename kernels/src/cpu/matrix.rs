@@ -10,7 +10,12 @@
 //! | Q4_0 | `[k/32]` × 4 groups of 64 bytes, then `[k/32][PANEL]` f16 scales | see [`super::simd::Simd::dot_q4`] |
 //! | grouped, E4M3 | one unit a group, see [`super::groups`] | `integers` and `float8` of [`super::linear`] |
 //! | other quantised ones | one unit a block, see [`super::planes`] | [`super::linear`]'s blocks |
+//!
+//! On several NUMA nodes the panels of every part — queries, keys and values; each expert's gate — are divided among the nodes in proportion to
+//! their threads, and a node's threads write theirs first, into memory of its own. Rows of output are whole wherever their panel is, so where panels
+//! are makes no difference to any bit.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::{bf16, f16};
@@ -22,7 +27,7 @@ use super::pool::Pool;
 pub(crate) use super::simd::PANEL;
 use super::simd::QUAD;
 use crate::quantize::{self, BLOCK, BlockFormat, LARGEST_BLOCK, Tq2_0, with_block_format};
-use crate::{Error, Format, MatrixPart};
+use crate::{Error, Format, MatrixPart, Shard};
 
 /// Bytes of a panel's f16 scales for one block.
 pub(crate) const SCALES: usize = 2 * PANEL;
@@ -38,6 +43,8 @@ pub struct Matrix {
     pub(crate) segments: Vec<Segment>,
     /// Orders of columns, each the input feature of every column. `[cols]`
     orders: Vec<Vec<u32>>,
+    /// What it is of the matrix that several ranks have; `None`: all of it, or rows that are as good as a matrix of their own.
+    pub(crate) shard: Option<Shard>,
 }
 
 /// Consecutive rows of a matrix, packed in one format.
@@ -49,7 +56,21 @@ pub(crate) struct Segment {
     pub(crate) format: Format,
     /// Which of the matrix's orders its columns are in, where they are sorted.
     order: Option<usize>,
-    pub(crate) data: Buffer<u8>,
+    /// Bytes of a panel.
+    panel_bytes: usize,
+    /// Of each node, its panels.
+    nodes: Vec<Buffer<u8>>,
+    /// Where panels are, in order.
+    runs: Vec<Run>,
+}
+
+/// Consecutive panels that are one after the other in a node's memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) panels: Range<usize>,
+    pub(crate) node: usize,
+    /// How many of the node's panels come before them.
+    at: usize,
 }
 
 /// What a segment wants of the activations it is multiplied with.
@@ -85,7 +106,7 @@ pub(crate) fn panel_bytes(format: Format, cols: usize) -> usize {
 }
 
 impl Matrix {
-    /// Packs the parts' rows, one part after the other, on all threads.
+    /// Packs the parts' rows, one part after the other, on all threads. What it returns is for the same pool.
     pub(crate) fn pack(
         parts: &[MatrixPart<'_>],
         quantize: Option<Format>,
@@ -132,6 +153,7 @@ impl Matrix {
             cols,
             segments,
             orders,
+            shard: None,
         })
     }
 
@@ -150,8 +172,20 @@ impl Matrix {
 
     /// Bytes of all panels.
     pub(crate) fn bytes(&self) -> usize {
-        let bytes = |s: &Segment| s.rows.div_ceil(PANEL) * panel_bytes(s.format, s.cols);
+        let bytes = |s: &Segment| s.rows.div_ceil(PANEL) * s.panel_bytes;
         self.segments.iter().map(bytes).sum()
+    }
+
+    /// Refuses a matrix that was packed for another number of nodes.
+    pub(crate) fn check_nodes(&self, pool: &Pool) -> Result<(), Error> {
+        let fits = |segment: &Segment| segment.nodes.len() == pool.nodes();
+        if self.segments.iter().all(fits) {
+            return Ok(());
+        }
+        Err(Error::Shape(format!(
+            "{self:?} was packed for another number of NUMA nodes than {}",
+            pool.nodes()
+        )))
     }
 
     /// Widens row `row` to `out`, times `scale`. `[cols]`
@@ -182,16 +216,34 @@ impl Segment {
         }
         let panels = rows.div_ceil(PANEL);
         let bytes = panel_bytes(format, cols);
-        let total = panels.checked_mul(bytes).ok_or(Error::OutOfMemory {
+        // No node's part overflows if the whole does not.
+        panels.checked_mul(bytes).ok_or(Error::OutOfMemory {
             what: "a weight matrix",
             bytes: usize::MAX,
         })?;
-        let mut data = Buffer::zeroed(total, "a weight matrix")?;
-        let out = Shared::new(data.as_mut_slice());
+        let runs = runs(parts, pool);
+        let mut nodes = Vec::with_capacity(pool.nodes());
+        for node in 0..pool.nodes() {
+            let own = runs.iter().filter(|run| run.node == node);
+            let own = own.map(|run| run.panels.len()).sum::<usize>() * bytes;
+            nodes.push(if pool.nodes() == 1 {
+                Buffer::zeroed(own, "a weight matrix")?
+            } else {
+                Buffer::own_pages(own, "a weight matrix")?
+            });
+        }
+        let mut segment = Self {
+            first,
+            rows,
+            cols,
+            format,
+            order,
+            panel_bytes: bytes,
+            nodes,
+            runs,
+        };
         let lossy = AtomicUsize::new(usize::MAX);
-        pool.each(panels, &|panel| {
-            // SAFETY: each panel is written by one task, and `data` outlives the call.
-            let out = unsafe { out.range(panel * bytes, bytes) };
+        segment.write(pool, &|panel, out| {
             for lane in 0..PANEL {
                 let at = panel * PANEL + lane;
                 if let Some((part, row)) = locate(parts, at) {
@@ -208,14 +260,30 @@ impl Segment {
         if let Some((part, row)) = locate(parts, lossy.into_inner()) {
             return Err(not_ternary(part, row));
         }
-        Ok(Self {
-            first,
-            rows,
-            cols,
-            format,
-            order,
-            data,
-        })
+        Ok(segment)
+    }
+
+    /// Has every panel written by a thread of its node: where a page is written first, there it is.
+    fn write(&mut self, pool: &Pool, write: &(dyn Fn(usize, &mut [u8]) + Sync)) {
+        // Of each node its runs, in the order in which they are in its memory.
+        let runs: Vec<Vec<&Run>> = (0..self.nodes.len())
+            .map(|node| self.runs.iter().filter(|run| run.node == node).collect())
+            .collect();
+        let bytes = self.panel_bytes;
+        let of_node = |node: usize| runs[node].iter().map(|run| run.panels.len()).sum();
+        let out: Vec<Shared<u8>> = self
+            .nodes
+            .iter_mut()
+            .map(|node| Shared::new(node.as_mut_slice()))
+            .collect();
+        let _at_home = pool.visit();
+        pool.at_home(&of_node, &|turn| {
+            let runs = &runs[turn.node];
+            let run = runs[runs.partition_point(|run| run.at <= turn.task) - 1];
+            // SAFETY: each panel is written by one task, and the buffers outlive the call.
+            let out = unsafe { out[turn.node].range(turn.task * bytes, bytes) };
+            write(run.panels.start + turn.task - run.at, out);
+        });
     }
 
     /// What it wants of activations.
@@ -226,20 +294,57 @@ impl Segment {
         }
     }
 
-    /// One packed panel's bytes.
-    pub(crate) fn panel(&self, panel: usize) -> &[u8] {
-        self.panels(panel, panel + 1)
+    /// The bytes of panels of one run.
+    pub(crate) fn panels(&self, panels: Range<usize>) -> &[u8] {
+        let run = self.runs.partition_point(|r| r.panels.end <= panels.start);
+        let run = &self.runs[run];
+        assert!(panels.end <= run.panels.end, "panels of one run");
+        let at = run.at + panels.start - run.panels.start;
+        &self.nodes[run.node].as_slice()[at * self.panel_bytes..][..panels.len() * self.panel_bytes]
     }
 
-    /// Panels `first..last`, none if there are none between them.
-    pub(crate) fn panels(&self, first: usize, last: usize) -> &[u8] {
-        let bytes = panel_bytes(self.format, self.cols);
-        &self.data.as_slice()[first * bytes..last.max(first) * bytes]
+    /// Bytes of a panel.
+    pub(crate) fn panel_bytes(&self) -> usize {
+        self.panel_bytes
+    }
+
+    /// The parts of `panels` that are in one run each, with the run's node.
+    pub(crate) fn runs_of(
+        &self,
+        panels: Range<usize>,
+    ) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let first = self.runs.partition_point(|r| r.panels.end <= panels.start);
+        let runs = self.runs[first..].iter();
+        let within = runs.take_while(move |run| run.panels.start < panels.end);
+        within.map(move |run| {
+            let first = run.panels.start.max(panels.start);
+            (run.node, first..run.panels.end.min(panels.end))
+        })
+    }
+
+    /// How many tasks of up to `at_once` panels a node has.
+    pub(crate) fn tasks(&self, node: usize, at_once: usize) -> usize {
+        let runs = self.runs.iter().filter(|run| run.node == node);
+        runs.map(|run| run.panels.len().div_ceil(at_once)).sum()
+    }
+
+    /// The panels of a node's `task`-th task, all of one run.
+    pub(crate) fn task(&self, node: usize, at_once: usize, mut task: usize) -> Range<usize> {
+        for run in self.runs.iter().filter(|run| run.node == node) {
+            let tasks = run.panels.len().div_ceil(at_once);
+            if task < tasks {
+                let first = run.panels.start + task * at_once;
+                return first..(first + at_once).min(run.panels.end);
+            }
+            task -= tasks;
+        }
+        unreachable!("a task below `tasks`")
     }
 
     /// Widens row `row` to `out`, times `scale`; column `k` goes to `order[k]`. `[cols]`
     fn row(&self, row: usize, scale: f32, order: Option<&[u32]>, out: &mut [f32]) {
-        let panel = self.panel(row / PANEL);
+        let panel = row / PANEL;
+        let panel = self.panels(panel..panel + 1);
         let lane = row % PANEL;
         let at16 = |k: usize| {
             let at = (k * PANEL + lane) * 2;
@@ -367,6 +472,34 @@ fn target(part: &MatrixPart<'_>, quantize: Option<Format>) -> Result<Format, Err
             "{format:?} is not a quantised format"
         ))),
     }
+}
+
+/// Divides the panels of every part among the nodes. A panel belongs to the part that its first row is of.
+fn runs(parts: &[MatrixPart<'_>], pool: &Pool) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    let mut before = vec![0; pool.nodes()];
+    let mut row = 0_usize;
+    for part in parts {
+        let panels = row.div_ceil(PANEL)..(row + part.rows).div_ceil(PANEL);
+        row += part.rows;
+        for (node, before) in before.iter_mut().enumerate() {
+            let share = pool.share(panels.len(), node);
+            if share.is_empty() {
+                continue;
+            }
+            let share = panels.start + share.start..panels.start + share.end;
+            match runs.last_mut() {
+                Some(run) if run.node == node => run.panels.end = share.end,
+                _ => runs.push(Run {
+                    panels: share.clone(),
+                    node,
+                    at: *before,
+                }),
+            }
+            *before += share.len();
+        }
+    }
+    runs
 }
 
 fn locate<'a>(parts: &'a [MatrixPart<'a>], row: usize) -> Option<(&'a MatrixPart<'a>, usize)> {

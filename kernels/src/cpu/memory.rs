@@ -2,6 +2,8 @@
 //!
 //! Large buffers come from the system as untouched pages — an allocator would write their zeroes, and a KV cache sized for the worst case would
 //! occupy all of it at once — and in huge pages where there are any: weights are read from end to end at every step.
+//!
+//! A page is on the NUMA node of the thread that touches it first. Where that matters, buffers have pages of their own ([`Buffer::own_pages`]).
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
@@ -11,7 +13,9 @@ use crate::Error;
 /// A cache line, and the widest vector there is.
 const ALIGNMENT: usize = 64;
 /// Buffers of at least so many bytes are mapped: a huge page.
-const MAPPED: usize = 2 << 20;
+const MAPPED: usize = HUGE_PAGE;
+/// Bytes of a huge page on x86-64, and on AArch64 with pages of 4 KiB.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// Plain numbers: every bit pattern, all zeroes included, is a value.
 ///
@@ -33,6 +37,7 @@ unsafe impl Plain for f32 {}
 pub(crate) struct Buffer<T: Plain> {
     data: NonNull<T>,
     len: usize,
+    mapped: bool,
 }
 
 // SAFETY: it owns its memory, and `T` is plain data.
@@ -43,6 +48,15 @@ unsafe impl<T: Plain> Sync for Buffer<T> {}
 impl<T: Plain> Buffer<T> {
     /// `len` zeroes; `what` names them in the error.
     pub fn zeroed(len: usize, what: &'static str) -> Result<Self, Error> {
+        Self::new(len, what, false)
+    }
+
+    /// As [`Buffer::zeroed`], untouched and on pages that it shares with no other buffer: each is on the node of whoever writes it first.
+    pub fn own_pages(len: usize, what: &'static str) -> Result<Self, Error> {
+        Self::new(len, what, true)
+    }
+
+    fn new(len: usize, what: &'static str, own_pages: bool) -> Result<Self, Error> {
         let bytes = len
             .checked_mul(size_of::<T>())
             .filter(|&bytes| bytes <= isize::MAX as usize - ALIGNMENT)
@@ -54,21 +68,25 @@ impl<T: Plain> Buffer<T> {
             return Ok(Self {
                 data: NonNull::dangling(),
                 len: 0,
+                mapped: false,
             });
         }
-        let data = if bytes >= MAPPED {
+        let mapped = own_pages || bytes >= MAPPED;
+        let data = if own_pages {
+            map_apart(bytes)
+        } else if mapped {
             map(bytes)
         } else {
             // SAFETY: the layout's size is not zero.
             NonNull::new(unsafe { alloc_zeroed(Self::layout(bytes)) })
         };
         let data = data.ok_or(Error::OutOfMemory { what, bytes })?.cast();
-        Ok(Self { data, len })
+        Ok(Self { data, len, mapped })
     }
 
     fn layout(bytes: usize) -> Layout {
         Layout::from_size_align(bytes, ALIGNMENT)
-            .expect("`zeroed` has checked that size and alignment fit")
+            .expect("`new` has checked that size and alignment fit")
     }
 
     pub fn as_slice(&self) -> &[T] {
@@ -97,11 +115,11 @@ impl<T: Plain> Buffer<T> {
 impl<T: Plain> Drop for Buffer<T> {
     fn drop(&mut self) {
         let bytes = self.len * size_of::<T>();
-        if bytes >= MAPPED {
-            // SAFETY: mapped in `zeroed` with this very length.
+        if self.mapped {
+            // SAFETY: mapped in `new` with this very length.
             unsafe { unmap(self.data.cast(), bytes) };
         } else if bytes > 0 {
-            // SAFETY: allocated in `zeroed` with this very layout.
+            // SAFETY: allocated in `new` with this very layout.
             unsafe { dealloc(self.data.as_ptr().cast(), Self::layout(bytes)) };
         }
     }
@@ -110,6 +128,56 @@ impl<T: Plain> Drop for Buffer<T> {
 /// Zeroed pages that cost nothing until they are touched.
 #[cfg(unix)]
 fn map(bytes: usize) -> Option<NonNull<u8>> {
+    let data = map_small(bytes)?;
+    #[cfg(target_os = "linux")]
+    // SAFETY: advice on the mapping just made. Without effect where there are no huge pages.
+    unsafe {
+        libc::madvise(data.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE);
+    }
+    Some(data)
+}
+
+/// As [`map`], but no page, huge ones included, reaches into another mapping: the kernel joins mappings side by side, so only whole huge pages
+/// within this one are advised to be huge.
+#[cfg(target_os = "linux")]
+fn map_apart(bytes: usize) -> Option<NonNull<u8>> {
+    let huge = bytes / HUGE_PAGE * HUGE_PAGE;
+    // Room to begin where a huge page does.
+    let slack = if huge > 0 { HUGE_PAGE } else { 0 };
+    let whole = map_small(bytes.checked_add(slack)?)?;
+    let before = whole.as_ptr().align_offset(HUGE_PAGE).min(slack);
+    // SAFETY: a system call without arguments in memory.
+    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()?;
+    let end = (before + bytes).next_multiple_of(page);
+    let mapped = (bytes + slack).next_multiple_of(page);
+    // SAFETY: offsets within the mapping just made, all multiples of a page where something is given back or advised; nobody uses it yet.
+    unsafe {
+        let data = whole.add(before);
+        if before > 0 {
+            unmap(whole, before);
+        }
+        if end < mapped {
+            unmap(whole.add(end), mapped - end);
+        }
+        if huge > 0 {
+            libc::madvise(data.as_ptr().cast(), huge, libc::MADV_HUGEPAGE);
+        }
+        if huge < bytes {
+            let rest = data.add(huge).as_ptr().cast();
+            libc::madvise(rest, bytes - huge, libc::MADV_NOHUGEPAGE);
+        }
+        Some(data)
+    }
+}
+
+/// Elsewhere the system places pages as it likes.
+#[cfg(all(unix, not(target_os = "linux")))]
+fn map_apart(bytes: usize) -> Option<NonNull<u8>> {
+    map(bytes)
+}
+
+#[cfg(unix)]
+fn map_small(bytes: usize) -> Option<NonNull<u8>> {
     // SAFETY: a new anonymous mapping touches nothing there is.
     let data = unsafe {
         libc::mmap(
@@ -124,11 +192,6 @@ fn map(bytes: usize) -> Option<NonNull<u8>> {
     if data == libc::MAP_FAILED {
         return None;
     }
-    #[cfg(target_os = "linux")]
-    // SAFETY: advice on the mapping just made. Without effect where there are no huge pages.
-    unsafe {
-        libc::madvise(data, bytes, libc::MADV_HUGEPAGE);
-    }
     NonNull::new(data.cast())
 }
 
@@ -138,6 +201,11 @@ fn map(bytes: usize) -> Option<NonNull<u8>> {
 unsafe fn unmap(data: NonNull<u8>, bytes: usize) {
     // SAFETY: the caller's promise.
     unsafe { libc::munmap(data.as_ptr().cast(), bytes) };
+}
+
+#[cfg(not(unix))]
+fn map_apart(bytes: usize) -> Option<NonNull<u8>> {
+    map(bytes)
 }
 
 #[cfg(not(unix))]

@@ -2,7 +2,8 @@
 //!
 //! Weights are packed once at load so that a vector's lanes are output rows (`matrix`); kernels are written once over vectors of eight lanes and of
 //! as many as the processor likes (`simd`) and compiled for AVX-512, AVX2, NEON and plain Rust, chosen once per backend; an operation is cut by output
-//! tile over a pinned pool of threads (`pool`).
+//! tile over a pinned pool of threads (`pool`). On machines with several NUMA nodes (`topology`) rows of weights and KV heads are divided among the
+//! nodes, and each node's threads work on what is in its own memory.
 //!
 //! **Invariant:** the order in which an output element is summed depends on the shapes of the weights and, in attention, on the row's
 //! position — never on the batch, the chunk, the tile or the thread. The tests in `tests/` hold every kernel to it.
@@ -23,8 +24,12 @@ mod linear;
 mod matrix;
 mod memory;
 mod moe;
+mod numa;
+#[cfg(all(test, target_os = "linux"))]
+mod placement;
 mod planes;
 mod pool;
+mod ranked;
 pub mod rows;
 mod simd;
 mod topology;
@@ -33,4 +38,5 @@ pub use backend::{CpuBackend, CpuOptions};
 pub use buffers::{Activations, Vector};
 pub use kv::KvCache;
 pub use matrix::Matrix;
+pub use numa::Numa;
 pub use simd::Isa;

@@ -1,8 +1,10 @@
 //! Random data and small drivers for the kernel tests.
 #![allow(dead_code, clippy::unwrap_used)]
 
+use std::num::NonZero;
+
 use half::{bf16, f16};
-use quire_kernels::cpu::{Activations, CpuBackend, CpuOptions, Isa};
+use quire_kernels::cpu::{Activations, CpuBackend, CpuOptions, Isa, Numa};
 use quire_kernels::quantize::{Bits, Grouped, Scale, Zero, e4m3};
 use quire_kernels::{Backend, Format, MatrixPart, Span, Step, quantize};
 
@@ -63,6 +65,18 @@ pub fn backend(threads: usize, isa: Option<Isa>) -> CpuBackend {
         threads: Some(threads),
         pin: false,
         isa,
+        numa: Numa::Off,
+    })
+    .unwrap()
+}
+
+/// A backend whose threads, weights and KV heads are divided among nodes that are none.
+pub fn on_nodes(nodes: u16, threads: usize) -> CpuBackend {
+    CpuBackend::new(CpuOptions {
+        threads: Some(threads),
+        pin: false,
+        isa: None,
+        numa: Numa::Emulated(NonZero::new(nodes).unwrap()),
     })
     .unwrap()
 }
@@ -70,6 +84,8 @@ pub fn backend(threads: usize, isa: Option<Isa>) -> CpuBackend {
 /// Backends that must all give the same bits.
 pub fn backends() -> Vec<CpuBackend> {
     let mut all = vec![backend(1, None), backend(3, None)];
+    // As many threads on each node, and more on one than on the other.
+    all.extend([on_nodes(2, 2), on_nodes(2, 3), on_nodes(4, 4)]);
     let available = Isa::ALL.into_iter().filter(|isa| isa.is_available());
     all.extend(available.map(|isa| backend(1, Some(isa))));
     all

@@ -292,7 +292,7 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
 ) {
     unsafe {
         let blocks = share.segment.cols / BLOCK;
-        let weights = panels_at::<P>(share.segment, panel);
+        let weights = panels_at::<P>(share, panel);
         let mut x = Activations::of(share, row, blocks);
         let per_unit = F::SIZE / BLOCK;
         let mut sums = [[[S::vsplat(0.0); 2]; T]; P];

@@ -99,7 +99,7 @@ unsafe fn float_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
         } else {
             k
         };
-        let mut units = panels_at::<P>(share.segment, panel);
+        let mut units = panels_at::<P>(share, panel);
         let stride = share.interleave;
         let mut x = if stride == 1 {
             linear.x.as_ptr()

@@ -81,7 +81,7 @@ impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
             let blocks = share.segment.cols / BLOCK;
             let per_unit = grouped.group / BLOCK;
             let stride = share.interleave;
-            let mut units = panels_at::<P>(share.segment, panel);
+            let mut units = panels_at::<P>(share, panel);
             let at = share.linear.at + row;
             let mut q = share.rows.quants.as_slice()[at * blocks * BLOCK..].as_ptr();
             let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();

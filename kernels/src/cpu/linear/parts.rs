@@ -43,7 +43,8 @@ struct Task {
 /// Working memory, kept from step to step.
 #[derive(Debug, Default)]
 pub(crate) struct Tasks {
-    multiply: Vec<Task>,
+    /// Of each node.
+    multiply: Vec<Vec<Task>>,
     /// `(group, first row of the tile within it)`
     lay_out: Vec<(usize, usize)>,
     /// Where each group's rows are laid out, and how.
@@ -62,13 +63,15 @@ impl PartProducts<'_> {
         pool: &Pool,
         isa: Isa,
     ) -> Result<(), Error> {
+        self.matrix.check_nodes(pool)?;
+        tasks.multiply.resize_with(pool.nodes(), Vec::new);
         let k = self.matrix.cols;
         let y = Shared::new(y);
         // Float and integer formats want different rows, and so do parts whose columns are sorted differently: as many passes as that makes for any group.
         let (mut quantised, mut pass) = (false, 0);
         loop {
             self.plan(quantised, pass, tasks, isa);
-            if tasks.multiply.is_empty() {
+            if tasks.multiply.iter().all(Vec::is_empty) {
                 if quantised {
                     return Ok(());
                 }
@@ -96,8 +99,8 @@ impl PartProducts<'_> {
                 unsafe { target.tile(x, order, at, interleave, isa) };
             });
             let rows = &*rows;
-            pool.each(tasks.multiply.len(), &|task| {
-                let task = tasks.multiply[task];
+            pool.near(&|node| tasks.multiply[node].len(), &|turn| {
+                let task = tasks.multiply[turn.node][turn.task];
                 let group = &self.groups[task.group];
                 let linear = Linear {
                     matrix: self.matrix,
@@ -110,9 +113,11 @@ impl PartProducts<'_> {
                     bias: self.bias,
                     output: Output::Set,
                 };
+                let segment = &self.matrix.segments[task.segment];
                 let share = Share {
                     linear: &linear,
-                    segment: &self.matrix.segments[task.segment],
+                    segment,
+                    weights: segment.panels(task.first..task.last),
                     rows,
                     interleave: interleave(group.rows, quantised, isa),
                     y,
@@ -148,7 +153,7 @@ impl PartProducts<'_> {
 
     /// Lists the tasks of a pass: on segments that multiply integers, or floats, and want one layout of each group's rows.
     fn plan(&self, quantised: bool, pass: usize, tasks: &mut Tasks, isa: Isa) {
-        tasks.multiply.clear();
+        tasks.multiply.iter_mut().for_each(Vec::clear);
         tasks.lay_out.clear();
         tasks.at.clear();
         tasks.layouts.clear();
@@ -174,13 +179,15 @@ impl PartProducts<'_> {
                     (segment.first + segment.rows).min(end),
                 );
                 let panels = (from - segment.first) / PANEL..(to - segment.first).div_ceil(PANEL);
-                for first in panels.clone().step_by(TASK_PANELS) {
-                    tasks.multiply.push(Task {
-                        group: index,
-                        segment: segment_index,
-                        first,
-                        last: (first + TASK_PANELS).min(panels.end),
-                    });
+                for (node, panels) in segment.runs_of(panels) {
+                    for first in panels.clone().step_by(TASK_PANELS) {
+                        tasks.multiply[node].push(Task {
+                            group: index,
+                            segment: segment_index,
+                            first,
+                            last: (first + TASK_PANELS).min(panels.end),
+                        });
+                    }
                 }
             }
         }

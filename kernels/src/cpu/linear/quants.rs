@@ -41,7 +41,7 @@ impl<F: QuantFormat> Tile for Plain<F> {
             let linear = share.linear;
             let blocks = linear.matrix.cols / BLOCK;
             let stride = share.interleave;
-            let weights = panels_at::<P>(share.segment, panel);
+            let weights = panels_at::<P>(share, panel);
             let at = linear.at + row;
             let mut q = share.rows.quants.as_slice()[at * blocks * BLOCK..].as_ptr();
             let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();
