@@ -1,0 +1,214 @@
+//! Streams of tokens out of an engine, by any of its doors.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quire::checkpoint::Checkpoint;
+use quire::core::{Engine, Event, Request};
+use quire::generation::Generator;
+use quire::sampling::SamplingParams;
+use quire::serve::{Metrics, Server};
+use quire_scheduler::TokenId;
+use serde::Serialize;
+use tokio::runtime::Runtime;
+
+use crate::random::Random;
+use crate::serve::ask::Sampling;
+use crate::serve::client::Client;
+use crate::serve::lengths::Lengths;
+use crate::serve::load::{self, Arrivals};
+use crate::serve::prompt::Prompts;
+use crate::serve::requests::Requests;
+
+/// A way out of the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Door {
+    /// Its channels, in this process.
+    Engine,
+    /// quire.v1.Generation over loopback.
+    Grpc,
+    /// /v1/completions over loopback.
+    Http,
+}
+
+impl Door {
+    /// As it is shown.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Engine => "engine",
+            Self::Grpc => "gRPC",
+            Self::Http => "HTTP",
+        }
+    }
+}
+
+/// What is streamed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Load {
+    /// Sequences at once.
+    pub sequences: u32,
+    /// Tokens of each prompt.
+    pub prompt: u32,
+    /// Tokens of each answer.
+    pub tokens: u32,
+    /// At temperature 1; `None`: greedy.
+    pub top_p: Option<f32>,
+}
+
+/// What came.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Streamed {
+    /// Tokens of all answers.
+    pub tokens: u64,
+    /// From the first request to the last token.
+    pub seconds: f64,
+}
+
+impl Streamed {
+    /// Tokens a second.
+    pub fn tokens_per_second(&self) -> f64 {
+        self.tokens as f64 / self.seconds
+    }
+}
+
+/// An engine with its front doors open.
+pub struct Doors {
+    runtime: Runtime,
+    engine: Engine,
+    http: SocketAddr,
+    grpc: SocketAddr,
+}
+
+impl Doors {
+    /// Opens them on loopback, at free ports. They close with the process: a server that drains would take the engine with it.
+    ///
+    /// # Errors
+    /// The system gives no port or no thread.
+    pub fn open(engine: &Engine, checkpoint: &Checkpoint) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .build()?;
+        let metrics = Metrics::install().with_engine(engine);
+        let generator = Generator::new(engine.clone(), checkpoint);
+        let anywhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let server = runtime.block_on(Server::bind(generator, metrics, anywhere, anywhere))?;
+        let (http, grpc) = (server.http_address()?, server.grpc_address()?);
+        runtime.spawn(server.run(std::future::pending()));
+        Ok(Self {
+            runtime,
+            engine: engine.clone(),
+            http,
+            grpc,
+        })
+    }
+
+    /// Streams a load through one of them.
+    ///
+    /// # Errors
+    /// A request was refused or its answer broke off.
+    pub fn stream(&self, door: Door, load: Load) -> anyhow::Result<Streamed> {
+        self.runtime.block_on(async {
+            match door {
+                Door::Engine => in_process(&self.engine, load).await,
+                Door::Grpc => served(Client::grpc(&self.grpc.to_string(), None).await?, load).await,
+                Door::Http => {
+                    served(
+                        Client::http(&format!("http://{}", self.http), None).await?,
+                        load,
+                    )
+                    .await
+                }
+            }
+        })
+    }
+}
+
+/// Takes ids out of the engine's channels, a task for each sequence.
+async fn in_process(engine: &Engine, load: Load) -> anyhow::Result<Streamed> {
+    let vocab = u64::from(engine.model().vocab_size);
+    let began = Instant::now();
+    let mut readers = tokio::task::JoinSet::new();
+    for n in 0..load.sequences {
+        let mut random = Random::nth(1, u64::from(n));
+        let prompt = (0..load.prompt).map(|_| TokenId(random.below(vocab) as u32));
+        let mut stream = engine.submit(Request {
+            id: Arc::from(format!("overhead-{n}")),
+            prompt: prompt.collect(),
+            sampling: SamplingParams {
+                temperature: if load.top_p.is_some() { 1.0 } else { 0.0 },
+                top_p: load.top_p.unwrap_or(1.0),
+                max_tokens: load.tokens,
+                ignore_eos: true,
+                ..SamplingParams::default()
+            },
+            priority: 0,
+            tenant: Arc::from(""),
+            cache_salt: 0,
+            deadline: None,
+        })?;
+        readers.spawn(async move {
+            let mut tokens = 0_u64;
+            while let Some(event) = stream.next().await {
+                tokens += u64::from(matches!(event, Event::Token { .. }));
+            }
+            tokens
+        });
+    }
+    let tokens: u64 = readers.join_all().await.into_iter().sum();
+    let seconds = began.elapsed().as_secs_f64();
+    check(tokens, load)?;
+    Ok(Streamed { tokens, seconds })
+}
+
+/// Asks a server, as the load harness does.
+async fn served(client: Client, load: Load) -> anyhow::Result<Streamed> {
+    let requests = Requests {
+        prompts: Prompts {
+            seed: 1,
+            shared: 0,
+            vocab: None,
+        },
+        prompt_tokens: Lengths::Fixed(load.prompt),
+        max_tokens: Lengths::Fixed(load.tokens),
+        dataset: Vec::new(),
+        trace: Vec::new(),
+        sampling: match load.top_p {
+            None => Sampling::GREEDY,
+            Some(top_p) => Sampling {
+                temperature: 1.0,
+                top_p,
+            },
+        },
+        turns: 1,
+    };
+    let load_of = load::Load {
+        arrivals: Arrivals::Closed {
+            clients: load.sequences,
+        },
+        requests: load.sequences,
+        warmup: 0,
+        timeout: Duration::from_secs(3600),
+        slo: None,
+        seed: 1,
+    };
+    let measured = load::run(Arc::new(client), requests, load_of).await?;
+    if let Some((kind, (_, message))) = measured.failures.iter().next() {
+        anyhow::bail!("{kind}: {message}");
+    }
+    check(measured.completion_tokens, load)?;
+    Ok(Streamed {
+        tokens: measured.completion_tokens,
+        seconds: measured.elapsed.as_secs_f64(),
+    })
+}
+
+fn check(tokens: u64, load: Load) -> anyhow::Result<()> {
+    let expected = u64::from(load.sequences) * u64::from(load.tokens);
+    anyhow::ensure!(
+        tokens == expected,
+        "{tokens} tokens came, {expected} were asked for"
+    );
+    Ok(())
+}
