@@ -108,6 +108,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         sequences: arguments.sequences,
         prompt: PROMPT,
         tokens: arguments.tokens.unwrap_or(if null { 2000 } else { 64 }),
+        // What costs nothing is over before it can be measured.
+        answers: if null { 8 } else { 1 },
         top_p: (!null).then_some(arguments.top_p),
     };
     let context = load.prompt + load.tokens;
@@ -139,10 +141,11 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Engine::start(&checkpoint, backend, &config, Some(observer), &mut |_| {})?
     };
     println!(
-        "{}, {}, {} sequences of {} tokens, {}",
+        "{}, {}, {} sequences at once, {} of {} tokens each, {}",
         checkpoint.name,
         engine.model().device,
         load.sequences,
+        load.answers,
         load.tokens,
         load.top_p
             .map_or("greedy".to_owned(), |p| format!("top-p {p}"))

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quire::checkpoint::Checkpoint;
-use quire::core::{Engine, Event, Request};
+use quire::core::{Engine, Event, Request, SubmitError};
 use quire::generation::Generator;
 use quire::sampling::SamplingParams;
 use quire::serve::{Metrics, Server};
@@ -53,6 +53,8 @@ pub struct Load {
     pub prompt: u32,
     /// Tokens of each answer.
     pub tokens: u32,
+    /// Answers of each sequence's owner, one after the other.
+    pub answers: u32,
     /// At temperature 1; `None`: greedy.
     pub top_p: Option<f32>,
 }
@@ -131,35 +133,43 @@ async fn in_process(engine: &Engine, load: Load) -> anyhow::Result<Streamed> {
     let began = Instant::now();
     let mut readers = tokio::task::JoinSet::new();
     for n in 0..load.sequences {
-        let mut random = Random::nth(1, u64::from(n));
-        let prompt = (0..load.prompt).map(|_| TokenId(random.below(vocab) as u32));
-        let mut stream = engine.submit(Request {
-            id: Arc::from(format!("overhead-{n}")),
-            prompt: prompt.collect(),
-            sampling: SamplingParams {
-                temperature: if load.top_p.is_some() { 1.0 } else { 0.0 },
-                top_p: load.top_p.unwrap_or(1.0),
-                max_tokens: load.tokens,
-                ignore_eos: true,
-                ..SamplingParams::default()
-            },
-            priority: 0,
-            tenant: Arc::from(""),
-            cache_salt: 0,
-            deadline: None,
-        })?;
+        let engine = engine.clone();
         readers.spawn(async move {
+            let mut random = Random::nth(1, u64::from(n));
             let mut tokens = 0_u64;
-            while let Some(event) = stream.next().await {
-                tokens += u64::from(matches!(event, Event::Token { .. }));
+            for _ in 0..load.answers {
+                let mut stream = engine.submit(request(n, load, vocab, &mut random))?;
+                while let Some(event) = stream.next().await {
+                    tokens += u64::from(matches!(event, Event::Token { .. }));
+                }
             }
-            tokens
+            Ok::<u64, SubmitError>(tokens)
         });
     }
-    let tokens: u64 = readers.join_all().await.into_iter().sum();
+    let tokens = readers.join_all().await;
+    let tokens: u64 = tokens.into_iter().sum::<Result<u64, SubmitError>>()?;
     let seconds = began.elapsed().as_secs_f64();
     check(tokens, load)?;
     Ok(Streamed { tokens, seconds })
+}
+
+fn request(n: u32, load: Load, vocab: u64, random: &mut Random) -> Request {
+    let prompt = (0..load.prompt).map(|_| TokenId(random.below(vocab) as u32));
+    Request {
+        id: Arc::from(format!("overhead-{n}")),
+        prompt: prompt.collect(),
+        sampling: SamplingParams {
+            temperature: if load.top_p.is_some() { 1.0 } else { 0.0 },
+            top_p: load.top_p.unwrap_or(1.0),
+            max_tokens: load.tokens,
+            ignore_eos: true,
+            ..SamplingParams::default()
+        },
+        priority: 0,
+        tenant: Arc::from(""),
+        cache_salt: 0,
+        deadline: None,
+    }
 }
 
 /// Asks a server, as the load harness does.
@@ -187,7 +197,7 @@ async fn served(client: Client, load: Load) -> anyhow::Result<Streamed> {
         arrivals: Arrivals::Closed {
             clients: load.sequences,
         },
-        requests: load.sequences,
+        requests: load.sequences * load.answers,
         warmup: 0,
         timeout: Duration::from_secs(3600),
         slo: None,
@@ -205,7 +215,8 @@ async fn served(client: Client, load: Load) -> anyhow::Result<Streamed> {
 }
 
 fn check(tokens: u64, load: Load) -> anyhow::Result<()> {
-    let expected = u64::from(load.sequences) * u64::from(load.tokens);
+    let answers = u64::from(load.sequences) * u64::from(load.answers);
+    let expected = answers * u64::from(load.tokens);
     anyhow::ensure!(
         tokens == expected,
         "{tokens} tokens came, {expected} were asked for"

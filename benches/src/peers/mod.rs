@@ -5,11 +5,14 @@
 //! computed, not by what the options are called. Who is not installed is skipped by name.
 
 mod bars;
+mod contender;
 mod engine;
 mod llama;
 mod program;
 mod ratio;
 mod report;
+mod serve;
+mod server;
 mod work;
 
 use clap::{Args, Subcommand};
@@ -24,6 +27,7 @@ pub struct Arguments {
 #[derive(Debug, Clone, Subcommand)]
 enum Kind {
     Engine(engine::Arguments),
+    Serve(serve::Arguments),
 }
 
 /// Runs the comparison and prints it.
@@ -33,5 +37,6 @@ enum Kind {
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     match &arguments.kind {
         Kind::Engine(arguments) => engine::run(arguments),
+        Kind::Serve(arguments) => serve::run(arguments),
     }
 }
