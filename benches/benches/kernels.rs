@@ -2,15 +2,20 @@
 //!
 //! One row is limited by memory and reported in bytes of weights a second; many rows are limited by arithmetic and reported in
 //! operations a second ("elem" is one multiplication or addition). Matrices are used in turn, enough of them not to stay in any cache: so it is in a model.
+//! Beside each stands its roofline: the least time the machine could need, by its memory bandwidth and arithmetic peak as measured first.
+
+mod roofline;
 
 use std::time::Duration;
 
-use criterion::{BenchmarkId, Criterion, Throughput};
+use criterion::{Criterion, Throughput};
 use half::{bf16, f16};
 use quire_kernels::cpu::{Activations, CpuBackend, CpuOptions, KvCache, Matrix};
 use quire_kernels::{
     AttentionShape, Backend, Format, KvDtype, KvLayer, KvShape, MatrixPart, Span, Step,
 };
+
+use roofline::{Need, Roofline};
 
 const FORMATS: [(&str, Format); 5] = [
     ("f32", Format::F32),
@@ -106,7 +111,7 @@ fn step(sequences: u32, start: u32, rows: u32) -> Step {
     step
 }
 
-fn linear(c: &mut Criterion) {
+fn linear(c: &mut Criterion, roofline: &Roofline) {
     for (name, features, inputs) in [("gate and up", 6144, 1024), ("down", 1024, 3072)] {
         for (format_name, format) in FORMATS {
             let mut backend = backend();
@@ -130,11 +135,18 @@ fn linear(c: &mut Criterion) {
                     .begin(&step(rows as u32, 0, 1))
                     .expect("a valid step");
                 let mut turn = matrices.iter().cycle();
-                group.bench_function(BenchmarkId::from_parameter(rows), |b| {
-                    b.iter(|| {
-                        let matrix = turn.next().expect("there is at least one matrix");
-                        backend.linear(&x, matrix, None, &mut y)
-                    });
+                let operations = (2 * rows * features * inputs) as f64;
+                let integers = format.multiplies_integers();
+                let need = Need {
+                    bytes: (bytes + 4 * rows * (features + inputs)) as f64,
+                    f32: if integers { 0.0 } else { operations },
+                    int8: if integers { operations } else { 0.0 },
+                };
+                roofline.bench(&mut group, rows, need, || {
+                    let matrix = turn.next().expect("there is at least one matrix");
+                    backend
+                        .linear(&x, matrix, None, &mut y)
+                        .expect("shapes that belong together");
                 });
             }
             group.finish();
@@ -142,7 +154,8 @@ fn linear(c: &mut Criterion) {
     }
 }
 
-fn cache(backend: &CpuBackend, step: &Step) -> KvCache {
+/// A cache for the step's blocks, each written once: memory that nobody has written is one page of zeroes, which is read from the processor's caches.
+fn cache(backend: &mut CpuBackend, step: &Step) -> KvCache {
     let shape = KvShape {
         layers: 1,
         blocks: step.block_tables.len(),
@@ -151,10 +164,15 @@ fn cache(backend: &CpuBackend, step: &Step) -> KvCache {
         head_dim: SHAPE.head_dim,
         dtype: KvDtype::F16,
     };
-    backend.kv_cache(&shape).expect("memory")
+    let mut kv = backend.kv_cache(&shape).expect("memory");
+    let copies: Vec<(u32, u32)> = (1..shape.blocks as u32).map(|block| (0, block)).collect();
+    backend
+        .copy_blocks(&mut kv, &copies)
+        .expect("blocks of the cache");
+    kv
 }
 
-fn attention(c: &mut Criterion) {
+fn attention(c: &mut Criterion, roofline: &Roofline) {
     let mut group = c.benchmark_group("attention, 16 query and 8 KV heads of 128");
     for (name, sequences, start, rows) in [
         ("decode at 1024", 1, 1024, 1),
@@ -165,7 +183,7 @@ fn attention(c: &mut Criterion) {
     ] {
         let mut backend = backend();
         let step = step(sequences, start, rows);
-        let kv = cache(&backend, &step);
+        let kv = cache(&mut backend, &step);
         backend.begin(&step).expect("a valid step");
         let qkv_cols = (SHAPE.heads + 2 * SHAPE.kv_heads) * SHAPE.head_dim;
         let qkv = activations(&backend, step.rows(), qkv_cols);
@@ -177,14 +195,27 @@ fn attention(c: &mut Criterion) {
         } else {
             Throughput::Elements(seen * (4 * SHAPE.heads * SHAPE.head_dim) as u64)
         });
-        group.bench_function(name, |b| {
-            b.iter(|| backend.attention(&qkv, LAYER, &SHAPE, None, &kv, &mut out));
+        // A prompt's keys are read once by all of its rows.
+        let keys = if rows == 1 {
+            seen
+        } else {
+            u64::from(start + rows)
+        };
+        let need = Need {
+            bytes: (keys * (2 * SHAPE.kv_heads * SHAPE.head_dim * 2) as u64) as f64,
+            f32: (seen * (4 * SHAPE.heads * SHAPE.head_dim) as u64) as f64,
+            int8: 0.0,
+        };
+        roofline.bench(&mut group, name, need, || {
+            backend
+                .attention(&qkv, LAYER, &SHAPE, None, &kv, &mut out)
+                .expect("shapes that belong together");
         });
     }
     group.finish();
 }
 
-fn rms_norm(c: &mut Criterion) {
+fn rms_norm(c: &mut Criterion, roofline: &Roofline) {
     const HIDDEN: usize = 1024;
     let mut group = c.benchmark_group("rms_norm of 1024");
     let mut backend = backend();
@@ -197,8 +228,16 @@ fn rms_norm(c: &mut Criterion) {
         backend
             .begin(&step(rows as u32, 0, 1))
             .expect("a valid step");
-        group.bench_function(BenchmarkId::from_parameter(rows), |b| {
-            b.iter(|| backend.rms_norm(&x, &weight, 1e-6, &mut out));
+        // Its rows are in a cache, as in a model: the share of the memory's bandwidth may be more than 100 %.
+        let need = Need {
+            bytes: (rows * HIDDEN * 8) as f64,
+            f32: (rows * HIDDEN * 4) as f64,
+            int8: 0.0,
+        };
+        roofline.bench(&mut group, rows, need, || {
+            backend
+                .rms_norm(&x, &weight, 1e-6, &mut out)
+                .expect("shapes that belong together");
         });
     }
     group.finish();
@@ -210,8 +249,9 @@ fn main() {
         .measurement_time(Duration::from_millis(1500))
         .warm_up_time(Duration::from_millis(300))
         .configure_from_args();
-    linear(&mut criterion);
-    attention(&mut criterion);
-    rms_norm(&mut criterion);
+    let roofline = Roofline::measure();
+    linear(&mut criterion, &roofline);
+    attention(&mut criterion, &roofline);
+    rms_norm(&mut criterion, &roofline);
     criterion.final_summary();
 }

@@ -63,11 +63,22 @@ fn svg(title: &str, groups: &[Group]) -> anyhow::Result<String> {
         chart
             .configure_mesh()
             .disable_x_mesh()
+            .y_max_light_lines(0)
             .x_labels(0)
             .y_label_formatter(&|y| format!("{y:.1}×"))
             .draw()?;
-        let font = ("sans-serif", 13).into_font();
-        let text = font.color(&BLACK).pos(Pos::new(HPos::Center, VPos::Top));
+        let text = ("sans-serif", 13)
+            .into_font()
+            .color(&BLACK)
+            .pos(Pos::new(HPos::Center, VPos::Top));
+        // Outside of the chart: in pixels.
+        let below = |at: &(i32, i32), pixels: i32, label: &str| {
+            root.draw(&Text::new(
+                label.to_owned(),
+                (at.0, at.1 + pixels),
+                text.clone(),
+            ))
+        };
         let above = ("sans-serif", 13)
             .into_font()
             .color(&BLACK)
@@ -76,11 +87,7 @@ fn svg(title: &str, groups: &[Group]) -> anyhow::Result<String> {
         let mut at = 0.5;
         for group in groups {
             let middle = at + group.bars.len() as f64 / 2.0;
-            chart.plotting_area().draw(&Text::new(
-                group.label.clone(),
-                (middle, -20.0 * unit),
-                text.clone(),
-            ))?;
+            below(&chart.backend_coord(&(middle, 0.0)), 22, &group.label)?;
             for bar in &group.bars {
                 let color = match bar.goal {
                     None => PLAIN,
@@ -101,11 +108,7 @@ fn svg(title: &str, groups: &[Group]) -> anyhow::Result<String> {
                     ),
                     above.clone(),
                 )])?;
-                chart.plotting_area().draw(&Text::new(
-                    bar.label.clone(),
-                    (at + 0.5, -4.0 * unit),
-                    text.clone(),
-                ))?;
+                below(&chart.backend_coord(&(at + 0.5, 0.0)), 6, &bar.label)?;
                 at += 1.0;
             }
             at += 1.0;

@@ -49,16 +49,20 @@ fn svg(title: &str, points: &[Point]) -> anyhow::Result<String> {
                 .fold((f64::MAX, 0.01_f64), |(least, most), (p50, p99)| {
                     (least.min(p50.max(0.01)), most.max(p99))
                 });
-            let least = least.min(highest);
+            // Whole decades: only their ends are sure to have labels.
+            let decade = |value: f64, round: fn(f64) -> f64| 10_f64.powf(round(value.log10()));
+            let lowest = decade(least.min(highest), f64::floor);
+            let highest = decade(1.01 * highest, f64::ceil);
             let mut chart = ChartBuilder::on(area)
                 .caption(name, ("sans-serif", 15))
                 .margin(12)
                 .x_label_area_size(36)
                 .y_label_area_size(56)
-                .build_cartesian_2d(0.0..1.05 * most, (0.7 * least..1.4 * highest).log_scale())?;
+                .build_cartesian_2d(0.0..1.05 * most, (lowest..highest).log_scale())?;
             chart
                 .configure_mesh()
                 .x_desc("output tokens a second")
+                .max_light_lines(0)
                 .y_label_formatter(&|y| {
                     format!("{y:.4}")
                         .trim_end_matches('0')
