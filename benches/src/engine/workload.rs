@@ -139,19 +139,28 @@ impl Workload {
         groups * (self.shape.prompt + self.shape.generated).div_ceil(BLOCK)
     }
 
-    /// Gives the first `batch` sequences their prompts: reads one and copies its blocks. Memory that nobody has written is a page of zeroes that all share, and
-    /// is read from the caches; a decode that is to be timed needs pages of its own.
+    /// Reads the prompt of the first sequence, untimed.
     ///
     /// # Errors
     /// The device failed.
-    pub fn fill(&mut self, batch: u32) -> Result<(), Error> {
-        let blocks = self.blocks();
+    pub fn read(&mut self) -> Result<(), Error> {
         if self.shape.prompt > 0 {
             self.prefill(1)?;
         }
+        Ok(())
+    }
+
+    /// Gives the first `batch` sequences what the first of them has read, by copying its blocks. Memory that nobody has written is a page of zeroes that all share, and is
+    /// read from the caches; a decode that is to be timed needs pages of its own.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn copy(&mut self, batch: u32) -> Result<(), Error> {
+        let blocks = self.blocks();
         let copies: Vec<(u32, u32)> = (1..batch)
             .flat_map(|sequence| (0..blocks).map(move |b| (b, sequence * blocks + b)))
             .collect();
+        // Blocks are copied as a step begins: one of a token that is written again later.
         self.step.clear();
         self.span(0, self.shape.prompt, 1, true);
         self.forward(&copies)

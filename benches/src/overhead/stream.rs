@@ -223,3 +223,38 @@ fn check(tokens: u64, load: Load) -> anyhow::Result<()> {
     );
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use quire::checkpoint::ModelSource;
+
+    use super::*;
+    use crate::overhead::metered::{Meter, Metered};
+    use crate::overhead::null::NullBackend;
+    use crate::overhead::steps::Steps;
+
+    #[test]
+    fn every_token_of_a_model_that_costs_nothing_comes_out_of_every_door() {
+        let checkpoint = Checkpoint::open(&ModelSource::Demo).unwrap();
+        let meter = Meter::default();
+        let observer = Steps::default().observer(meter.clone());
+        let backend = Metered::new(NullBackend::default(), meter);
+        let config = NullBackend::config(4);
+        let engine =
+            Engine::start(&checkpoint, backend, &config, Some(observer), &mut |_| {}).unwrap();
+        let doors = Doors::open(&engine, &checkpoint).unwrap();
+        let load = Load {
+            sequences: 4,
+            prompt: 8,
+            tokens: 200,
+            answers: 2,
+            top_p: None,
+        };
+        for door in [Door::Engine, Door::Grpc, Door::Http] {
+            let streamed = doors.stream(door, load).unwrap();
+            assert_eq!(streamed.tokens, 1600, "{}", door.name());
+            assert!(streamed.seconds > 0.0);
+        }
+        assert_eq!(engine.stats().generation_tokens, 3 * 1600);
+    }
+}

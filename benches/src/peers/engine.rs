@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::llama::{self, Llama, Speeds};
 use super::ratio::{Pair, median};
 use super::work::{self, Work};
-use super::{bars, report};
+use super::{bars, quiet, report};
 use crate::engine::InstructionSet;
 use crate::engine::limits::Limits;
 use crate::engine::setup::Setup;
@@ -137,6 +137,10 @@ impl Column {
 /// # Errors
 /// A file cannot be loaded, or llama.cpp failed.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let load = quiet::load();
+    if let Some(warning) = quiet::warning(load) {
+        eprintln!("{warning}");
+    }
     let peer = Llama::find(arguments.llama_bin.as_deref());
     if peer.is_none() {
         let place = arguments
@@ -172,7 +176,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     }
     println!("\n{}", report::ratios(&columns, &rows));
     if let Some(path) = &arguments.json {
-        let json = serde_json::json!({"parameters": arguments, "files": columns});
+        let json =
+            serde_json::json!({"parameters": arguments, "load_before": load, "files": columns});
         std::fs::write(path, serde_json::to_string_pretty(&json)? + "\n")
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -229,8 +234,13 @@ fn compare(
         eprintln!("{}: round {round}, quire …", model.display());
         {
             let mut workload = setup.load(&checkpoint)?;
-            for (&work, lines) in rows.iter().zip(&mut ours) {
-                lines.push(measure(&mut workload, work, arguments.repeat, &limits)?);
+            let mut done = Vec::with_capacity(rows.len());
+            // Rows after the same prompt share it: a long one takes longer to read than all that is done after it.
+            for alike in rows.chunk_by(|a, b| a.prompt() == b.prompt()) {
+                done.extend(measure(&mut workload, alike, arguments.repeat, &limits)?);
+            }
+            for (line, lines) in done.into_iter().zip(&mut ours) {
+                lines.push(line);
             }
             // Given back before the peer begins.
         }
@@ -282,44 +292,43 @@ fn compare(
     })
 }
 
+/// Prompts longer than this are read once a round, and not before it to warm up: llama.cpp's are not either.
+const LONG_PROMPT: u32 = 2048;
+
+/// Does work that begins with the same prompt, the prefill of it first if it is among it.
 fn measure(
     workload: &mut Workload,
-    work: Work,
+    alike: &[Work],
     repeat: u32,
     limits: &Limits,
-) -> anyhow::Result<Line> {
-    let (kind, shape) = match work {
-        Work::Prefill { tokens } => (
-            Kind::Prefill,
-            Shape {
-                prompt: tokens,
-                generated: 1,
-                chunk: CHUNK,
-                sequences: 1,
-            },
-        ),
-        Work::Decode {
-            sequences,
-            depth,
-            generated,
-        } => (
-            Kind::Decode,
-            Shape {
-                prompt: depth,
-                generated,
-                chunk: CHUNK,
-                sequences,
-            },
-        ),
-    };
-    workload.shape(shape)?;
-    // Also what is not timed of a prefill: its first run, as llama-bench has one to warm up.
-    workload.fill(shape.sequences)?;
-    // A long prompt is read once by us, too.
-    let repeat = if shape.prompt > 2048 && kind == Kind::Prefill {
-        1
-    } else {
-        repeat
-    };
-    Ok(workload.measure(kind, shape.sequences, repeat, limits)?)
+) -> anyhow::Result<Vec<Line>> {
+    let prompt = alike.first().map_or(0, |work| work.prompt());
+    let most = |of: fn(Work) -> u32| alike.iter().map(|&work| of(work)).max().unwrap_or(0);
+    workload.shape(Shape {
+        prompt,
+        // At least the token that copies the prompt.
+        generated: most(Work::generated).max(1),
+        chunk: CHUNK,
+        sequences: most(Work::sequences),
+    })?;
+    let mut read = false;
+    let mut lines = Vec::with_capacity(alike.len());
+    for &work in alike {
+        let long = prompt > LONG_PROMPT;
+        let reads_itself = long && matches!(work, Work::Prefill { .. });
+        if !read && !reads_itself {
+            workload.read()?;
+        }
+        read = true;
+        let (kind, repeat) = match work {
+            Work::Prefill { .. } if long => (Kind::Prefill, 1),
+            Work::Prefill { .. } => (Kind::Prefill, repeat),
+            Work::Decode { .. } => (Kind::Decode, repeat),
+        };
+        if kind == Kind::Decode {
+            workload.copy(work.sequences())?;
+        }
+        lines.push(workload.measure(kind, work.sequences(), repeat, limits)?);
+    }
+    Ok(lines)
 }

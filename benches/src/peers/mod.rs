@@ -9,6 +9,7 @@ mod contender;
 mod engine;
 mod llama;
 mod program;
+mod quiet;
 mod ratio;
 mod report;
 mod serve;

@@ -10,8 +10,8 @@ use serde::Serialize;
 
 use super::contender::{self, Contender, Places, Settings, Who};
 use super::ratio::{Pair, median};
-use super::report;
 use super::server::{Server, free_port};
+use super::{quiet, report};
 use crate::engine::setup::Setup;
 use crate::plot;
 use crate::serve::ask::Sampling;
@@ -116,7 +116,8 @@ Examples:
     quire-bench peers serve --model q4_0.gguf --llama-bin llama.cpp/build/bin
   Against vLLM's CPU build too:
     quire-bench peers serve --model q4_0.gguf --llama-bin llama.cpp/build/bin --vllm-python vllm/bin/python --hf-model qwen3-0.6b
-How to build and install them is in docs/measure.md. Who is absent is skipped by name.";
+How to build and install them is in docs/measure.md. Who is absent is skipped by name. Our server
+takes the best instruction set there is: give it a llama-server that was built natively (GGML_NATIVE).";
 
 /// When a request is given up: a server that is asked for more than it can do has a long queue.
 const TIMEOUT: Duration = Duration::from_secs(3600);
@@ -164,6 +165,10 @@ impl Side {
 /// # Errors
 /// A server that is there does not start, or answers nothing.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let load = quiet::load();
+    if let Some(warning) = quiet::warning(load) {
+        eprintln!("{warning}");
+    }
     let (contenders, absent) = contender::find(&Places {
         model: &arguments.model,
         hf_model: arguments.hf_model.as_deref(),
@@ -186,7 +191,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         println!("{line}");
     }
     if let Some(path) = &arguments.json {
-        let json = serde_json::json!({"parameters": arguments, "servers": sides});
+        let json =
+            serde_json::json!({"parameters": arguments, "load_before": load, "servers": sides});
         std::fs::write(path, serde_json::to_string_pretty(&json)? + "\n")
             .with_context(|| format!("cannot write {}", path.display()))?;
     }

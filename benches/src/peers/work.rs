@@ -24,6 +24,32 @@ pub enum Work {
     },
 }
 
+impl Work {
+    /// Tokens that are in the KV cache when it is done, or before it begins: rows that agree on it can share them.
+    pub fn prompt(self) -> u32 {
+        match self {
+            Self::Prefill { tokens } => tokens,
+            Self::Decode { depth, .. } => depth,
+        }
+    }
+
+    /// Sequences.
+    pub fn sequences(self) -> u32 {
+        match self {
+            Self::Prefill { .. } => 1,
+            Self::Decode { sequences, .. } => sequences,
+        }
+    }
+
+    /// Tokens each of them generates.
+    pub fn generated(self) -> u32 {
+        match self {
+            Self::Prefill { .. } => 0,
+            Self::Decode { generated, .. } => generated,
+        }
+    }
+}
+
 impl fmt::Display for Work {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

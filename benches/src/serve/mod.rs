@@ -170,7 +170,7 @@ Examples:
   Chats of four turns, with prompts as long as people's:
     quire-bench serve --url URL --clients 8 --turns 4 --prompt-tokens lognormal:100,0.9
   What a shared system prompt of 1,024 tokens is worth; again with a server started with --no-prefix-cache:
-    quire-bench serve --url URL --clients 32 --prompt-tokens 1056 --shared-prefix 1024 --max-tokens 16
+    quire-bench serve --url URL --clients 32 --requests 64 --warmup 0 --vocab 3000 --prompt-tokens 1040 --shared-prefix 1024 --max-tokens 8
   The same load twice, for a comparison:
     quire-bench serve --url URL --clients 8 --seed 1 --json ours.json
     quire-bench serve --url OTHER_URL --clients 8 --seed 1 --json theirs.json";
