@@ -1,4 +1,4 @@
-//! The operations of a decoder by themselves, at the shapes of Qwen3-0.6B, on all cores this process may use.
+//! The operations of a decoder by themselves, products in every format, at the shapes of Qwen3-0.6B, on all cores this process may use.
 //!
 //! One row is limited by memory and reported in bytes of weights a second; many rows are limited by arithmetic and reported in
 //! operations a second ("elem" is one multiplication or addition). Matrices are used in turn, enough of them not to stay in any cache: so it is in a model.
@@ -12,18 +12,12 @@ use criterion::{Criterion, Throughput};
 use half::{bf16, f16};
 use quire_kernels::cpu::{Activations, CpuBackend, CpuOptions, KvCache, Matrix};
 use quire_kernels::{
-    AttentionShape, Backend, Format, KvDtype, KvLayer, KvShape, MatrixPart, Span, Step,
+    Activation, AttentionShape, Backend, Format, KvDtype, KvLayer, KvShape, MatrixPart, QkvLayer,
+    Rotary, Span, Step,
 };
 
 use roofline::{Need, Roofline};
 
-const FORMATS: [(&str, Format); 5] = [
-    ("f32", Format::F32),
-    ("f16", Format::F16),
-    ("bf16", Format::Bf16),
-    ("q8_0", Format::Q8_0),
-    ("q4_0", Format::Q4_0),
-];
 const ROWS: [usize; 4] = [1, 8, 32, 512];
 /// More bytes of weights than any cache holds.
 const WORKING_SET: usize = 192 << 20;
@@ -54,32 +48,30 @@ fn numbers(len: usize) -> impl Iterator<Item = f32> {
 }
 
 fn matrix(backend: &CpuBackend, rows: usize, cols: usize, format: Format) -> Matrix {
-    let values = numbers(rows * cols);
-    let (stored, data): (Format, Vec<u8>) = match format {
-        Format::F16 => (
-            format,
-            values
-                .flat_map(|x| f16::from_f32(x).to_le_bytes())
-                .collect(),
-        ),
-        Format::Bf16 => (
-            format,
-            values
-                .flat_map(|x| bf16::from_f32(x).to_le_bytes())
-                .collect(),
-        ),
-        _ => (Format::F32, values.flat_map(f32::to_le_bytes).collect()),
+    let values = || numbers(rows * cols);
+    let data: Vec<u8> = match format {
+        Format::F32 => values().flat_map(f32::to_le_bytes).collect(),
+        Format::F16 => values()
+            .flat_map(|x| f16::from_f32(x).to_le_bytes())
+            .collect(),
+        Format::Bf16 => values()
+            .flat_map(|x| bf16::from_f32(x).to_le_bytes())
+            .collect(),
+        // Blocks whose scales are ordinary numbers: how long integers take to multiply does not depend on what they are.
+        _ => {
+            let row = format.row_bytes(cols).expect("whole blocks");
+            vec![0x25; rows * row]
+        }
     };
-    let quantize = (stored != format).then_some(format);
     let part = MatrixPart {
         rows,
         cols,
-        format: stored,
+        format,
         data: &data,
         order: None,
     };
     backend
-        .matrix(&[part], quantize)
+        .matrix(&[part], None)
         .expect("a shape every format can hold")
 }
 
@@ -113,7 +105,7 @@ fn step(sequences: u32, start: u32, rows: u32) -> Step {
 
 fn linear(c: &mut Criterion, roofline: &Roofline) {
     for (name, features, inputs) in [("gate and up", 6144, 1024), ("down", 1024, 3072)] {
-        for (format_name, format) in FORMATS {
+        for format in Format::ALL {
             let mut backend = backend();
             let first = matrix(&backend, features, inputs, format);
             let bytes = backend.matrix_bytes(&first);
@@ -122,7 +114,7 @@ fn linear(c: &mut Criterion, roofline: &Roofline) {
                 matrices.push(matrix(&backend, features, inputs, format));
             }
             let mut group =
-                c.benchmark_group(format!("{name} [{features}, {inputs}] {format_name}"));
+                c.benchmark_group(format!("{name} [{features}, {inputs}] {}", format.name()));
             for rows in ROWS {
                 group.throughput(if rows == 1 {
                     Throughput::Bytes(bytes as u64)
@@ -243,6 +235,75 @@ fn rms_norm(c: &mut Criterion, roofline: &Roofline) {
     group.finish();
 }
 
+fn gate(c: &mut Criterion, roofline: &Roofline) {
+    const INNER: usize = 3072;
+    let mut group = c.benchmark_group("gate (SiLU) of 3072");
+    let mut backend = backend();
+    for rows in [1, 32, 512] {
+        group.throughput(Throughput::Bytes((rows * INNER * 12) as u64));
+        let x = activations(&backend, rows, 2 * INNER);
+        let mut out = activations(&backend, rows, INNER);
+        backend
+            .begin(&step(rows as u32, 0, 1))
+            .expect("a valid step");
+        let need = Need {
+            bytes: (rows * INNER * 12) as f64,
+            ..Need::default()
+        };
+        roofline.bench(&mut group, rows, need, || {
+            backend
+                .gate(&x, Activation::Silu, &mut out)
+                .expect("shapes that belong together");
+        });
+    }
+    group.finish();
+}
+
+fn norm_rope_store(c: &mut Criterion, roofline: &Roofline) {
+    let mut group = c.benchmark_group("norm_rope_store, 16 query and 8 KV heads of 128");
+    let mut backend = backend();
+    let ones = backend.vector(&[1.0; SHAPE.head_dim]).expect("memory");
+    let frequencies = backend.vector(&[0.5; SHAPE.head_dim / 2]).expect("memory");
+    for rows in [1, 32, 512] {
+        let step = step(rows as u32, 0, 1);
+        let mut kv = cache(&mut backend, &step);
+        backend.begin(&step).expect("a valid step");
+        let cols = (SHAPE.heads + 2 * SHAPE.kv_heads) * SHAPE.head_dim;
+        let mut qkv = activations(&backend, rows, cols);
+        let mut rotary = activations(&backend, rows, SHAPE.head_dim);
+        let of = Rotary {
+            frequencies: &frequencies,
+            beyond: None,
+            scale: 1.0,
+        };
+        backend
+            .rotary(&of, &mut rotary)
+            .expect("shapes that belong together");
+        let layer = QkvLayer {
+            layer: LAYER,
+            shape: SHAPE,
+            q_norm: Some(&ones),
+            k_norm: Some(&ones),
+            eps: 1e-6,
+            rotary: Some(&rotary),
+        };
+        // Queries and keys are read and written, values read; keys and values stored in two bytes each.
+        let heads = 2 * (SHAPE.heads + SHAPE.kv_heads) + SHAPE.kv_heads;
+        let bytes = rows * (4 * heads + 2 * 2 * SHAPE.kv_heads) * SHAPE.head_dim;
+        group.throughput(Throughput::Bytes(bytes as u64));
+        let need = Need {
+            bytes: bytes as f64,
+            ..Need::default()
+        };
+        roofline.bench(&mut group, rows, need, || {
+            backend
+                .norm_rope_store(&mut qkv, &layer, &mut kv)
+                .expect("shapes that belong together");
+        });
+    }
+    group.finish();
+}
+
 fn main() {
     let mut criterion = Criterion::default()
         .sample_size(20)
@@ -253,5 +314,7 @@ fn main() {
     linear(&mut criterion, &roofline);
     attention(&mut criterion, &roofline);
     rms_norm(&mut criterion, &roofline);
+    norm_rope_store(&mut criterion, &roofline);
+    gate(&mut criterion, &roofline);
     criterion.final_summary();
 }

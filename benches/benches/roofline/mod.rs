@@ -16,7 +16,7 @@ use limits::Limits;
 /// What one call of a kernel cannot do without.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Need {
-    /// Bytes to be read and written that are in no cache.
+    /// Bytes to be read and written, as if none were in a cache.
     pub bytes: f64,
     /// Multiplications and additions of f32.
     pub f32: f64,
@@ -93,7 +93,7 @@ impl Roofline {
         // Writing to a string cannot fail.
         let _ = write!(
             line,
-            "{at_least:.1?} at least ({which}), {:.0} % of it reached",
+            "{at_least:.1?} ({which}), {:.0} % reached",
             100.0 * least / seconds
         );
         line
