@@ -1,9 +1,13 @@
 //! quire's instruments. `serve` puts a load on a running server, ours or another, and says what its users would see; `engine` times
-//! the decoder by itself and says how close it comes to what the machine can do.
+//! the decoder by itself and says how close it comes to what the machine can do; `peers` gives other engines the same work; `overhead` asks
+//! what the engine costs beside the model.
 //!
 //! A number leaves here with everything one needs to repeat it: the table for people, `--json` for comparisons.
 
 mod engine;
+mod overhead;
+mod peers;
+mod plot;
 mod random;
 mod serve;
 
@@ -19,13 +23,17 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Serve(serve::Arguments),
+    Serve(Box<serve::Arguments>),
     Engine(engine::Arguments),
+    Overhead(overhead::Arguments),
+    Peers(peers::Arguments),
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Serve(arguments) => serve::run(&arguments),
         Command::Engine(arguments) => engine::run(&arguments),
+        Command::Overhead(arguments) => overhead::run(&arguments),
+        Command::Peers(arguments) => peers::run(&arguments),
     }
 }

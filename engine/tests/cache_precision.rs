@@ -18,7 +18,9 @@ fn logits(texts: &[Vec<u32>], dtype: KvDtype) -> Vec<f32> {
         let mut sequence = Sequence::with_cache(&checkpoint, dtype);
         // Chunks, so that most of what a token sees comes from the cache by way of other steps.
         let chunks = text.chunks(16);
-        chunks.flat_map(|c| sequence.rows(c, c.len())).collect::<Vec<f32>>()
+        chunks
+            .flat_map(|c| sequence.rows(c, c.len()))
+            .collect::<Vec<f32>>()
     };
     texts.iter().flat_map(read).collect()
 }

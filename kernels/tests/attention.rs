@@ -213,8 +213,11 @@ impl Case {
                 KvDtype::Q8 => x
                     .chunks(group)
                     .flat_map(|group| {
-                        let scale = scale_above(group.iter().fold(0.0, |m, v| v.abs().max(m)) / 127.0);
-                        group.iter().map(move |v| (v / scale).round_ties_even() * scale)
+                        let scale =
+                            scale_above(group.iter().fold(0.0, |m, v| v.abs().max(m)) / 127.0);
+                        group
+                            .iter()
+                            .map(move |v| (v / scale).round_ties_even() * scale)
                     })
                     .collect(),
             }

@@ -280,11 +280,10 @@ mod x86 {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
     #[test]
     fn every_loop_the_processor_has_runs() {
-        for l in F32.iter().chain(INT8).chain([&PLAIN]) {
+        let loops = super::F32.iter().chain(super::INT8);
+        for l in loops.chain([&super::PLAIN]) {
             if (l.available)() {
                 // An instruction it does not have would end the process.
                 (l.run)(1);

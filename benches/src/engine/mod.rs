@@ -5,24 +5,24 @@
 //! multiply-add and 8-bit integer products.
 
 mod cost;
-mod limits;
-mod report;
+pub mod limits;
+pub mod report;
 mod scaling;
-mod workload;
+pub mod setup;
+pub mod workload;
 
 use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use quire::checkpoint::{Checkpoint, ModelSource};
-use quire::model::{Decoder, LoadOptions};
-use quire_kernels::cpu::{CpuBackend, CpuOptions, Isa, Numa};
-use quire_kernels::{Backend, Format, KvDtype};
+use quire_kernels::cpu::{Isa, Numa};
+use quire_kernels::{Format, KvDtype};
 use serde::Serialize;
 
-use cost::Cost;
 use limits::Limits;
-use workload::{Kind, Line, Workload};
+use setup::Setup;
+use workload::{Kind, Line, Shape};
 
 /// Time the decoder by itself and say how close it comes to the machine's limits
 ///
@@ -133,7 +133,7 @@ enum Quantize {
 /// Instruction sets of the CPU kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum InstructionSet {
+pub enum InstructionSet {
     /// AVX-512 with VNNI
     Avx512,
     /// AVX2, FMA and F16C
@@ -147,7 +147,8 @@ enum InstructionSet {
 }
 
 impl InstructionSet {
-    fn isa(self) -> Isa {
+    /// The kernels' name for it.
+    pub fn isa(self) -> Isa {
         match self {
             Self::Avx512 => Isa::Avx512,
             Self::Avx2 => Isa::Avx2,
@@ -170,17 +171,14 @@ enum KvCacheDtype {
     Q8,
 }
 
-const BLOCK: u32 = 16;
-
 /// Runs every line and prints it.
 ///
 /// # Errors
 /// The model cannot be loaded, or the context is longer than it was made for.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut threads: Vec<usize> = arguments.threads.iter().map(|&n| usize::from(n)).collect();
     if threads.is_empty() {
-        threads.push(cores);
+        threads.push(Setup::cores());
     }
     let rounds = threads
         .into_iter()
@@ -227,67 +225,42 @@ fn measure(arguments: &Arguments, threads: usize) -> anyhow::Result<Round> {
     let isa = arguments.isa.map(InstructionSet::isa);
     let limits = Limits::measure(threads, isa.unwrap_or_else(Isa::best))?;
     eprintln!("loading {} …", checkpoint.name);
-    let backend = CpuBackend::new(CpuOptions {
-        threads: Some(threads),
+    let setup = Setup {
+        threads,
         isa,
         numa: arguments.numa,
-        ..CpuOptions::default()
-    })?;
-    let options = LoadOptions {
         quantize: arguments.quantize.map(|quantize| match quantize {
             Quantize::Q8_0 => Format::Q8_0,
             Quantize::Q4_0 => Format::Q4_0,
             Quantize::Tq2_0 => Format::Tq2_0,
         }),
-        max_rows: arguments.chunk.max(largest) as usize,
+        kv_dtype: match arguments.kv_cache_dtype {
+            KvCacheDtype::F16 => KvDtype::F16,
+            KvCacheDtype::F32 => KvDtype::F32,
+            KvCacheDtype::Q8 => KvDtype::Q8,
+        },
+        rows: arguments.chunk.max(largest),
     };
-    let decoder = Decoder::load(&checkpoint, backend, options, &mut |_| {})?;
-    // Every family has it, and experts are stored as it is.
-    let stands_for_all = "model.layers.0.self_attn.o_proj.weight";
-    let shape = checkpoint.tensors.shape(stands_for_all).unwrap_or_default();
-    let stored = checkpoint.tensors.get(stands_for_all, shape)?.format;
-    let quantised = arguments.quantize.is_some() || stored.multiplies_integers();
-    let kv_dtype = match arguments.kv_cache_dtype {
-        KvCacheDtype::F16 => KvDtype::F16,
-        KvCacheDtype::F32 => KvDtype::F32,
-        KvCacheDtype::Q8 => KvDtype::Q8,
-    };
-    // One more sequence than the largest batch: the prompt that is read while the others generate.
-    let blocks =
-        (largest as usize + 1) * context.div_ceil(BLOCK) as usize * decoder.pages().windows.len();
-    let kv = decoder
-        .kv_cache(blocks, BLOCK as usize, kv_dtype)
-        .context("the KV cache")?;
+    let mut workload = setup.load(&checkpoint)?;
     let about = format!(
-        "{}, {}, {:.1} MiB of weights, {}",
+        "{}, {}, {}",
         checkpoint.name,
         arguments.quantize.map_or("as stored", |q| match q {
             Quantize::Q8_0 => "q8_0",
             Quantize::Q4_0 => "q4_0",
             Quantize::Tq2_0 => "tq2_0",
         }),
-        decoder.weight_bytes() as f64 / f64::from(1 << 20),
-        decoder.backend().description()
+        workload.description(),
     );
     println!("{about}\n{}", report::limits(&limits));
-
-    let cost = Cost::of(
-        decoder.config(),
-        decoder.weight_bytes(),
-        quantised,
-        kv_dtype,
-    );
-    let mut workload = Workload::new(
-        decoder,
-        kv,
-        workload::Shape {
-            prompt: arguments.prompt,
-            generated: arguments.r#gen,
-            chunk: arguments.chunk,
-            block: BLOCK,
-        },
-        cost,
-    );
+    let room = workload.shape(Shape {
+        prompt: arguments.prompt,
+        generated: arguments.r#gen,
+        chunk: arguments.chunk,
+        // One more than the largest batch: the prompt that is read while the others generate.
+        sequences: largest + 1,
+    });
+    room.context("the KV cache")?;
     let mut lines: Vec<Line> = Vec::new();
     for &batch in &arguments.batch {
         for kind in [Kind::Prefill, Kind::Decode, Kind::Mixed] {

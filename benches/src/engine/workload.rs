@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use quire::model::Decoder;
 use quire_kernels::cpu::{CpuBackend, KvCache};
-use quire_kernels::{Error, Span, Step};
+use quire_kernels::{Backend, Error, KvDtype, Span, Step};
 use serde::Serialize;
 
 use super::cost::{Cost, Need};
@@ -23,6 +23,9 @@ pub enum Kind {
     Mixed,
 }
 
+/// Positions of a KV-cache block.
+const BLOCK: u32 = 16;
+
 /// Lengths, in tokens.
 #[derive(Debug, Clone, Copy)]
 pub struct Shape {
@@ -32,8 +35,8 @@ pub struct Shape {
     pub generated: u32,
     /// Most of one step.
     pub chunk: u32,
-    /// Of a KV-cache block.
-    pub block: u32,
+    /// Sequences there is room for.
+    pub sequences: u32,
 }
 
 /// One result: the median of several runs.
@@ -67,7 +70,8 @@ impl Line {
 /// A decoder and sequences to run on it.
 pub struct Workload {
     decoder: Decoder<CpuBackend>,
-    kv: KvCache,
+    kv: Option<KvCache>,
+    kv_dtype: KvDtype,
     shape: Shape,
     cost: Cost,
     tokens: Random,
@@ -85,17 +89,81 @@ struct Run {
 }
 
 impl Workload {
-    /// `kv` has blocks for one sequence more than will ever be asked for.
-    pub fn new(decoder: Decoder<CpuBackend>, kv: KvCache, shape: Shape, cost: Cost) -> Self {
+    /// No sequences yet: [`Workload::shape`] makes room for them. `rows`: most of a step.
+    pub fn new(decoder: Decoder<CpuBackend>, kv_dtype: KvDtype, cost: Cost, rows: u32) -> Self {
         Self {
             decoder,
-            kv,
-            shape,
+            kv: None,
+            kv_dtype,
+            shape: Shape {
+                prompt: 0,
+                generated: 0,
+                chunk: rows,
+                sequences: 0,
+            },
             cost,
             tokens: Random::nth(0, 0),
             step: Step::default(),
             logits: Vec::new(),
         }
+    }
+
+    /// Size of the weights, and what computes.
+    pub fn description(&self) -> String {
+        format!(
+            "{:.1} MiB of weights, {}",
+            self.decoder.weight_bytes() as f64 / f64::from(1 << 20),
+            self.decoder.backend().description()
+        )
+    }
+
+    /// Makes room for sequences of another shape; what the old ones held is gone.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn shape(&mut self, shape: Shape) -> Result<(), Error> {
+        self.shape = shape;
+        // Before the next is made: both need not fit.
+        self.kv = None;
+        let blocks = shape.sequences as usize * self.blocks() as usize;
+        let kv = self
+            .decoder
+            .kv_cache(blocks, BLOCK as usize, self.kv_dtype)?;
+        self.kv = Some(kv);
+        Ok(())
+    }
+
+    /// Blocks of one sequence.
+    fn blocks(&self) -> u32 {
+        let groups = self.decoder.pages().windows.len() as u32;
+        groups * (self.shape.prompt + self.shape.generated).div_ceil(BLOCK)
+    }
+
+    /// Reads the prompt of the first sequence, untimed.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn read(&mut self) -> Result<(), Error> {
+        if self.shape.prompt > 0 {
+            self.prefill(1)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the first `batch` sequences what the first of them has read, by copying its blocks. Memory that nobody has written is a page of zeroes that all share, and is
+    /// read from the caches; a decode that is to be timed needs pages of its own.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn copy(&mut self, batch: u32) -> Result<(), Error> {
+        let blocks = self.blocks();
+        let copies: Vec<(u32, u32)> = (1..batch)
+            .flat_map(|sequence| (0..blocks).map(move |b| (b, sequence * blocks + b)))
+            .collect();
+        // Blocks are copied as a step begins: one of a token that is written again later.
+        self.step.clear();
+        self.span(0, self.shape.prompt, 1, true);
+        self.forward(&copies)
     }
 
     /// Runs it `repeat` times.
@@ -192,12 +260,7 @@ impl Workload {
     /// Adds tokens of a sequence to the step.
     fn span(&mut self, sequence: u32, start: u32, rows: u32, logits: bool) {
         let vocabulary = self.decoder.config().vocab_size as u64;
-        let Shape {
-            prompt,
-            generated,
-            block,
-            ..
-        } = self.shape;
+        let blocks = self.blocks();
         let step = &mut self.step;
         let row = step.rows() as u32;
         step.spans.push(Span {
@@ -213,9 +276,9 @@ impl Workload {
         step.positions.extend(start..start + rows);
         let groups = self.decoder.pages().windows.len() as u32;
         step.groups = groups as usize;
-        let first = groups * sequence * (prompt + generated).div_ceil(block);
+        let first = sequence * blocks;
         step.block_tables
-            .extend(first..first + groups * (start + rows).div_ceil(block));
+            .extend(first..first + groups * (start + rows).div_ceil(BLOCK));
         if logits {
             step.logit_rows.push(row + rows - 1);
         }
@@ -223,13 +286,20 @@ impl Workload {
 
     fn run_step(&mut self, run: &mut Run) -> Result<(), Error> {
         let began = Instant::now();
-        self.decoder
-            .forward(&self.step, &[], &mut self.kv, &mut self.logits)?;
+        self.forward(&[])?;
         run.took += began.elapsed();
         run.tokens += self.step.rows() as u32;
         run.steps += 1;
         let spans = self.step.spans.iter().map(|span| (span.start, span.rows));
         run.need += self.cost.step(spans, self.step.logit_rows.len() as u32);
         Ok(())
+    }
+
+    fn forward(&mut self, copies: &[(u32, u32)]) -> Result<(), Error> {
+        let Some(kv) = &mut self.kv else {
+            return Err(Error::Shape("no sequences: `shape` makes room".to_owned()));
+        };
+        self.decoder
+            .forward(&self.step, copies, kv, &mut self.logits)
     }
 }

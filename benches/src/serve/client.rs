@@ -2,25 +2,26 @@
 
 use std::time::Instant;
 
-use super::Arguments;
+use super::ask::Ask;
 use super::client_grpc::GrpcClient;
 use super::client_http::HttpClient;
-use super::prompt::Prompt;
 
 /// Speaks to the server under test.
 #[derive(Debug)]
 pub enum Client {
-    /// OpenAI completions.
+    /// OpenAI completions and chat completions.
     Http(Box<HttpClient>),
     /// `quire.v1.Generation`.
     Grpc(GrpcClient),
 }
 
-/// An answer, without its words.
+/// An answer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Answer {
     /// When each piece of it arrived, in order.
     pub pieces: Vec<Instant>,
+    /// What it says.
+    pub text: String,
     /// Tokens of the prompt, by the server's count.
     pub prompt_tokens: u64,
     /// Tokens generated, by the server's count.
@@ -49,17 +50,20 @@ impl Failure {
 }
 
 impl Client {
-    /// Connects to the server the arguments name.
+    /// Connects to an OpenAI-compatible server.
     ///
     /// # Errors
     /// The address is not one, or nobody answers there.
-    pub async fn connect(arguments: &Arguments) -> anyhow::Result<Self> {
-        let model = arguments.model.as_deref();
-        match (&arguments.url, &arguments.grpc) {
-            (Some(url), _) => Ok(Self::Http(Box::new(HttpClient::connect(url, model).await?))),
-            (None, Some(address)) => Ok(Self::Grpc(GrpcClient::connect(address, model).await?)),
-            (None, None) => anyhow::bail!("name a server with --url or --grpc"),
-        }
+    pub async fn http(url: &str, model: Option<&str>) -> anyhow::Result<Self> {
+        Ok(Self::Http(Box::new(HttpClient::connect(url, model).await?)))
+    }
+
+    /// Connects to quire's own service.
+    ///
+    /// # Errors
+    /// The address is not one, or nobody answers there.
+    pub async fn grpc(address: &str, model: Option<&str>) -> anyhow::Result<Self> {
+        Ok(Self::Grpc(GrpcClient::connect(address, model).await?))
     }
 
     /// One line about the server.
@@ -74,10 +78,10 @@ impl Client {
     ///
     /// # Errors
     /// The server refused it, or the answer broke off.
-    pub async fn complete(&self, prompt: Prompt, max_tokens: u32) -> Result<Answer, Failure> {
+    pub async fn complete(&self, ask: Ask) -> Result<Answer, Failure> {
         match self {
-            Self::Http(client) => client.complete(prompt, max_tokens).await,
-            Self::Grpc(client) => client.complete(prompt, max_tokens).await,
+            Self::Http(client) => client.complete(ask).await,
+            Self::Grpc(client) => client.complete(ask).await,
         }
     }
 }

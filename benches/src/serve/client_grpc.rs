@@ -7,12 +7,14 @@ use anyhow::Context;
 use quire_proto::v1::generate_event::Event;
 use quire_proto::v1::generate_request::Prompt as Wire;
 use quire_proto::v1::generation_client::GenerationClient;
-use quire_proto::v1::{GenerateRequest, GetModelRequest, SamplingParams, StopConditions, TokenIds};
+use quire_proto::v1::{
+    Chat, ChatMessage, GenerateRequest, GetModelRequest, SamplingParams, StopConditions, TokenIds,
+};
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
+use super::ask::{Ask, Prompt};
 use super::client::{Answer, Failure};
-use super::prompt::Prompt;
 
 /// Connections; a server may limit the streams of each.
 const CONNECTIONS: usize = 8;
@@ -70,19 +72,31 @@ impl GrpcClient {
     ///
     /// # Errors
     /// The server refused it, or the answer broke off.
-    pub async fn complete(&self, prompt: Prompt, max_tokens: u32) -> Result<Answer, Failure> {
-        let prompt = match prompt {
+    pub async fn complete(&self, ask: Ask) -> Result<Answer, Failure> {
+        let prompt = match ask.prompt {
             Prompt::Text(text) => Wire::Text(text),
             Prompt::Ids(ids) => Wire::Tokens(TokenIds { ids }),
+            Prompt::Chat(messages) => {
+                let messages = messages.into_iter().map(|message| ChatMessage {
+                    role: message.role,
+                    content: message.content,
+                    ..ChatMessage::default()
+                });
+                Wire::Chat(Chat {
+                    messages: messages.collect(),
+                    ..Chat::default()
+                })
+            }
         };
         let request = GenerateRequest {
             prompt: Some(prompt),
             sampling: Some(SamplingParams {
-                temperature: Some(0.0),
+                temperature: Some(ask.sampling.temperature),
+                top_p: Some(ask.sampling.top_p),
                 ..SamplingParams::default()
             }),
             stop: Some(StopConditions {
-                max_tokens: Some(max_tokens),
+                max_tokens: Some(ask.max_tokens),
                 ignore_eos: true,
                 ..StopConditions::default()
             }),
@@ -102,6 +116,7 @@ impl GrpcClient {
             match event.event {
                 Some(Event::Chunk(chunk)) if !chunk.tokens.is_empty() => {
                     answer.pieces.push(Instant::now());
+                    answer.text.push_str(&chunk.text);
                 }
                 Some(Event::Usage(last)) => usage = Some(last),
                 _ => {}

@@ -1,4 +1,4 @@
-//! The OpenAI completions API, streamed, as far as a load needs it.
+//! The OpenAI completions and chat completions APIs, streamed, as far as a load needs them.
 
 use std::time::Instant;
 
@@ -13,8 +13,8 @@ use hyper_util::rt::TokioExecutor;
 use serde::Deserialize;
 use serde_json::json;
 
+use super::ask::{Ask, Prompt};
 use super::client::{Answer, Failure};
-use super::prompt::Prompt;
 use super::sse;
 
 /// A client of one server.
@@ -22,6 +22,7 @@ use super::sse;
 pub struct HttpClient {
     connections: Connections<HttpConnector, Full<Bytes>>,
     completions: Uri,
+    chat: Uri,
     model: String,
     description: String,
 }
@@ -37,9 +38,32 @@ struct Event {
 
 #[derive(Debug, Deserialize)]
 struct Choice {
-    #[serde(default)]
-    text: String,
+    text: Option<String>,
+    delta: Option<Delta>,
     finish_reason: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Delta {
+    role: Option<String>,
+    content: Option<String>,
+}
+
+impl Choice {
+    /// What it adds to the answer.
+    fn text(&self) -> &str {
+        let delta = self.delta.as_ref().and_then(|delta| delta.content.as_ref());
+        self.text.as_ref().or(delta).map_or("", String::as_str)
+    }
+
+    /// Whether it is a piece of the answer: not only the role that a chat begins with, nor only why it ends.
+    fn is_piece(&self) -> bool {
+        let opens = self
+            .delta
+            .as_ref()
+            .is_some_and(|delta| delta.role.is_some());
+        !self.text().is_empty() || (self.finish_reason.is_none() && !opens)
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -80,12 +104,14 @@ impl HttpClient {
         );
         let base = url.trim_end_matches('/').trim_end_matches("/v1");
         let completions = format!("{base}/v1/completions").parse()?;
+        let chat = format!("{base}/v1/chat/completions").parse()?;
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         let connections = Connections::builder(TokioExecutor::new()).build(connector);
         let mut client = Self {
             connections,
             completions,
+            chat,
             model: String::new(),
             description: String::new(),
         };
@@ -117,23 +143,25 @@ impl HttpClient {
     ///
     /// # Errors
     /// The server refused it, or the answer broke off.
-    pub async fn complete(&self, prompt: Prompt, max_tokens: u32) -> Result<Answer, Failure> {
-        let prompt = match prompt {
-            Prompt::Text(text) => json!(text),
-            Prompt::Ids(ids) => json!(ids),
+    pub async fn complete(&self, ask: Ask) -> Result<Answer, Failure> {
+        let (uri, field, prompt) = match ask.prompt {
+            Prompt::Text(text) => (&self.completions, "prompt", json!(text)),
+            Prompt::Ids(ids) => (&self.completions, "prompt", json!(ids)),
+            Prompt::Chat(messages) => (&self.chat, "messages", json!(messages)),
         };
-        let body = json!({
+        let mut body = json!({
             "model": self.model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
+            "max_tokens": ask.max_tokens,
+            "temperature": ask.sampling.temperature,
+            "top_p": ask.sampling.top_p,
             "stream": true,
             "stream_options": {"include_usage": true},
             "ignore_eos": true,
         });
+        body[field] = prompt;
         let request = Request::builder()
             .method(Method::POST)
-            .uri(self.completions.clone())
+            .uri(uri.clone())
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::from(body.to_string()))
             .map_err(|error| Failure::new("bad request", error))?;
@@ -182,10 +210,11 @@ async fn read(response: Response<Incoming>) -> Result<Answer, Failure> {
                 return Err(Failure::new("error event", error));
             }
             usage = event.usage.or(usage);
-            // The last event may only say why the answer ends.
-            let piece = |choice: &Choice| !choice.text.is_empty() || choice.finish_reason.is_none();
-            if event.choices.iter().any(piece) {
+            if event.choices.iter().any(Choice::is_piece) {
                 answer.pieces.push(now);
+            }
+            for choice in &event.choices {
+                answer.text.push_str(choice.text());
             }
         }
     }
@@ -210,4 +239,26 @@ fn chain(error: &dyn std::error::Error) -> String {
         .map(ToString::to_string)
         .collect::<Vec<_>>()
         .join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_what_has_text_or_a_token_without_any() {
+        let piece = |json: &str| serde_json::from_str::<Choice>(json).unwrap().is_piece();
+        assert!(piece(r#"{"text": "a", "finish_reason": null}"#));
+        assert!(
+            piece(r#"{"text": "", "finish_reason": null}"#),
+            "half a character"
+        );
+        assert!(!piece(r#"{"text": "", "finish_reason": "length"}"#));
+        assert!(piece(
+            r#"{"delta": {"content": "a"}, "finish_reason": null}"#
+        ));
+        assert!(piece(r#"{"delta": {"role": "assistant", "content": "a"}}"#));
+        assert!(!piece(r#"{"delta": {"role": "assistant", "content": ""}}"#));
+        assert!(!piece(r#"{"delta": {}, "finish_reason": "stop"}"#));
+    }
 }

@@ -10,12 +10,14 @@ use tokio::sync::mpsc::{self, UnboundedSender};
 use tokio::task::JoinSet;
 
 use super::arrivals;
+use super::ask::Ask;
 use super::client::{Client, Failure};
 use super::measure::{Measured, Outcome};
-use super::prompt::Prompts;
+use super::requests::Requests;
+use super::slo::Slo;
 
 /// When requests are sent.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Arrivals {
     /// Each client sends its next request when its last is answered.
     Closed {
@@ -26,30 +28,37 @@ pub enum Arrivals {
     Open {
         /// Requests a second, on average.
         rate: f64,
+        /// So many at each of the moments.
+        burst: u32,
+    },
+    /// When they came in a trace.
+    Trace {
+        /// After the beginning of the load, in order.
+        at: Vec<Duration>,
     },
 }
 
 /// The shape of a load.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Load {
     /// When requests are sent.
     pub arrivals: Arrivals,
-    /// How many are measured.
+    /// How many are measured; of conversations with several turns, how many conversations.
     pub requests: u32,
     /// How many are sent before.
     pub warmup: u32,
-    /// Tokens to generate for each.
-    pub max_tokens: u32,
     /// When one is given up.
     pub timeout: Duration,
+    /// What users were promised.
+    pub slo: Option<Slo>,
     /// Of the arrivals.
     pub seed: u64,
 }
 
 /// What every request needs, and where its outcome goes.
 struct Sender {
-    client: Client,
-    prompts: Prompts,
+    client: Arc<Client>,
+    requests: Requests,
     load: Load,
     outcomes: UnboundedSender<Outcome>,
     /// The next request nobody has taken, for closed loads.
@@ -58,12 +67,12 @@ struct Sender {
 }
 
 impl Sender {
-    /// Sends the `n`th request, which was meant to be sent at `meant`.
-    async fn send(&self, n: u64, meant: Instant) -> Outcome {
-        let prompt = self.prompts.nth(n);
+    /// Sends a request that was meant to be sent at `meant`.
+    async fn send(&self, ask: Ask, meant: Instant) -> Outcome {
+        let asked = ask.max_tokens;
         let sent = Instant::now();
         self.in_flight.fetch_add(1, Ordering::Relaxed);
-        let answer = self.client.complete(prompt, self.load.max_tokens);
+        let answer = self.client.complete(ask);
         let result = tokio::time::timeout(self.load.timeout, answer)
             .await
             .unwrap_or_else(|_| {
@@ -75,14 +84,29 @@ impl Sender {
             meant,
             sent,
             ended: Instant::now(),
+            asked,
             result,
         }
     }
 
-    async fn send_and_report(&self, n: u32, meant: Instant) {
-        let outcome = self.send(u64::from(n), meant).await;
-        // The other end is open until the last sender is gone.
-        let _ = self.outcomes.send(outcome);
+    /// Has the `n`th conversation, which was meant to begin at `meant`: each turn is meant to be sent when the last is answered, and a turn that failed is the last.
+    async fn converse(&self, n: u32, mut meant: Instant) {
+        let n = u64::from(n);
+        let mut ask = self.requests.nth(n);
+        for turn in 1..=self.requests.turns {
+            let last = turn == self.requests.turns;
+            let asked = (!last).then(|| ask.clone());
+            let outcome = self.send(ask, meant).await;
+            let answer = outcome.result.as_ref().ok();
+            let next = answer
+                .zip(asked)
+                .map(|(answer, asked)| self.requests.next(n, turn, asked, answer.text.clone()));
+            meant = outcome.ended;
+            // The other end is open until the last sender is gone.
+            let _ = self.outcomes.send(outcome);
+            let Some(next) = next else { return };
+            ask = next;
+        }
     }
 }
 
@@ -90,14 +114,15 @@ impl Sender {
 ///
 /// # Errors
 /// A request of the warm-up failed: there is nothing to measure.
-pub async fn run(client: Client, prompts: Prompts, load: Load) -> anyhow::Result<Measured> {
-    let mut measured = Measured::new(client.description().to_owned(), load.max_tokens);
+pub async fn run(client: Arc<Client>, requests: Requests, load: Load) -> anyhow::Result<Measured> {
+    let mut measured = Measured::new(client.description().to_owned(), load.slo);
     let (outcomes, mut arriving) = mpsc::unbounded_channel();
     let in_flight = Arc::new(AtomicU32::new(0));
+    let turns = requests.turns;
     let sender = Arc::new(Sender {
         client,
-        prompts,
-        load,
+        requests,
+        load: load.clone(),
         outcomes,
         next: AtomicU32::new(0),
         in_flight: Arc::clone(&in_flight),
@@ -105,19 +130,26 @@ pub async fn run(client: Client, prompts: Prompts, load: Load) -> anyhow::Result
     for n in 0..load.warmup {
         // Prompts of their own: what is measured is not in the prefix cache because of them.
         let n = u64::from(load.requests) + u64::from(n);
-        let outcome = sender.send(n, Instant::now()).await;
+        let outcome = sender.send(sender.requests.nth(n), Instant::now()).await;
         outcome
             .result
             .map_err(|failure| anyhow::anyhow!("{}: {}", failure.kind, failure.message))
             .context("the first request failed")?;
     }
 
-    let progress = Progress::new(load.requests);
+    let progress = Progress::new(u64::from(load.requests) * u64::from(turns));
     let began = Instant::now();
     let sending = tokio::spawn(async move {
-        match load.arrivals {
-            Arrivals::Closed { clients } => closed(sender, clients.min(load.requests)).await,
-            Arrivals::Open { rate } => open(sender, rate, began).await,
+        match &load.arrivals {
+            Arrivals::Closed { clients } => closed(sender, (*clients).min(load.requests)).await,
+            Arrivals::Open { rate, burst } => {
+                let at = arrivals::poisson(*rate, *burst, load.requests, load.seed);
+                open(sender, at, began).await;
+            }
+            Arrivals::Trace { at } => {
+                let at = at.iter().copied().take(load.requests as usize);
+                open(sender, at, began).await;
+            }
         }
     });
     while let Some(outcome) = arriving.recv().await {
@@ -139,21 +171,20 @@ async fn closed(sender: Arc<Sender>, clients: u32) {
                 if n >= sender.load.requests {
                     break;
                 }
-                sender.send_and_report(n, Instant::now()).await;
+                sender.converse(n, Instant::now()).await;
             }
         });
     }
     tasks.join_all().await;
 }
 
-async fn open(sender: Arc<Sender>, rate: f64, began: Instant) {
+async fn open(sender: Arc<Sender>, arrivals: impl Iterator<Item = Duration>, began: Instant) {
     let mut tasks = JoinSet::new();
-    let arrivals = arrivals::poisson(rate, sender.load.requests, sender.load.seed);
     for (n, at) in (0..).zip(arrivals) {
         let meant = began + at;
         tokio::time::sleep_until(meant.into()).await;
         let sender = Arc::clone(&sender);
-        tasks.spawn(async move { sender.send_and_report(n, meant).await });
+        tasks.spawn(async move { sender.converse(n, meant).await });
     }
     tasks.join_all().await;
 }
@@ -162,8 +193,8 @@ async fn open(sender: Arc<Sender>, rate: f64, began: Instant) {
 struct Progress(ProgressBar);
 
 impl Progress {
-    fn new(requests: u32) -> Self {
-        let bar = ProgressBar::new(u64::from(requests));
+    fn new(requests: u64) -> Self {
+        let bar = ProgressBar::new(requests);
         let style = "{bar:30} {pos}/{len} requests in {elapsed}, {msg}";
         bar.set_style(ProgressStyle::with_template(style).expect("a constant that is right"));
         bar.enable_steady_tick(Duration::from_millis(200));

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 
 use super::client::{Answer, Failure};
+use super::slo::{Latencies, Slo};
 
 /// The longest latency a histogram can hold; longer ones count as this.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
@@ -67,6 +68,8 @@ pub struct Outcome {
     pub sent: Instant,
     /// When its answer, or its failure, was complete.
     pub ended: Instant,
+    /// Tokens that were asked for.
+    pub asked: u32,
     /// Which of both it was.
     pub result: Result<Answer, Failure>,
 }
@@ -82,7 +85,7 @@ pub struct Measured {
     pub completed: u64,
     /// Requests not answered, by kind, with the first message of each.
     pub failures: BTreeMap<String, (u64, String)>,
-    /// Answers that ended before `max_tokens`.
+    /// Answers shorter than asked for.
     pub short: u64,
     /// Prompt tokens of answered requests.
     pub prompt_tokens: u64,
@@ -100,12 +103,15 @@ pub struct Measured {
     pub end_to_end: Latency,
     /// By how much the harness itself was late to send.
     pub lateness: Latency,
-    max_tokens: u64,
+    /// What was promised, if something was.
+    pub slo: Option<Slo>,
+    /// Requests whose answers were as promised.
+    pub good: u64,
 }
 
 impl Measured {
-    /// Nothing yet, of a load whose answers are to have `max_tokens` tokens.
-    pub fn new(server: String, max_tokens: u32) -> Self {
+    /// Nothing yet, of a server whose users were promised `slo`.
+    pub fn new(server: String, slo: Option<Slo>) -> Self {
         Self {
             server,
             elapsed: Duration::ZERO,
@@ -120,7 +126,8 @@ impl Measured {
             per_token: Latency::new(),
             end_to_end: Latency::new(),
             lateness: Latency::new(),
-            max_tokens: u64::from(max_tokens),
+            slo,
+            good: 0,
         }
     }
 
@@ -130,35 +137,49 @@ impl Measured {
             meant,
             sent,
             ended,
+            asked,
             result,
         } = outcome;
         self.elapsed = self.elapsed.max(ended.duration_since(began));
         self.lateness.record(sent.duration_since(meant));
         match result {
-            Ok(answer) => self.answered(&answer, meant, ended),
+            Ok(answer) => self.answered(&answer, asked, meant, ended),
             Err(Failure { kind, message }) => {
                 self.failures.entry(kind).or_insert((0, message)).0 += 1;
             }
         }
     }
 
-    fn answered(&mut self, answer: &Answer, meant: Instant, ended: Instant) {
+    fn answered(&mut self, answer: &Answer, asked: u32, meant: Instant, ended: Instant) {
         self.completed += 1;
-        self.short += u64::from(answer.completion_tokens < self.max_tokens);
+        self.short += u64::from(answer.completion_tokens < u64::from(asked));
         self.prompt_tokens += answer.prompt_tokens;
         self.cached_tokens += answer.cached_tokens;
         self.completion_tokens += answer.completion_tokens;
-        self.end_to_end.record(ended.duration_since(meant));
+        let mut of = Latencies {
+            ttft: None,
+            longest_gap: None,
+            per_token: None,
+            end_to_end: ended.duration_since(meant),
+        };
+        self.end_to_end.record(of.end_to_end);
         for pair in answer.pieces.windows(2) {
-            self.inter_token.record(pair[1].duration_since(pair[0]));
+            let gap = pair[1].duration_since(pair[0]);
+            self.inter_token.record(gap);
+            of.longest_gap = of.longest_gap.max(Some(gap));
         }
         if let (Some(first), Some(last)) = (answer.pieces.first(), answer.pieces.last()) {
-            self.ttft.record(first.duration_since(meant));
+            let ttft = first.duration_since(meant);
+            self.ttft.record(ttft);
+            of.ttft = Some(ttft);
             if let Some(others @ 1..) = answer.completion_tokens.checked_sub(1) {
                 let each = last.duration_since(*first).as_secs_f64() / others as f64;
-                self.per_token.record(Duration::from_secs_f64(each));
+                let each = Duration::from_secs_f64(each);
+                self.per_token.record(each);
+                of.per_token = Some(each);
             }
         }
+        self.good += u64::from(self.slo.is_some_and(|slo| slo.kept(&of)));
     }
 
     /// Requests not answered.
@@ -205,14 +226,17 @@ mod tests {
     fn latencies_count_from_when_a_request_was_meant_to_be_sent() {
         let began = Instant::now();
         let at = |ms| began + Duration::from_millis(ms);
-        let mut measured = Measured::new(String::new(), 4);
+        let slo = "ttft=300,itl=200,tpot=100,e2e=900".parse().unwrap();
+        let mut measured = Measured::new(String::new(), Some(slo));
         measured.record(
             Outcome {
                 meant: at(100),
                 sent: at(300),
                 ended: at(1000),
+                asked: 4,
                 result: Ok(Answer {
                     pieces: vec![at(400), at(500), at(700)],
+                    text: String::new(),
                     prompt_tokens: 10,
                     completion_tokens: 4,
                     cached_tokens: 5,
@@ -229,17 +253,19 @@ mod tests {
         assert_eq!(measured.elapsed, Duration::from_secs(1));
         assert_eq!(measured.per_second(measured.completion_tokens), 4.0);
         assert_eq!((measured.completed, measured.short), (1, 0));
+        assert_eq!(measured.good, 1, "just within every promise");
     }
 
     #[test]
     fn failures_are_counted_by_kind_and_keep_their_first_message() {
         let began = Instant::now();
-        let mut measured = Measured::new(String::new(), 4);
+        let mut measured = Measured::new(String::new(), None);
         for message in ["full", "still full"] {
             let outcome = Outcome {
                 meant: began,
                 sent: began,
                 ended: began,
+                asked: 4,
                 result: Err(Failure::new("HTTP 429", message)),
             };
             measured.record(outcome, began);

@@ -6,29 +6,49 @@
 //! server that stalls cannot hide it by slowing the harness down (coordinated omission).
 
 mod arrivals;
-mod client;
+pub mod ask;
+pub mod client;
 mod client_grpc;
 mod client_http;
-mod load;
-mod measure;
-mod prompt;
+mod dataset;
+pub mod lengths;
+pub mod load;
+pub mod measure;
+pub mod prompt;
 mod report;
+pub mod requests;
+mod slo;
 mod sse;
+mod trace;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::{ArgGroup, Args};
 use serde::Serialize;
 
+use crate::plot;
+use ask::Sampling;
 use client::Client;
+use lengths::Lengths;
+use load::{Arrivals, Load};
+use measure::Measured;
+use requests::Requests;
+use slo::Slo;
 
 /// Put a load on a running server and measure what its users would see
 ///
 /// The server is any that speaks the OpenAI completions API over HTTP (--url),
-/// or quire over gRPC (--grpc). Every answer is streamed, greedy, and exactly
+/// or quire over gRPC (--grpc). Every answer is streamed, greedy by default, and exactly
 /// --max-tokens long where the server can ignore its end-of-sequence token.
+///
+/// Who sends, and when: --clients is a closed load, --rate an open one (--burst makes it
+/// bursts), --trace replays somebody's arrivals, --sweep tries one rate after the other.
+/// What: random words (LENGTHS are 128, 64..512, normal:MEAN,DEVIATION,
+/// lognormal:MEDIAN,SIGMA or exponential:MEAN), --dataset prompts people wrote, and
+/// --turns makes each request a conversation.
 ///
 /// Latencies count from the moment a request was meant to be sent:
 ///   TTFT         until the first piece of the answer
@@ -38,7 +58,7 @@ use client::Client;
 #[derive(Debug, Clone, Args, Serialize)]
 #[command(verbatim_doc_comment, after_help = EXAMPLES)]
 #[command(group(ArgGroup::new("target").required(true).args(["url", "grpc"])))]
-#[command(group(ArgGroup::new("arrivals").args(["clients", "rate"])))]
+#[command(group(ArgGroup::new("arrivals").args(["clients", "rate", "trace", "sweep"])))]
 pub struct Arguments {
     /// An OpenAI-compatible server, for example http://127.0.0.1:8000
     #[arg(long, value_name = "URL")]
@@ -60,17 +80,41 @@ pub struct Arguments {
     #[arg(long, value_name = "PER_SECOND", value_parser = positive)]
     rate: Option<f64>,
 
-    /// Requests to measure
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
-    requests: u32,
+    /// Open load: with --rate or --sweep, this many requests arrive at each of the moments
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    burst: u32,
+
+    /// Open load: arrivals and lengths of a trace, CSV (TIMESTAMP,ContextTokens,GeneratedTokens) or lines of JSON (timestamp, input_length, output_length)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+
+    /// Replay the trace this many times as fast
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = positive, requires = "trace")]
+    speed: f64,
+
+    /// Open loads one after the other, one for each rate: throughput against latency
+    #[arg(long, value_name = "RATE,…", value_delimiter = ',', value_parser = positive)]
+    sweep: Vec<f64>,
+
+    /// Requests to measure, of a sweep for each rate [default: 64, with --trace all of it]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 30))]
+    requests: Option<u32>,
+
+    /// Messages of the user in each conversation, sent as chats: each request becomes so many
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000), conflicts_with = "vocab")]
+    turns: u32,
+
+    /// Prompts that people wrote, a line of JSON each: {"prompt": …}, {"messages": […]} or ShareGPT's {"conversations": […]}; taken in turn
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["vocab", "shared_prefix", "trace"])]
+    dataset: Option<PathBuf>,
 
     /// Requests to send before, one after the other, that are not measured
     #[arg(long, value_name = "N", default_value_t = 1)]
     warmup: u32,
 
     /// Length of a prompt: random words, each about a token, or exact token ids with --vocab
-    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    prompt_tokens: u32,
+    #[arg(long, value_name = "LENGTHS", default_value = "128")]
+    prompt_tokens: Lengths,
 
     /// How much of its beginning each prompt shares with all others, for the prefix cache to find
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -81,8 +125,20 @@ pub struct Arguments {
     vocab: Option<u32>,
 
     /// Tokens to generate for each request
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    max_tokens: u32,
+    #[arg(long, value_name = "LENGTHS", default_value = "64")]
+    max_tokens: Lengths,
+
+    /// 0 chooses the likeliest token, always
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f32,
+
+    /// Only the likeliest tokens that add up to this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
+
+    /// What users were promised, in milliseconds, to count the requests that got it: ttft=MS, itl=MS (longest gap), tpot=MS (by token), e2e=MS
+    #[arg(long, value_name = "NAME=MS,…")]
+    slo: Option<Slo>,
 
     /// Equal seeds give equal prompts and equal arrivals. A server that has seen a seed's prompts may find them in its prefix cache
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -96,6 +152,11 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     json: Option<PathBuf>,
+
+    /// Draw latency over throughput into this SVG file
+    #[arg(long, value_name = "FILE", requires = "sweep")]
+    #[serde(skip)]
+    plot: Option<PathBuf>,
 }
 
 const EXAMPLES: &str = "\
@@ -104,6 +165,12 @@ Examples:
     quire-bench serve --url http://127.0.0.1:8000 --clients 32 --requests 256
   4 requests a second at quire's gRPC service, half of each prompt shared:
     quire-bench serve --grpc 127.0.0.1:50051 --rate 4 --prompt-tokens 512 --shared-prefix 256
+  Latency over throughput, and how many of the requests were answered as promised:
+    quire-bench serve --url URL --sweep 1,2,4,8 --slo ttft=1000,itl=200 --plot sweep.svg
+  Chats of four turns, with prompts as long as people's:
+    quire-bench serve --url URL --clients 8 --turns 4 --prompt-tokens lognormal:100,0.9
+  What a shared system prompt of 1,024 tokens is worth; again with a server started with --no-prefix-cache:
+    quire-bench serve --url URL --clients 32 --requests 64 --warmup 0 --vocab 3000 --prompt-tokens 1040 --shared-prefix 1024 --max-tokens 8
   The same load twice, for a comparison:
     quire-bench serve --url URL --clients 8 --seed 1 --json ours.json
     quire-bench serve --url OTHER_URL --clients 8 --seed 1 --json theirs.json";
@@ -129,39 +196,135 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
 }
 
 async fn measure(arguments: &Arguments) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        arguments.shared_prefix <= arguments.prompt_tokens,
-        "--shared-prefix {} is longer than the prompt: expected at most --prompt-tokens, which is {}",
-        arguments.shared_prefix,
-        arguments.prompt_tokens
-    );
-    let client = Client::connect(arguments).await?;
-    let prompts = prompt::Prompts {
-        seed: arguments.seed,
-        tokens: arguments.prompt_tokens,
-        shared: arguments.shared_prefix,
-        vocab: arguments.vocab,
+    if let Some(most) = arguments.prompt_tokens.most() {
+        anyhow::ensure!(
+            arguments.shared_prefix <= most,
+            "--shared-prefix {} is longer than the prompt: expected at most --prompt-tokens, which is {}",
+            arguments.shared_prefix,
+            arguments.prompt_tokens
+        );
+    }
+    let requests = requests(arguments)?;
+    let model = arguments.model.as_deref();
+    let client = match (&arguments.url, &arguments.grpc) {
+        (Some(url), _) => Client::http(url, model).await?,
+        (None, Some(address)) => Client::grpc(address, model).await?,
+        (None, None) => anyhow::bail!("name a server with --url or --grpc"),
     };
-    let load = load::Load {
-        arrivals: match arguments.rate {
-            Some(rate) => load::Arrivals::Open { rate },
-            None => load::Arrivals::Closed {
-                clients: arguments.clients.unwrap_or(1),
+    let client = Arc::new(client);
+    if arguments.sweep.is_empty() {
+        let load = load(arguments, &requests);
+        let measured = load::run(client, requests, load).await?;
+        println!("{}", report::table(&measured));
+        write(arguments, &report::json(arguments, &measured))?;
+        anyhow::ensure!(measured.completed > 0, "no request was answered");
+        return Ok(());
+    }
+    let mut runs: Vec<(f64, Measured)> = Vec::new();
+    for (n, &rate) in (0..).zip(&arguments.sweep) {
+        let mut requests = requests.clone();
+        // Prompts of their own: none is in the prefix cache because of the rate before.
+        requests.prompts.seed = requests.prompts.seed.wrapping_add(n);
+        let load = Load {
+            arrivals: Arrivals::Open {
+                rate,
+                burst: arguments.burst,
             },
-        },
-        requests: arguments.requests,
-        warmup: arguments.warmup,
-        max_tokens: arguments.max_tokens,
-        timeout: Duration::from_secs_f64(arguments.timeout),
-        seed: arguments.seed,
+            ..load(arguments, &requests)
+        };
+        eprintln!("{rate} requests a second …");
+        runs.push((rate, load::run(Arc::clone(&client), requests, load).await?));
+    }
+    println!("{}\n{}", client.description(), report::sweep(&runs));
+    let json: Vec<_> = runs
+        .iter()
+        .map(|(rate, measured)| {
+            serde_json::json!({"rate": rate, "result": report::json(arguments, measured)})
+        })
+        .collect();
+    write(arguments, &json.into())?;
+    if let Some(path) = &arguments.plot {
+        plot::sweep(path, client.description(), &points(&runs))?;
+    }
+    Ok(())
+}
+
+/// What is asked for.
+fn requests(arguments: &Arguments) -> anyhow::Result<Requests> {
+    let mut trace = match &arguments.trace {
+        Some(path) => trace::read(path)?,
+        None => Vec::new(),
     };
-    let measured = load::run(client, prompts, load).await?;
-    println!("{}", report::table(&measured));
+    for arrival in &mut trace {
+        arrival.at = arrival.at.div_f64(arguments.speed);
+    }
+    Ok(Requests {
+        prompts: prompt::Prompts {
+            seed: arguments.seed,
+            shared: arguments.shared_prefix,
+            vocab: arguments.vocab,
+        },
+        prompt_tokens: arguments.prompt_tokens,
+        max_tokens: arguments.max_tokens,
+        dataset: match &arguments.dataset {
+            Some(path) => dataset::read(path)?,
+            None => Vec::new(),
+        },
+        trace,
+        sampling: Sampling {
+            temperature: arguments.temperature,
+            top_p: arguments.top_p,
+        },
+        turns: arguments.turns,
+    })
+}
+
+/// When it is asked for.
+fn load(arguments: &Arguments, requests: &Requests) -> Load {
+    let all = u32::try_from(requests.trace.len()).unwrap_or(u32::MAX);
+    let arrivals = match arguments.rate {
+        _ if all > 0 => Arrivals::Trace {
+            at: requests.trace.iter().map(|arrival| arrival.at).collect(),
+        },
+        Some(rate) => Arrivals::Open {
+            rate,
+            burst: arguments.burst,
+        },
+        None => Arrivals::Closed {
+            clients: arguments.clients.unwrap_or(1),
+        },
+    };
+    let asked = arguments.requests.unwrap_or(if all > 0 { all } else { 64 });
+    Load {
+        arrivals,
+        requests: if all > 0 { asked.min(all) } else { asked },
+        warmup: arguments.warmup,
+        timeout: Duration::from_secs_f64(arguments.timeout),
+        slo: arguments.slo,
+        seed: requests.prompts.seed,
+    }
+}
+
+fn points(runs: &[(f64, Measured)]) -> Vec<plot::Point> {
+    let both = |latency: &measure::Latency| {
+        let summary = latency.summary()?;
+        Some((summary.p50_ms, summary.p99_ms))
+    };
+    runs.iter()
+        .filter_map(|(_, measured)| {
+            Some(plot::Point {
+                throughput: measured.per_second(measured.completion_tokens),
+                ttft: both(&measured.ttft)?,
+                inter_token: both(&measured.inter_token)?,
+            })
+        })
+        .collect()
+}
+
+fn write(arguments: &Arguments, json: &serde_json::Value) -> anyhow::Result<()> {
     if let Some(path) = &arguments.json {
-        let json = serde_json::to_string_pretty(&report::json(arguments, &measured))?;
-        std::fs::write(path, json + "\n")
+        std::fs::write(path, serde_json::to_string_pretty(json)? + "\n")
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    anyhow::ensure!(measured.completed > 0, "no request was answered");
     Ok(())
 }

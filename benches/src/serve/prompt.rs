@@ -1,23 +1,13 @@
-//! The prompts of a load: random, seeded, the same for every server that is to be compared.
+//! The words of a load: random, seeded, the same for every server that is to be compared.
 
+use super::ask::Prompt;
 use crate::random::Random;
-
-/// What to continue.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Prompt {
-    /// Words.
-    Text(String),
-    /// Token ids.
-    Ids(Vec<u32>),
-}
 
 /// Makes the prompts of a load.
 #[derive(Debug, Clone, Copy)]
 pub struct Prompts {
     /// Chooses the words.
     pub seed: u64,
-    /// Words, or ids, of each.
-    pub tokens: u32,
     /// How many at the beginning are the same in all.
     pub shared: u32,
     /// Ids below this; `None`: words.
@@ -93,12 +83,12 @@ const WORDS: [&str; 64] = [
 ];
 
 impl Prompts {
-    /// The `n`th prompt.
-    pub fn nth(&self, n: u64) -> Prompt {
+    /// The `n`th prompt, of so many words or ids.
+    pub fn nth(&self, n: u64, tokens: u32) -> Prompt {
         let mut shared = Random::nth(self.seed, u64::MAX - 1);
         let mut own = Random::nth(self.seed, n);
         let choices = self.vocab.map_or(WORDS.len() as u64, u64::from);
-        let chosen = (0..self.tokens).map(|at| {
+        let chosen = (0..tokens).map(|at| {
             if at < self.shared {
                 shared.below(choices)
             } else {
@@ -112,6 +102,14 @@ impl Prompts {
             Prompt::Text(words.join(" "))
         }
     }
+
+    /// Words that no other prompt begins with, for the later turns of a conversation.
+    pub fn words(random: &mut Random, tokens: u32) -> String {
+        let words: Vec<&str> = (0..tokens)
+            .map(|_| WORDS[random.below(WORDS.len() as u64) as usize])
+            .collect();
+        words.join(" ")
+    }
 }
 
 #[cfg(test)]
@@ -122,29 +120,27 @@ mod tests {
     fn prompts_share_what_they_are_to_share_and_no_more() {
         let prompts = Prompts {
             seed: 5,
-            tokens: 40,
             shared: 16,
             vocab: Some(1000),
         };
-        let (Prompt::Ids(a), Prompt::Ids(b)) = (prompts.nth(0), prompts.nth(1)) else {
+        let (Prompt::Ids(a), Prompt::Ids(b)) = (prompts.nth(0, 40), prompts.nth(1, 40)) else {
             panic!("ids were asked for");
         };
         assert_eq!((a.len(), b.len()), (40, 40));
         assert_eq!(a[..16], b[..16]);
         assert_ne!(a[16..], b[16..]);
         assert!(a.iter().all(|&id| id < 1000));
-        assert_eq!(prompts.nth(1), Prompt::Ids(b), "they repeat");
+        assert_eq!(prompts.nth(1, 40), Prompt::Ids(b), "they repeat");
     }
 
     #[test]
     fn text_has_a_word_for_each_token() {
         let prompts = Prompts {
             seed: 5,
-            tokens: 40,
             shared: 0,
             vocab: None,
         };
-        let Prompt::Text(text) = prompts.nth(0) else {
+        let Prompt::Text(text) = prompts.nth(0, 40) else {
             panic!("text was asked for");
         };
         assert_eq!(text.split(' ').count(), 40);

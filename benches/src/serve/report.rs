@@ -1,9 +1,9 @@
 //! What a load found, for people and for comparisons.
 
 use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::Arguments;
 use super::measure::{Latency, Measured};
 
 fn latencies(measured: &Measured) -> [(&'static str, &'static str, &Latency); 5] {
@@ -55,6 +55,14 @@ pub fn table(measured: &Measured) -> String {
             measured.prompt_tokens, measured.cached_tokens, measured.completion_tokens
         ),
     ];
+    if let Some(slo) = &measured.slo {
+        let all = measured.completed + measured.failed();
+        lines.push(format!(
+            "goodput: {:.2} requests/s within {slo}, {:.1} % of all",
+            measured.per_second(measured.good),
+            100.0 * measured.good as f64 / all.max(1) as f64
+        ));
+    }
     if measured.short > 0 {
         lines.push(format!(
             "{} answers ended before --max-tokens: the server does not ignore its end-of-sequence token",
@@ -67,8 +75,50 @@ pub fn table(measured: &Measured) -> String {
     lines.join("\n")
 }
 
+/// A line for each rate of a sweep.
+pub fn sweep(runs: &[(f64, Measured)]) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header([
+        "rate/s",
+        "requests/s",
+        "output tokens/s",
+        "TTFT p50 ms",
+        "p99",
+        "inter-token p50 ms",
+        "p99",
+        "good",
+        "failed",
+    ]);
+    for (rate, measured) in runs {
+        let both = |latency: &Latency| match latency.summary() {
+            Some(s) => [s.p50_ms, s.p99_ms].map(|ms| format!("{ms:.1}")),
+            None => ["–", "–"].map(str::to_owned),
+        };
+        let [ttft, slow_ttft] = both(&measured.ttft);
+        let [gap, slow_gap] = both(&measured.inter_token);
+        table.add_row([
+            rate.to_string(),
+            format!("{:.2}", measured.per_second(measured.completed)),
+            format!("{:.1}", measured.per_second(measured.completion_tokens)),
+            ttft,
+            slow_ttft,
+            gap,
+            slow_gap,
+            measured
+                .slo
+                .map_or("–".to_owned(), |_| measured.good.to_string()),
+            measured.failed().to_string(),
+        ]);
+    }
+    for column in table.column_iter_mut() {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string()
+}
+
 /// Parameters and results.
-pub fn json(arguments: &Arguments, measured: &Measured) -> Value {
+pub fn json(arguments: &impl Serialize, measured: &Measured) -> Value {
     let latency: serde_json::Map<String, Value> = latencies(measured)
         .into_iter()
         .map(|(_, key, latency)| (key.to_owned(), json!(latency.summary())))
@@ -93,6 +143,9 @@ pub fn json(arguments: &Arguments, measured: &Measured) -> Value {
         "requests_per_second": measured.per_second(measured.completed),
         "output_tokens_per_second": measured.per_second(measured.completion_tokens),
         "total_tokens_per_second": measured.per_second(total),
+        "slo": measured.slo,
+        "good": measured.good,
+        "good_requests_per_second": measured.slo.map(|_| measured.per_second(measured.good)),
         "latency": latency,
     })
 }
@@ -109,9 +162,11 @@ mod tests {
     fn the_page_says_what_was_measured_and_what_failed() {
         let began = Instant::now();
         let at = |ms| began + Duration::from_millis(ms);
-        let mut measured = Measured::new("a server".to_owned(), 3);
+        let slo = "ttft=300".parse().unwrap();
+        let mut measured = Measured::new("a server".to_owned(), Some(slo));
         let answer = Answer {
             pieces: vec![at(250), at(350), at(450)],
+            text: String::new(),
             prompt_tokens: 7,
             completion_tokens: 3,
             cached_tokens: 0,
@@ -124,6 +179,7 @@ mod tests {
                     meant,
                     sent,
                     ended,
+                    asked: 3,
                     result,
                 },
                 began,
@@ -135,6 +191,7 @@ mod tests {
             "1 answered, 1 failed in 0.50 s",
             "6.0 output tokens/s, 20.0 tokens/s",
             "1 × HTTP 429: full",
+            "goodput: 2.00 requests/s within ttft=300, 50.0 % of all",
         ] {
             assert!(page.contains(part), "{part:?} is not in\n{page}");
         }

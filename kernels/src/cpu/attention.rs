@@ -341,8 +341,10 @@ impl Work<'_> {
                 .map(|(head, at)| head.wrapping_add(layout.values + at * tile_bytes).cast()),
             key_scales: tiles
                 .map(|(head, at)| head.wrapping_add(layout.key_scales + at * scales).cast()),
-            value_scales: tiles
-                .map(|(head, at)| head.wrapping_add(layout.value_scales + at * TILE * SCALE).cast()),
+            value_scales: tiles.map(|(head, at)| {
+                head.wrapping_add(layout.value_scales + at * TILE * SCALE)
+                    .cast()
+            }),
         }
     }
 }

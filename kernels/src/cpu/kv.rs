@@ -218,7 +218,11 @@ pub(crate) unsafe fn store<S: Simd>(slot: &mut Slot<'_>, key: &[f32], value: &[f
                 let mut halves = [0_u16; LANES];
                 for (i, eight) in key.chunks(LANES).enumerate() {
                     to_f16::<S>(eight, &mut halves);
-                    scatter(elements(keys), i * LANES * TILE + lane, &halves[..eight.len()]);
+                    scatter(
+                        elements(keys),
+                        i * LANES * TILE + lane,
+                        &halves[..eight.len()],
+                    );
                 }
                 let values: &mut [u16] = elements(values);
                 for (i, eight) in value.chunks(LANES).enumerate() {

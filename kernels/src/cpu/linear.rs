@@ -292,7 +292,8 @@ unsafe fn panels<K: Tile, S: Simd>(share: &Share<'_>, format: K::Format) {
         while begin < rows {
             let end = (begin + cached).min(rows);
             for panel in share.first..share.last {
-                let mut next = Next::new(share, panel + 1, 1, (end - begin).div_ceil(S::QUANT_ROWS));
+                let mut next =
+                    Next::new(share, panel + 1, 1, (end - begin).div_ceil(S::QUANT_ROWS));
                 let mut row = begin;
                 while row < end {
                     next.ask::<S>();

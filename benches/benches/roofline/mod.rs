@@ -1,0 +1,116 @@
+//! [`Roofline`]: beside each kernel's time the least that the machine could need for it (Williams et al. 2009).
+
+#[path = "../../src/engine/limits.rs"]
+mod limits;
+
+use std::cell::Cell;
+use std::fmt::Write as _;
+use std::time::{Duration, Instant};
+
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, BenchmarkId};
+use quire_kernels::cpu::Isa;
+
+use limits::Limits;
+
+/// What one call of a kernel cannot do without.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Need {
+    /// Bytes to be read and written, as if none were in a cache.
+    pub bytes: f64,
+    /// Multiplications and additions of f32.
+    pub f32: f64,
+    /// Those of 8-bit integers.
+    pub int8: f64,
+}
+
+/// The machine's limits, measured before the first kernel.
+#[derive(Debug)]
+pub struct Roofline(Limits);
+
+impl Roofline {
+    /// Measures them on all cores, as the kernels are, and says what they are.
+    pub fn measure() -> Self {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let limits = Limits::measure(threads, Isa::best()).expect("a gigabyte to read");
+        println!(
+            "limits on {threads} threads: memory {:.1} GB/s, f32 {:.0} GFLOP/s, 8-bit {:.0} GOP/s",
+            limits.memory_bytes_per_second / 1e9,
+            limits.f32.per_second / 1e9,
+            Self(limits).int8() / 1e9
+        );
+        Self(limits)
+    }
+
+    /// Where 8-bit products were not measured, f32 stands in for them.
+    fn int8(&self) -> f64 {
+        self.0
+            .int8
+            .map_or(self.0.f32.per_second, |peak| peak.per_second)
+    }
+
+    /// Times a kernel and prints, after what criterion says of it, the share of the nearer limit that its median sample reaches.
+    pub fn bench(
+        &self,
+        group: &mut BenchmarkGroup<'_, WallTime>,
+        id: impl Into<Id>,
+        need: Need,
+        mut kernel: impl FnMut(),
+    ) {
+        let samples = Cell::new(Vec::new());
+        group.bench_function(id.into().0, |bencher| {
+            bencher.iter_custom(|turns| {
+                let began = Instant::now();
+                for _ in 0..turns {
+                    kernel();
+                }
+                let took = began.elapsed();
+                let mut all = samples.take();
+                all.push(took.as_secs_f64() / turns as f64);
+                samples.set(all);
+                took
+            });
+        });
+        let mut samples = samples.take();
+        samples.sort_by(f64::total_cmp);
+        // Without samples this one was filtered out.
+        if let Some(&seconds) = samples.get(samples.len() / 2) {
+            println!("{}", self.line(need, seconds));
+        }
+    }
+
+    fn line(&self, need: Need, seconds: f64) -> String {
+        let memory = need.bytes / self.0.memory_bytes_per_second;
+        let arithmetic = need.f32 / self.0.f32.per_second + need.int8 / self.int8();
+        let mut line = String::from("                        roofline: ");
+        let least = memory.max(arithmetic);
+        let which = if memory > arithmetic {
+            "memory"
+        } else {
+            "arithmetic"
+        };
+        let at_least = Duration::from_secs_f64(least);
+        // Writing to a string cannot fail.
+        let _ = write!(
+            line,
+            "{at_least:.1?} ({which}), {:.0} % reached",
+            100.0 * least / seconds
+        );
+        line
+    }
+}
+
+/// What a benchmark is called.
+pub struct Id(BenchmarkId);
+
+impl From<usize> for Id {
+    fn from(rows: usize) -> Self {
+        Self(BenchmarkId::from_parameter(rows))
+    }
+}
+
+impl From<&str> for Id {
+    fn from(name: &str) -> Self {
+        Self(BenchmarkId::from_parameter(name))
+    }
+}

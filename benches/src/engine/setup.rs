@@ -1,0 +1,63 @@
+//! [`Setup`]: a checkpoint on this machine's CPU, ready to be timed.
+
+use quire::checkpoint::Checkpoint;
+use quire::model::{Decoder, LoadOptions};
+use quire_kernels::cpu::{CpuBackend, CpuOptions, Isa, Numa};
+use quire_kernels::{Format, KvDtype};
+
+use super::cost::Cost;
+use super::workload::Workload;
+
+/// How a checkpoint is loaded.
+#[derive(Debug, Clone, Copy)]
+pub struct Setup {
+    /// Threads that compute.
+    pub threads: usize,
+    /// Instruction set of the kernels; `None`: the best there is.
+    pub isa: Option<Isa>,
+    /// What is done about NUMA nodes.
+    pub numa: Numa,
+    /// What float weights are quantised to.
+    pub quantize: Option<Format>,
+    /// Precision of the KV cache.
+    pub kv_dtype: KvDtype,
+    /// Most rows of a step.
+    pub rows: u32,
+}
+
+impl Setup {
+    /// Threads that compute where nobody says how many: one for each core this process may use.
+    pub fn cores() -> usize {
+        std::thread::available_parallelism().map_or(1, usize::from)
+    }
+
+    /// Loads the checkpoint.
+    ///
+    /// # Errors
+    /// It cannot be loaded.
+    pub fn load(&self, checkpoint: &Checkpoint) -> anyhow::Result<Workload> {
+        let backend = CpuBackend::new(CpuOptions {
+            threads: Some(self.threads),
+            isa: self.isa,
+            numa: self.numa,
+            ..CpuOptions::default()
+        })?;
+        let options = LoadOptions {
+            quantize: self.quantize,
+            max_rows: self.rows as usize,
+        };
+        let decoder = Decoder::load(checkpoint, backend, options, &mut |_| {})?;
+        // Every family has it, and experts are stored as it is.
+        let stands_for_all = "model.layers.0.self_attn.o_proj.weight";
+        let shape = checkpoint.tensors.shape(stands_for_all).unwrap_or_default();
+        let stored = checkpoint.tensors.get(stands_for_all, shape)?.format;
+        let quantised = self.quantize.is_some() || stored.multiplies_integers();
+        let cost = Cost::of(
+            decoder.config(),
+            decoder.weight_bytes(),
+            quantised,
+            self.kv_dtype,
+        );
+        Ok(Workload::new(decoder, self.kv_dtype, cost, self.rows))
+    }
+}

@@ -1,0 +1,242 @@
+//! [`Contender`]: a server that can be started — ours, llama.cpp's, vLLM's — and how.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::program;
+
+/// Whose it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Who {
+    /// `quire serve`.
+    Quire,
+    /// llama.cpp's `llama-server`.
+    LlamaServer,
+    /// `python -m vllm.entrypoints.openai.api_server`.
+    Vllm,
+}
+
+impl Who {
+    /// As it is shown.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Quire => "quire",
+            Self::LlamaServer => "llama-server",
+            Self::Vllm => "vLLM",
+        }
+    }
+
+    /// How many times its output tokens a second ours are to be.
+    pub fn bar(self) -> Option<f64> {
+        match self {
+            Self::Quire => None,
+            Self::LlamaServer => Some(3.0),
+            Self::Vllm => Some(5.0),
+        }
+    }
+
+    /// How long it may take from its start until it is ready.
+    pub fn patience(self) -> Duration {
+        match self {
+            Self::Quire | Self::LlamaServer => Duration::from_secs(300),
+            // It compiles as it starts.
+            Self::Vllm => Duration::from_secs(900),
+        }
+    }
+}
+
+/// A server that is installed.
+#[derive(Debug, Clone)]
+pub struct Contender {
+    /// Whose it is.
+    pub who: Who,
+    program: PathBuf,
+    model: PathBuf,
+    more: Vec<String>,
+}
+
+/// What every server is told.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// Threads that compute.
+    pub threads: usize,
+    /// Requests at once.
+    pub clients: u32,
+    /// Tokens a request may need, prompt and answer.
+    pub room: u32,
+}
+
+/// Where the servers are, as somebody named them.
+#[derive(Debug, Clone, Copy)]
+pub struct Places<'a> {
+    /// The file that quire and llama.cpp read.
+    pub model: &'a Path,
+    /// The same model as a directory, for vLLM.
+    pub hf_model: Option<&'a Path>,
+    /// Our binary; `None`: beside this one.
+    pub quire: Option<&'a Path>,
+    /// The directory of llama-server; `None`: the path.
+    pub llama_bin: Option<&'a Path>,
+    /// The Python that has vLLM.
+    pub vllm_python: Option<&'a Path>,
+    /// More for vLLM's command line.
+    pub vllm_args: &'a str,
+}
+
+/// The contenders that are there, ours first, and why others are not.
+///
+/// # Errors
+/// Ours is not there.
+pub fn find(places: &Places<'_>) -> anyhow::Result<(Vec<Contender>, Vec<String>)> {
+    let beside = std::env::current_exe().ok();
+    let beside = beside.as_deref().and_then(Path::parent);
+    let quire = match places.quire {
+        Some(path) => Some(path.to_path_buf()),
+        None => program::find(beside, "quire"),
+    };
+    let Some(quire) = quire.filter(|path| path.is_file()) else {
+        anyhow::bail!(
+            "no quire beside this program: build it (cargo build --release) or name it with --quire"
+        );
+    };
+    let model = places.model.to_path_buf();
+    let mut there = vec![Contender {
+        who: Who::Quire,
+        program: quire,
+        model: model.clone(),
+        more: Vec::new(),
+    }];
+    let mut absent = Vec::new();
+    match program::find(places.llama_bin, "llama-server") {
+        Some(program) => there.push(Contender {
+            who: Who::LlamaServer,
+            program,
+            model,
+            more: Vec::new(),
+        }),
+        None => absent.push(
+            "llama-server is skipped: build llama.cpp as docs/measure.md says and name its build/bin with --llama-bin, or put it in PATH"
+                .to_owned(),
+        ),
+    }
+    match (places.vllm_python, places.hf_model) {
+        (Some(python), Some(model)) => there.push(Contender {
+            who: Who::Vllm,
+            program: python.to_path_buf(),
+            model: model.to_path_buf(),
+            more: places.vllm_args.split_whitespace().map(str::to_owned).collect(),
+        }),
+        _ => absent.push(
+            "vLLM is skipped: install its CPU build as docs/measure.md says, then name its Python with --vllm-python and a directory of the same model with --hf-model"
+                .to_owned(),
+        ),
+    }
+    Ok((there, absent))
+}
+
+impl Contender {
+    /// The command that starts it at `port`.
+    pub fn command(&self, port: u16, settings: Settings) -> Command {
+        let Settings {
+            threads,
+            clients,
+            room,
+        } = settings;
+        let mut command = Command::new(&self.program);
+        let listen = ["--host", "127.0.0.1", "--port"];
+        match self.who {
+            Who::Quire => {
+                command.args(["serve", "--http", &format!("127.0.0.1:{port}")]);
+                // A free one: nobody asks it.
+                command.args(["--grpc", "127.0.0.1:0", "--threads", &threads.to_string()]);
+                command.arg("--model").arg(&self.model);
+            }
+            Who::LlamaServer => {
+                command.args(listen).arg(port.to_string());
+                // A slot for every client, with as much context as a request needs: a slot's share is the whole divided by the slots.
+                let context = clients * room.next_multiple_of(256);
+                command.args(["-np", &clients.to_string(), "-c", &context.to_string()]);
+                command.args(["-t", &threads.to_string()]);
+                command.arg("-m").arg(&self.model);
+            }
+            Who::Vllm => {
+                command.args(["-m", "vllm.entrypoints.openai.api_server"]);
+                command.args(listen).arg(port.to_string());
+                command.args(["--max-model-len", &room.next_multiple_of(256).to_string()]);
+                command.args(["--max-num-seqs", &clients.to_string()]);
+                command.arg("--model").arg(&self.model);
+                command.args(&self.more);
+                command.envs([
+                    ("HF_HUB_OFFLINE", "1"),
+                    ("VLLM_NO_USAGE_STATS", "1"),
+                    ("VLLM_CPU_KVCACHE_SPACE", "4"),
+                    ("OMP_NUM_THREADS", &threads.to_string()),
+                ]);
+            }
+        }
+        command
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(who: Who, more: &str) -> String {
+        let contender = Contender {
+            who,
+            program: PathBuf::from("program"),
+            model: PathBuf::from("model"),
+            more: more.split_whitespace().map(str::to_owned).collect(),
+        };
+        let settings = Settings {
+            threads: 2,
+            clients: 32,
+            room: 320,
+        };
+        let command = contender.command(8123, settings);
+        let words: Vec<_> = command.get_args().map(|a| a.to_string_lossy()).collect();
+        words.join(" ")
+    }
+
+    #[test]
+    fn each_server_has_room_for_every_client() {
+        assert_eq!(
+            words(Who::LlamaServer, ""),
+            "--host 127.0.0.1 --port 8123 -np 32 -c 16384 -t 2 -m model"
+        );
+        let vllm = words(Who::Vllm, "--dtype float32 --enforce-eager");
+        assert!(
+            vllm.contains("--max-model-len 512 --max-num-seqs 32")
+                && vllm.ends_with("--dtype float32 --enforce-eager"),
+            "{vllm}"
+        );
+        assert!(words(Who::Quire, "").starts_with("serve --http 127.0.0.1:8123"));
+    }
+
+    #[test]
+    fn who_is_absent_is_named_with_the_way_to_install_it() {
+        let quire = std::env::current_exe().unwrap();
+        let places = Places {
+            model: Path::new("m.gguf"),
+            hf_model: None,
+            quire: Some(&quire),
+            llama_bin: Some(Path::new("/nowhere")),
+            vllm_python: None,
+            vllm_args: "",
+        };
+        let (there, absent) = find(&places).unwrap();
+        assert_eq!(there.len(), 1);
+        assert!(absent[0].contains("llama-server is skipped") && absent[0].contains("--llama-bin"));
+        assert!(absent[1].contains("vLLM is skipped") && absent[1].contains("--vllm-python"));
+        let nowhere = Places {
+            quire: Some(Path::new("/nowhere/quire")),
+            ..places
+        };
+        assert!(find(&nowhere).is_err());
+    }
+}

@@ -1,0 +1,259 @@
+//! The tables of `peers`.
+
+use comfy_table::{CellAlignment, Table, presets};
+
+use super::engine::Column;
+use super::ratio::median;
+use super::serve::{Figures, Side};
+use super::work::Work;
+
+fn table(header: impl IntoIterator<Item = String>) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header(header);
+    table
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.0} %", 100.0 * share)
+}
+
+/// The ratios, a column for each file: `2.13 (≥ 2.8 missed), 40 %` is the ratio, its bar, and our share of the machine's limit.
+pub fn ratios(columns: &[Column], rows: &[Work]) -> String {
+    let names = columns.iter().map(|column| column.name.clone());
+    let mut table = table(std::iter::once("ours / theirs, share of limit".to_owned()).chain(names));
+    for work in rows {
+        let cells = columns.iter().map(|column| {
+            column.row(*work).map_or("–".to_owned(), |row| {
+                format!("{}, {}", row.pair.show(), percent(row.limit()))
+            })
+        });
+        table.add_row(std::iter::once(work.to_string()).chain(cells));
+    }
+    table.to_string()
+}
+
+/// All figures, a line for each file and piece of work.
+pub fn figures(columns: &[Column], peer: &str) -> String {
+    let mut table = table(
+        [
+            "file",
+            "work",
+            "quire tokens/s",
+            &format!("{peer} tokens/s"),
+            "ratio",
+            "of rounds",
+            "bar",
+            "",
+            "memory",
+            "arithmetic",
+        ]
+        .map(str::to_owned),
+    );
+    let number = |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.1}"));
+    for column in columns {
+        for row in &column.rows {
+            let pair = &row.pair;
+            table.add_row([
+                column.name.clone(),
+                row.work.to_string(),
+                number(median(&pair.ours)),
+                number(median(&pair.theirs)),
+                pair.ratio().map_or("–".to_owned(), |r| format!("{r:.2}")),
+                pair.range().map_or("–".to_owned(), |(least, most)| {
+                    format!("{least:.2} to {most:.2}")
+                }),
+                pair.bar.map_or("–".to_owned(), |bar| bar.to_string()),
+                pair.verdict()
+                    .map_or("", super::ratio::Verdict::word)
+                    .to_owned(),
+                percent(row.memory),
+                percent(row.arithmetic),
+            ]);
+        }
+    }
+    for column in table.column_iter_mut().skip(2) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string()
+}
+
+/// A figure of a server, in words.
+type Show = fn(&Side) -> String;
+
+/// The servers side by side: medians of the closed load, then the open one.
+pub fn servers(sides: &[Side]) -> String {
+    let names = sides.iter().map(|side| side.who.name().to_owned());
+    let mut table = table(std::iter::once(String::new()).chain(names));
+    let rows: [(&str, Show); 10] = [
+        ("output tokens/s", |s| {
+            format!("{:.1}", s.median(|f| f.output))
+        }),
+        ("requests/s", |s| format!("{:.2}", s.median(|f| f.requests))),
+        ("TTFT p50 / p99 ms", |s| {
+            both(s.median(|f| f.ttft.0), s.median(|f| f.ttft.1))
+        }),
+        ("inter-token p50 / p99 ms", |s| {
+            both(s.median(|f| f.inter_token.0), s.median(|f| f.inter_token.1))
+        }),
+        ("start to ready s", |s| {
+            format!("{:.1}", s.median(|f| f.start))
+        }),
+        ("memory MiB", |s| {
+            format!("{:.0}", s.median(|f| f.memory as f64) / f64::from(1 << 20))
+        }),
+        ("open: output tokens/s", |s| {
+            opened(s, |f| format!("{:.1}", f.output))
+        }),
+        ("open: TTFT p50 / p99 ms", |s| {
+            opened(s, |f| both(f.ttft.0, f.ttft.1))
+        }),
+        ("open: inter-token p50 / p99 ms", |s| {
+            opened(s, |f| both(f.inter_token.0, f.inter_token.1))
+        }),
+        ("failed", |s| {
+            let all = s.closed.iter().chain(&s.open);
+            all.map(|f| f.failed).sum::<u64>().to_string()
+        }),
+    ];
+    for (name, show) in rows {
+        table.add_row(std::iter::once(name.to_owned()).chain(sides.iter().map(show)));
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string()
+}
+
+fn both(p50: f64, p99: f64) -> String {
+    format!("{p50:.0} / {p99:.0}")
+}
+
+fn opened(side: &Side, show: impl Fn(&Figures) -> String) -> String {
+    side.open.as_ref().map_or("–".to_owned(), show)
+}
+
+/// A line for each bar: how our server stands to each peer.
+pub fn server_bars(sides: &[Side]) -> Vec<String> {
+    let Some((ours, peers)) = sides.split_first() else {
+        return Vec::new();
+    };
+    let below = |what: &str, who: &str, ours: f64, theirs: f64| {
+        let verdict = if ours < theirs { "reached" } else { "missed" };
+        format!("{what}: {ours:.0} ms, {who} {theirs:.0} ms (below, {verdict})")
+    };
+    let mut lines = Vec::new();
+    for ((who, pair), theirs) in super::serve::pairs(sides).iter().zip(peers) {
+        let who = who.name();
+        lines.push(format!("output tokens/s, times {who}'s: {}", pair.show()));
+        lines.push(below(
+            "p99 between tokens",
+            who,
+            ours.median(|f| f.inter_token.1),
+            theirs.median(|f| f.inter_token.1),
+        ));
+        if let (Some(ours), Some(theirs)) = (&ours.open, &theirs.open) {
+            lines.push(below(
+                "open load, p99 TTFT",
+                who,
+                ours.ttft.1,
+                theirs.ttft.1,
+            ));
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::contender::Who;
+    use super::super::engine::{Column, Row};
+    use super::super::ratio::Pair;
+    use super::*;
+    use crate::engine::limits::{Limits, Peak};
+
+    #[test]
+    fn a_ratio_stands_with_its_bar_and_our_share_of_the_limit() {
+        let work = Work::Prefill { tokens: 512 };
+        let column = Column {
+            name: "q4_0".to_owned(),
+            format: "q4_0".to_owned(),
+            limits: Limits {
+                threads: 2,
+                memory_bytes_per_second: 1.0,
+                f32: Peak {
+                    per_second: 1.0,
+                    with: "",
+                },
+                int8: None,
+            },
+            peer_build: None,
+            rows: vec![Row {
+                work,
+                pair: Pair {
+                    ours: vec![30.0, 28.0, 29.0],
+                    theirs: vec![10.0, 10.0, 10.0],
+                    bar: Some(2.8),
+                },
+                memory: 0.02,
+                arithmetic: 0.61,
+            }],
+        };
+        let absent = Work::Prefill { tokens: 8192 };
+        let short = ratios(std::slice::from_ref(&column), &[work, absent]);
+        assert!(short.contains("| 2.90 (≥ 2.8 reached), 61 % |"), "{short}");
+        assert!(short.contains("| prefill of 8192"), "{short}");
+        let long = figures(std::slice::from_ref(&column), "llama.cpp");
+        for cell in [
+            "29.0",
+            "10.0",
+            "2.90",
+            "2.80 to 3.00",
+            "reached",
+            "2 %",
+            "61 %",
+        ] {
+            assert!(long.contains(cell), "{cell} is not in\n{long}");
+        }
+    }
+
+    #[test]
+    fn servers_are_held_to_their_bars() {
+        let of = |output, gap| Figures {
+            output,
+            requests: output / 64.0,
+            ttft: (100.0, 900.0),
+            inter_token: (20.0, gap),
+            failed: 0,
+            start: 0.5,
+            memory: 3 << 20,
+        };
+        let side = |who, output, gap: f64| Side {
+            who,
+            closed: vec![of(output, gap)],
+            open: Some(of(output, gap)),
+        };
+        let sides = [
+            side(Who::Quire, 90.0, 500.0),
+            side(Who::LlamaServer, 25.0, 2800.0),
+            side(Who::Vllm, 19.0, 400.0),
+        ];
+        let lines = server_bars(&sides);
+        assert_eq!(
+            lines,
+            [
+                "output tokens/s, times llama-server's: 3.60 (≥ 3 reached)",
+                "p99 between tokens: 500 ms, llama-server 2800 ms (below, reached)",
+                "open load, p99 TTFT: 900 ms, llama-server 900 ms (below, missed)",
+                "output tokens/s, times vLLM's: 4.74 (≥ 5 missed)",
+                "p99 between tokens: 500 ms, vLLM 400 ms (below, missed)",
+                "open load, p99 TTFT: 900 ms, vLLM 900 ms (below, missed)",
+            ]
+        );
+        let table = servers(&sides);
+        assert!(
+            table.contains("100 / 900") && table.contains("20 / 2800"),
+            "{table}"
+        );
+    }
+}

@@ -1,0 +1,335 @@
+//! `quire-bench peers serve`: servers side by side, each started for its turn and ended after it, under the same load: A B C A B C.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use serde::Serialize;
+
+use super::contender::{self, Contender, Places, Settings, Who};
+use super::ratio::{Pair, median};
+use super::server::{Server, free_port};
+use super::{quiet, report};
+use crate::engine::setup::Setup;
+use crate::plot;
+use crate::serve::ask::Sampling;
+use crate::serve::client::Client;
+use crate::serve::lengths::Lengths;
+use crate::serve::load::{self, Arrivals, Load};
+use crate::serve::measure::{Latency, Measured};
+use crate::serve::prompt::Prompts;
+use crate::serve::requests::Requests;
+
+/// Our server beside llama-server and vLLM's CPU build, under the same load over HTTP
+///
+/// First a closed load: --clients clients, each of which sends its next request when the
+/// last is answered. So many rounds, in each of them every server once, started anew,
+/// with prompts no server has seen. Then an open one: Poisson arrivals at --share of the
+/// requests a second that ours answered, whether a server keeps up or not.
+///
+/// Bars: three times the output tokens of llama-server, five times vLLM's, with a p99
+/// between tokens below both; and below both in p99 TTFT under the open load.
+#[derive(Debug, Clone, Args, Serialize)]
+#[command(verbatim_doc_comment, after_help = EXAMPLES)]
+pub struct Arguments {
+    /// The GGUF file that quire and llama-server read
+    #[arg(long, short, value_name = "FILE")]
+    model: PathBuf,
+
+    /// The same model as a directory with config.json and safetensors, for vLLM
+    #[arg(long, value_name = "DIR")]
+    hf_model: Option<PathBuf>,
+
+    /// Our binary [default: quire beside this program]
+    #[arg(long, value_name = "FILE")]
+    quire: Option<PathBuf>,
+
+    /// Where llama-server is [default: the directories in PATH]
+    #[arg(long, value_name = "DIR")]
+    llama_bin: Option<PathBuf>,
+
+    /// The Python that vLLM's CPU build is installed for
+    #[arg(long, value_name = "FILE", requires = "hf_model")]
+    vllm_python: Option<PathBuf>,
+
+    /// What vLLM is told beside model, port and sizes
+    #[arg(
+        long,
+        value_name = "ARGUMENTS",
+        default_value = "--dtype float32 --enforce-eager",
+        allow_hyphen_values = true
+    )]
+    vllm_args: String,
+
+    /// Threads that compute, in every server [default: the cores this process may use]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+
+    /// Clients of the closed load
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    clients: u32,
+
+    /// Requests of the closed load, for each server and round
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    requests: u32,
+
+    /// Words of a prompt, each about a token
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    prompt_tokens: u32,
+
+    /// Tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    max_tokens: u32,
+
+    /// Rounds of the closed load, of which the median is reported
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: u32,
+
+    /// Requests of the open load; 0 leaves it out
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(0..=100_000))]
+    open_requests: u32,
+
+    /// Share of our capacity at which they arrive
+    #[arg(long, value_name = "SHARE", default_value_t = 0.7)]
+    share: f64,
+
+    /// Of prompts and arrivals
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+
+    /// Write parameters and every figure to this file as JSON
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    json: Option<PathBuf>,
+
+    /// Draw the ratios of output tokens a second and their bars into this SVG file
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    plot: Option<PathBuf>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  Against llama-server:
+    quire-bench peers serve --model q4_0.gguf --llama-bin llama.cpp/build/bin
+  Against vLLM's CPU build too:
+    quire-bench peers serve --model q4_0.gguf --llama-bin llama.cpp/build/bin --vllm-python vllm/bin/python --hf-model qwen3-0.6b
+How to build and install them is in docs/measure.md. Who is absent is skipped by name. Our server
+takes the best instruction set there is: give it a llama-server that was built natively (GGML_NATIVE).";
+
+/// When a request is given up: a server that is asked for more than it can do has a long queue.
+const TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// One server under one load. Latencies in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Figures {
+    /// Output tokens a second.
+    pub output: f64,
+    /// Requests a second.
+    pub requests: f64,
+    /// TTFT: p50, p99.
+    pub ttft: (f64, f64),
+    /// Between tokens: p50, p99.
+    pub inter_token: (f64, f64),
+    /// Requests not answered.
+    pub failed: u64,
+    /// Seconds from its start until it was ready.
+    pub start: f64,
+    /// Resident bytes after the load.
+    pub memory: u64,
+}
+
+/// All of a server.
+#[derive(Debug, Clone, Serialize)]
+pub struct Side {
+    /// Whose.
+    pub who: Who,
+    /// Of the closed load, by round.
+    pub closed: Vec<Figures>,
+    /// Of the open load.
+    pub open: Option<Figures>,
+}
+
+impl Side {
+    /// The median of a figure over the rounds of the closed load.
+    pub fn median(&self, of: impl Fn(&Figures) -> f64) -> f64 {
+        let values: Vec<f64> = self.closed.iter().map(of).collect();
+        median(&values).unwrap_or(f64::NAN)
+    }
+}
+
+/// Runs both loads and prints what came out.
+///
+/// # Errors
+/// A server that is there does not start, or answers nothing.
+pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let load = quiet::load();
+    if let Some(warning) = quiet::warning(load) {
+        eprintln!("{warning}");
+    }
+    let (contenders, absent) = contender::find(&Places {
+        model: &arguments.model,
+        hf_model: arguments.hf_model.as_deref(),
+        quire: arguments.quire.as_deref(),
+        llama_bin: arguments.llama_bin.as_deref(),
+        vllm_python: arguments.vllm_python.as_deref(),
+        vllm_args: &arguments.vllm_args,
+    })?;
+    for line in absent {
+        eprintln!("{line}");
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        // The servers are on the same machine: leave them the cores.
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    let sides = runtime.block_on(measure(arguments, &contenders))?;
+    println!("{}", report::servers(&sides));
+    for line in report::server_bars(&sides) {
+        println!("{line}");
+    }
+    if let Some(path) = &arguments.json {
+        let json =
+            serde_json::json!({"parameters": arguments, "load_before": load, "servers": sides});
+        std::fs::write(path, serde_json::to_string_pretty(&json)? + "\n")
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if let Some(path) = &arguments.plot {
+        let bars = pairs(&sides).into_iter().filter_map(|(who, pair)| {
+            Some(plot::Bar {
+                label: who.name().to_owned(),
+                value: pair.ratio()?,
+                goal: pair.bar,
+            })
+        });
+        let group = plot::Group {
+            label: format!("{} clients", arguments.clients),
+            bars: bars.collect(),
+        };
+        plot::ratios(path, "quire / peer, output tokens a second", &[group])?;
+    }
+    Ok(())
+}
+
+/// Our output tokens a second beside those of each peer.
+pub fn pairs(sides: &[Side]) -> Vec<(Who, Pair)> {
+    let output = |side: &Side| side.closed.iter().map(|f| f.output).collect::<Vec<f64>>();
+    let Some((ours, peers)) = sides.split_first() else {
+        return Vec::new();
+    };
+    let pair = |side: &Side| Pair {
+        ours: output(ours),
+        theirs: output(side),
+        bar: side.who.bar(),
+    };
+    peers.iter().map(|side| (side.who, pair(side))).collect()
+}
+
+async fn measure(arguments: &Arguments, contenders: &[Contender]) -> anyhow::Result<Vec<Side>> {
+    let mut sides: Vec<Side> = contenders
+        .iter()
+        .map(|contender| Side {
+            who: contender.who,
+            closed: Vec::new(),
+            open: None,
+        })
+        .collect();
+    for round in 0..arguments.rounds {
+        for (contender, side) in contenders.iter().zip(&mut sides) {
+            eprintln!("round {}, {} …", round + 1, contender.who.name());
+            let arrivals = Arrivals::Closed {
+                clients: arguments.clients,
+            };
+            let seed = arguments.seed.wrapping_add(u64::from(round));
+            let figures = turn(arguments, contender, arrivals, arguments.requests, seed).await?;
+            side.closed.push(figures);
+        }
+    }
+    if arguments.open_requests > 0 {
+        let rate = arguments.share * sides[0].median(|figures| figures.requests);
+        let seed = arguments.seed.wrapping_add(u64::from(arguments.rounds));
+        for (contender, side) in contenders.iter().zip(&mut sides) {
+            eprintln!("{rate:.2} requests a second, {} …", contender.who.name());
+            let arrivals = Arrivals::Open { rate, burst: 1 };
+            let open = turn(
+                arguments,
+                contender,
+                arrivals,
+                arguments.open_requests,
+                seed,
+            );
+            side.open = Some(open.await?);
+        }
+    }
+    Ok(sides)
+}
+
+/// Starts a server, puts the load on it, ends it.
+async fn turn(
+    arguments: &Arguments,
+    contender: &Contender,
+    arrivals: Arrivals,
+    requests: u32,
+    seed: u64,
+) -> anyhow::Result<Figures> {
+    let name = contender.who.name();
+    let port = free_port()?;
+    let settings = Settings {
+        threads: arguments.threads.map_or_else(Setup::cores, usize::from),
+        clients: arguments.clients,
+        // Not every word is one token.
+        room: 2 * arguments.prompt_tokens + arguments.max_tokens,
+    };
+    let log = std::env::temp_dir().join(format!("quire-bench-{name}-{port}.log"));
+    let command = contender.command(port, settings);
+    let server = Server::start(command, port, &log, contender.who.patience()).await?;
+    let client = Arc::new(Client::http(&server.url, None).await?);
+    let asked = Requests {
+        prompts: Prompts {
+            seed,
+            shared: 0,
+            vocab: None,
+        },
+        prompt_tokens: Lengths::Fixed(arguments.prompt_tokens),
+        max_tokens: Lengths::Fixed(arguments.max_tokens),
+        dataset: Vec::new(),
+        trace: Vec::new(),
+        sampling: Sampling::GREEDY,
+        turns: 1,
+    };
+    let load = Load {
+        arrivals,
+        requests,
+        warmup: 1,
+        timeout: TIMEOUT,
+        slo: None,
+        seed,
+    };
+    let measured = load::run(client, asked, load)
+        .await
+        .with_context(|| format!("{name}; its log is {}", log.display()))?;
+    let figures = figures(&measured, &server)
+        .with_context(|| format!("{name} answered nothing; its log is {}", log.display()))?;
+    drop(server);
+    // Kept where something failed.
+    let _ = std::fs::remove_file(log);
+    Ok(figures)
+}
+
+fn figures(measured: &Measured, server: &Server) -> Option<Figures> {
+    let both = |latency: &Latency| {
+        let summary = latency.summary()?;
+        Some((summary.p50_ms, summary.p99_ms))
+    };
+    Some(Figures {
+        output: measured.per_second(measured.completion_tokens),
+        requests: measured.per_second(measured.completed),
+        ttft: both(&measured.ttft)?,
+        inter_token: both(&measured.inter_token)?,
+        failed: measured.failed(),
+        start: server.start.as_secs_f64(),
+        memory: server.memory(),
+    })
+}

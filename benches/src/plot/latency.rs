@@ -1,0 +1,138 @@
+//! Latency over throughput: what a server's users wait as more of them come.
+
+use std::path::Path;
+
+use anyhow::Context;
+use plotters::prelude::*;
+
+/// What one rate of a sweep found.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Point {
+    /// Output tokens a second.
+    pub throughput: f64,
+    /// TTFT in milliseconds, half and 99 of 100 were no longer.
+    pub ttft: (f64, f64),
+    /// Time between tokens in milliseconds, likewise.
+    pub inter_token: (f64, f64),
+}
+
+/// A latency's percentiles.
+type Of = fn(&Point) -> (f64, f64);
+
+const P50: RGBColor = RGBColor(69, 117, 180);
+const P99: RGBColor = RGBColor(215, 48, 39);
+
+/// Draws TTFT and inter-token latency over throughput, both logarithmic.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn sweep(path: &Path, title: &str, points: &[Point]) -> anyhow::Result<()> {
+    let picture = svg(title, points).context("drawing")?;
+    std::fs::write(path, picture).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn svg(title: &str, points: &[Point]) -> anyhow::Result<String> {
+    let mut out = String::new();
+    {
+        let root = SVGBackend::with_string(&mut out, (960, 420)).into_drawing_area();
+        root.fill(&WHITE)?;
+        let root = root.titled(title, ("sans-serif", 20))?;
+        let most = points.iter().map(|p| p.throughput).fold(1.0, f64::max);
+        let of: [(&str, Of); 2] = [
+            ("TTFT, ms", |point| point.ttft),
+            ("between tokens, ms", |point| point.inter_token),
+        ];
+        for (area, (name, latency)) in root.split_evenly((1, 2)).iter().zip(of) {
+            let values = points.iter().map(latency);
+            // A logarithmic axis has no 0.
+            let (least, highest) = values
+                .fold((f64::MAX, 0.01_f64), |(least, most), (p50, p99)| {
+                    (least.min(p50.max(0.01)), most.max(p99))
+                });
+            // Whole decades: only their ends are sure to have labels.
+            let decade = |value: f64, round: fn(f64) -> f64| 10_f64.powf(round(value.log10()));
+            let lowest = decade(least.min(highest), f64::floor);
+            let highest = decade(1.01 * highest, f64::ceil);
+            let mut chart = ChartBuilder::on(area)
+                .caption(name, ("sans-serif", 15))
+                .margin(12)
+                .x_label_area_size(36)
+                .y_label_area_size(56)
+                .build_cartesian_2d(0.0..1.05 * most, (lowest..highest).log_scale())?;
+            chart
+                .configure_mesh()
+                .x_desc("output tokens a second")
+                .max_light_lines(0)
+                .y_label_formatter(&|y| {
+                    format!("{y:.4}")
+                        .trim_end_matches('0')
+                        .trim_end_matches('.')
+                        .to_owned()
+                })
+                .draw()?;
+            for (label, color) in [("p50", P50), ("p99", P99)] {
+                let line: Vec<(f64, f64)> = points
+                    .iter()
+                    .map(|point| {
+                        let (p50, p99) = latency(point);
+                        let ms = if label == "p50" { p50 } else { p99 };
+                        (point.throughput, ms.max(0.01))
+                    })
+                    .collect();
+                chart
+                    .draw_series(
+                        LineSeries::new(line.clone(), color.stroke_width(2)).point_size(3),
+                    )?
+                    .label(label)
+                    .legend(move |(x, y)| {
+                        PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2))
+                    });
+            }
+            chart
+                .configure_series_labels()
+                .position(SeriesLabelPosition::UpperLeft)
+                .background_style(WHITE.mix(0.8))
+                .border_style(BLACK.mix(0.3))
+                .draw()?;
+        }
+        root.present()?;
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_picture_has_both_latencies_and_both_percentiles() {
+        let points = [
+            Point {
+                throughput: 100.0,
+                ttft: (20.0, 50.0),
+                inter_token: (5.0, 9.0),
+            },
+            Point {
+                throughput: 180.0,
+                ttft: (90.0, 1500.0),
+                inter_token: (8.0, 40.0),
+            },
+        ];
+        let picture = svg("a sweep", &points).unwrap();
+        for text in ["a sweep", "TTFT, ms", "between tokens, ms", "p50", "p99"] {
+            assert!(picture.contains(text), "{text} is missing");
+        }
+        // A line and its piece of the legend, on both sides.
+        for color in ["#4575B4", "#D73027"] {
+            let lines = picture
+                .lines()
+                .filter(|line| line.starts_with("<polyline") && line.contains(color));
+            assert_eq!(lines.count(), 4, "{color} in\n{picture}");
+        }
+    }
+
+    #[test]
+    fn nothing_measured_is_drawn_too() {
+        assert!(svg("nothing", &[]).is_ok());
+    }
+}
