@@ -5,7 +5,6 @@ mod common;
 
 use common::sequence::{Sequence, argmax};
 use common::{demo_checkpoint, divergence};
-use quire::tokenizer::Tokenizer;
 use quire_kernels::KvDtype;
 
 /// Tokens of a text.
@@ -28,14 +27,14 @@ fn logits(texts: &[Vec<u32>], dtype: KvDtype) -> Vec<f32> {
 #[test]
 fn eight_bits_hardly_move_the_next_tokens_probabilities() {
     let checkpoint = demo_checkpoint();
-    let tokenizer = Arc::clone(&checkpoint.tokenizer);
+    let tokenizer = &checkpoint.tokenizer;
     let text = include_str!("../../docs/use.md");
     let texts: Vec<Vec<u32>> = tokenizer
         .encode(text, false)
         .unwrap()
         .chunks_exact(TOKENS)
         .take(6)
-        .map(<[u32]>::to_vec)
+        .map(|text| text.iter().map(|token| token.0).collect())
         .collect();
     assert_eq!(texts.len(), 6);
     let vocab = checkpoint.config.vocab_size;

@@ -4,8 +4,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
 
+use quire_kernels::Backend;
 use quire_kernels::cpu::{CpuBackend, CpuOptions};
-use quire_kernels::{Backend, KvDtype};
 use quire_scheduler::{Config, Scheduler};
 
 use crate::checkpoint::Checkpoint;

@@ -242,7 +242,7 @@ unsafe fn add_group<F: BlockFormat, S: Simd, const T: usize, const K: usize>(
                     dots[t][h] = S::bdot_wide(dots[t][h], w[h], x);
                     continue;
                 }
-                if i % K == 0 {
+                if i.is_multiple_of(K) {
                     pairs[t][h] = S::pbegin(dots[t][h]);
                 }
                 pairs[t][h] = S::pdot(pairs[t][h], w[h], x);
@@ -256,7 +256,7 @@ unsafe fn add_group<F: BlockFormat, S: Simd, const T: usize, const K: usize>(
                 if T > 1 {
                     S::settle(&mut pairs[t][h]);
                 }
-                if (i + 1) % K == 0 || group + 1 == to {
+                if (i + 1).is_multiple_of(K) || group + 1 == to {
                     dots[t][h] = S::pend(dots[t][h], pairs[t][h]);
                 }
             }

@@ -386,6 +386,11 @@ impl Simd for Avx2 {
                         dots[t][half] = _mm256_add_epi32(dots[t][half], four);
                     }
                 }
+                if T > 1 {
+                    for dot in dots.as_flattened_mut() {
+                        *dot = settled(*dot);
+                    }
+                }
             }
             dots
         }
