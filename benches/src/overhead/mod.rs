@@ -112,12 +112,12 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         answers: if null { 8 } else { 1 },
         top_p: (!null).then_some(arguments.top_p),
     };
-    let context = load.prompt + load.tokens;
+    let longest = u32::try_from(checkpoint.config.max_position).unwrap_or(u32::MAX);
     anyhow::ensure!(
-        context as usize <= checkpoint.config.max_position,
-        "--tokens {} and a prompt of {PROMPT} make {context}, the model's context is {}",
+        load.prompt + load.tokens <= longest,
+        "--tokens {} and a prompt of {PROMPT} make {}, the model's context is {longest}",
         load.tokens,
-        checkpoint.config.max_position
+        load.prompt + load.tokens,
     );
     let steps = Steps::default();
     let meter = Meter::default();
@@ -133,7 +133,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             ..CpuOptions::default()
         })?;
         let config = EngineConfig {
-            max_model_len: Some(context),
+            // Not every word of a prompt is one token.
+            max_model_len: Some(longest.min(load.tokens + 8 * load.prompt)),
             max_seqs: load.sequences.max(256),
             ..EngineConfig::default()
         };
@@ -179,6 +180,7 @@ fn table(lines: &[Line]) -> String {
         "",
         "tokens/s",
         "µs a token",
+        "tokens a message",
         "ms a step",
         "of them the model",
         "the engine's own",
@@ -189,6 +191,10 @@ fn table(lines: &[Line]) -> String {
             line.door.name().to_owned(),
             format!("{rate:.0}"),
             format!("{:.1}", 1e6 / rate),
+            format!(
+                "{:.2}",
+                line.streamed.tokens as f64 / line.streamed.messages as f64
+            ),
         ];
         match &line.cost {
             Some(cost) => row.extend([

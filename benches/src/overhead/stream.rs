@@ -18,6 +18,7 @@ use crate::serve::ask::Sampling;
 use crate::serve::client::Client;
 use crate::serve::lengths::Lengths;
 use crate::serve::load::{self, Arrivals};
+use crate::serve::measure::Latency;
 use crate::serve::prompt::Prompts;
 use crate::serve::requests::Requests;
 
@@ -64,6 +65,8 @@ pub struct Load {
 pub struct Streamed {
     /// Tokens of all answers.
     pub tokens: u64,
+    /// Messages, events of a stream or of a channel, that they came in.
+    pub messages: u64,
     /// From the first request to the last token.
     pub seconds: f64,
 }
@@ -150,7 +153,11 @@ async fn in_process(engine: &Engine, load: Load) -> anyhow::Result<Streamed> {
     let tokens: u64 = tokens.into_iter().sum::<Result<u64, SubmitError>>()?;
     let seconds = began.elapsed().as_secs_f64();
     check(tokens, load)?;
-    Ok(Streamed { tokens, seconds })
+    Ok(Streamed {
+        tokens,
+        messages: tokens,
+        seconds,
+    })
 }
 
 fn request(n: u32, load: Load, vocab: u64, random: &mut Random) -> Request {
@@ -208,8 +215,11 @@ async fn served(client: Client, load: Load) -> anyhow::Result<Streamed> {
         anyhow::bail!("{kind}: {message}");
     }
     check(measured.completion_tokens, load)?;
+    // The first of each answer, and every one that came after another.
+    let count = |latency: &Latency| latency.summary().map_or(0, |summary| summary.count);
     Ok(Streamed {
         tokens: measured.completion_tokens,
+        messages: count(&measured.ttft) + count(&measured.inter_token),
         seconds: measured.elapsed.as_secs_f64(),
     })
 }
@@ -253,7 +263,13 @@ mod tests {
         for door in [Door::Engine, Door::Grpc, Door::Http] {
             let streamed = doors.stream(door, load).unwrap();
             assert_eq!(streamed.tokens, 1600, "{}", door.name());
-            assert!(streamed.seconds > 0.0);
+            // Each is streamed by itself; the rest of a character may follow an answer's last.
+            assert!(
+                (1600..=1608).contains(&streamed.messages),
+                "{}: {} messages",
+                door.name(),
+                streamed.messages
+            );
         }
         assert_eq!(engine.stats().generation_tokens, 3 * 1600);
     }
