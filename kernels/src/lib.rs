@@ -9,11 +9,14 @@
 )]
 
 pub mod backend;
+mod checks;
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+pub mod cuda;
 pub mod quantize;
 
 pub use backend::{
-    Activation, AttentionShape, Backend, Experts, Format, KvDtype, KvLayer, KvShape, LogitsRule,
+    Activation, AttentionShape, Backend, DeviceMemory, Experts, Format, KvDtype, KvLayer, KvShape, LogitsRule,
     MatrixPart, Norm, QkvLayer, Rotary, Span, Step,
 };
 

@@ -2,7 +2,6 @@
 
 use super::attention::{self, Attention};
 use super::buffers::{Activations, Vector, weights};
-use super::checks::{check_layer, check_step, check_tables};
 use super::elementwise::{add_row, gate_row, norm_head, rms_norm, rotary_row, rotate, rule_row};
 use super::kv::{KvCache, Slot};
 use super::linear::{Linear, Output, Rows};
@@ -12,6 +11,7 @@ use super::moe::{self, Mixture};
 use super::pool::Pool;
 use super::simd::{Isa, dispatch};
 use super::topology;
+use crate::checks::{check_layer, check_step, check_tables};
 use crate::{
     Activation, AttentionShape, Backend, Error, Experts, Format, KvLayer, KvShape, LogitsRule,
     MatrixPart, Norm, QkvLayer, Rotary, Step,
@@ -130,7 +130,7 @@ impl CpuBackend {
     ) -> Result<(), Error> {
         let alike = (group, window, kv.shape.blocks);
         if !self.checked.contains(&alike) {
-            check_tables(&self.step, kv, group, window)?;
+            check_tables(&self.step, &kv.shape, group, window)?;
             self.checked.push(alike);
         }
         Ok(())
@@ -322,7 +322,7 @@ impl Backend for CpuBackend {
         kv: &mut KvCache,
     ) -> Result<(), Error> {
         let shape = layer.shape;
-        check_layer(&shape, layer.layer, kv)?;
+        check_layer(&shape, layer.layer, &kv.shape)?;
         self.check_tables(layer.layer.group, shape.window, kv)?;
         let (rows, d, eps, isa) = (self.rows(), shape.head_dim, layer.eps, self.isa);
         let (heads, kv_heads) = (shape.heads, shape.kv_heads);
@@ -412,7 +412,7 @@ impl Backend for CpuBackend {
         kv: &KvCache,
         out: &mut Activations,
     ) -> Result<(), Error> {
-        check_layer(shape, layer, kv)?;
+        check_layer(shape, layer, &kv.shape)?;
         self.check_tables(layer.group, shape.window, kv)?;
         if let Some(sinks) = sinks
             && sinks.as_slice().len() != shape.heads

@@ -15,7 +15,6 @@
 mod attention;
 mod backend;
 mod buffers;
-mod checks;
 mod elementwise;
 mod groups;
 mod kv;
