@@ -36,7 +36,7 @@ mod nvcc {
             );
             return;
         };
-        let mut table = String::from("[\n");
+        let mut table = Vec::new();
         for source in sources(Path::new("src/cuda")) {
             let name = source.file_stem().expect("a source has a name");
             let fatbin = out.join(name).with_extension("fatbin");
@@ -44,13 +44,10 @@ mod nvcc {
                 println!("cargo::error={error}");
                 return;
             }
-            table += &format!(
-                "(\"{}\", include_bytes!({:?}).as_slice()),\n",
-                name.display(),
-                fatbin.display().to_string()
-            );
+            let (name, fatbin) = (name.to_string_lossy(), fatbin.to_string_lossy());
+            table.push(format!("({name:?}, include_bytes!({fatbin:?}).as_slice())"));
         }
-        table += "]\n";
+        let table = format!("[{}]", table.join(",\n"));
         fs::write(out.join("fatbins.rs"), table).expect("OUT_DIR can be written to");
     }
 

@@ -92,8 +92,7 @@ pub(crate) fn check_layer(
         Ok(())
     } else {
         Err(Error::Shape(format!(
-            "{layer:?} of {shape:?} does not fit the cache {:?}",
-            kv
+            "{layer:?} of {shape:?} does not fit the cache {kv:?}"
         )))
     }
 }

@@ -16,8 +16,8 @@ pub mod cuda;
 pub mod quantize;
 
 pub use backend::{
-    Activation, AttentionShape, Backend, DeviceMemory, Experts, Format, KvDtype, KvLayer, KvShape, LogitsRule,
-    MatrixPart, Norm, QkvLayer, Rotary, Span, Step,
+    Activation, AttentionShape, Backend, DeviceMemory, Experts, Format, KvDtype, KvLayer, KvShape,
+    LogitsRule, MatrixPart, Norm, QkvLayer, Rotary, Span, Step,
 };
 
 /// Why a device could not do what was asked.

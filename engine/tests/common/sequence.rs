@@ -2,8 +2,8 @@
 
 use quire::checkpoint::Checkpoint;
 use quire::model::{Decoder, LoadOptions};
-use quire_kernels::cpu::{CpuBackend, KvCache};
-use quire_kernels::{KvDtype, Span, Step};
+use quire_kernels::cpu::CpuBackend;
+use quire_kernels::{Backend, KvDtype, Span, Step};
 
 use super::Random;
 
@@ -15,9 +15,9 @@ const BLOCKS: usize = 16;
 ///
 /// It does by hand what the scheduler does: block tables of several page groups, whose entries behind a window are gone, and all keys anew when the
 /// sequence outgrows a rotary embedding's switch.
-pub struct Sequence {
-    pub decoder: Decoder<CpuBackend>,
-    kv: KvCache,
+pub struct Sequence<B: Backend = CpuBackend> {
+    pub decoder: Decoder<B>,
+    kv: B::KvCache,
     /// Of each page group in turn: its block for 16 positions.
     blocks: Vec<u32>,
     known: Vec<u32>,
@@ -27,14 +27,21 @@ pub struct Sequence {
 }
 
 impl Sequence {
+    /// On the CPU, with keys and values in f32.
     pub fn new(checkpoint: &Checkpoint) -> Self {
+        Self::on(super::backend(1), checkpoint, KvDtype::F32)
+    }
+}
+
+impl<B: Backend> Sequence<B> {
+    pub fn on(backend: B, checkpoint: &Checkpoint, dtype: KvDtype) -> Self {
         let options = LoadOptions {
             quantize: None,
             max_rows: 256,
         };
-        let decoder = Decoder::load(checkpoint, super::backend(1), options, &mut |_| {}).unwrap();
+        let decoder = Decoder::load(checkpoint, backend, options, &mut |_| {}).unwrap();
         let blocks = BLOCKS * decoder.pages().windows.len();
-        let kv = decoder.kv_cache(blocks, BLOCK, KvDtype::F32).unwrap();
+        let kv = decoder.kv_cache(blocks, BLOCK, dtype).unwrap();
         let mut blocks: Vec<u32> = (0..blocks as u32).collect();
         Random::new(7).shuffle(&mut blocks);
         Self {

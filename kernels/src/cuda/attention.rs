@@ -50,7 +50,7 @@ impl CudaBackend {
         }
         let of = Heads {
             group: (heads / kv_heads) as u32,
-            kv_heads: kv_heads as u32,
+            of_kv: kv_heads as u32,
             tensor_cores: size.is_some(),
         };
         if !self.plan.attention(&self.step, of, self.deterministic) {

@@ -47,14 +47,11 @@ impl Library {
             return Ok(None);
         };
         // SAFETY: plain memory, given back when this is dropped.
-        let workspace = match unsafe { cuda::malloc_sync(WORKSPACE) } {
-            Ok(workspace) => workspace,
-            Err(_) => {
-                return Err(Error::OutOfMemory {
-                    what: "the workspace of cuBLASLt",
-                    bytes: WORKSPACE,
-                });
-            }
+        let Ok(workspace) = (unsafe { cuda::malloc_sync(WORKSPACE) }) else {
+            return Err(Error::OutOfMemory {
+                what: "the workspace of cuBLASLt",
+                bytes: WORKSPACE,
+            });
         };
         Ok(Some(Self {
             handle,
@@ -66,10 +63,7 @@ impl Library {
 
     /// Puts a product on the stream.
     pub fn run(&self, dense: &Dense) -> Result<(), Error> {
-        let mut products = self
-            .products
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut products = self.products.lock().unwrap_or_else(PoisonError::into_inner);
         let product = match products.entry(dense.shape) {
             std::collections::hash_map::Entry::Occupied(product) => product.into_mut(),
             std::collections::hash_map::Entry::Vacant(place) => {
@@ -122,7 +116,8 @@ impl Library {
         let descriptor =
             lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, float)
                 .map_err(describing)?;
-        let transposed = sys::cublasOperation_t::CUBLAS_OP_T as i32;
+        // CUBLAS_OP_T; the bindings leave cublasOperation_t out.
+        let transposed = 1_i32;
         // SAFETY: a descriptor that was just made, and an attribute of its type.
         unsafe {
             lt::set_matmul_desc_attribute(
@@ -136,25 +131,19 @@ impl Library {
         let w = layout(operand, cols, features, shape.cols)?;
         let x = layout(operand, cols, rows, shape.x_stride)?;
         let out = layout(float, features, rows, shape.out_stride)?;
+        let workspace = WORKSPACE;
         let preference = lt::create_matmul_pref().map_err(describing)?;
         // SAFETY: descriptions that were just made; the preference is not needed afterwards.
         let heuristic = unsafe {
             lt::set_matmul_pref_attribute(
                 preference,
                 sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                (&raw const WORKSPACE).cast(),
+                (&raw const workspace).cast(),
                 size_of::<usize>(),
             )
             .map_err(describing)?;
-            let heuristic = lt::get_matmul_algo_heuristic(
-                self.handle,
-                descriptor,
-                w,
-                x,
-                out,
-                out,
-                preference,
-            );
+            let heuristic =
+                lt::get_matmul_algo_heuristic(self.handle, descriptor, w, x, out, out, preference);
             lt::destroy_matmul_pref(preference).map_err(describing)?;
             heuristic.map_err(|error| failed(&format!("an algorithm for {shape:?}"), error))?
         };

@@ -118,7 +118,6 @@ pub(crate) trait Device: Send + Sync {
 
     /// Whether it has a library for [`Dense`] products.
     fn has_dense(&self) -> bool;
-
 }
 
 /// Memory on a device, given back when it is dropped.
@@ -171,11 +170,7 @@ impl Buffer {
     }
 
     /// A copy of `values`.
-    pub fn of(
-        device: &Arc<dyn Device>,
-        values: &[u8],
-        what: &'static str,
-    ) -> Result<Self, Error> {
+    pub fn of(device: &Arc<dyn Device>, values: &[u8], what: &'static str) -> Result<Self, Error> {
         let buffer = Self::new(device, values.len(), what)?;
         buffer.upload(0, values)?;
         Ok(buffer)
@@ -192,7 +187,10 @@ impl Buffer {
 
     /// Copies `values` to the buffer's byte `at` and after.
     pub fn upload(&self, at: usize, values: &[u8]) -> Result<(), Error> {
-        assert!(at + values.len() <= self.bytes, "an upload beyond its buffer");
+        assert!(
+            at + values.len() <= self.bytes,
+            "an upload beyond its buffer"
+        );
         if values.is_empty() {
             return Ok(());
         }

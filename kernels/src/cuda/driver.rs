@@ -11,7 +11,10 @@ use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::result as cuda;
-use cudarc::driver::sys;
+use cudarc::driver::sys::{
+    self, CUdevice_attribute_enum as DeviceAttribute,
+    CUfunction_attribute_enum as FunctionAttribute,
+};
 
 use super::backend::{CudaBackend, CudaOptions};
 use super::cublaslt::Library;
@@ -113,16 +116,14 @@ impl Driver {
         let index = i32::try_from(ordinal).unwrap_or(i32::MAX);
         let device = cuda::device::get(index)
             .map_err(|error| failed(&format!("there is no GPU {ordinal}"), error))?;
-        let name =
-            cuda::device::get_name(device).map_err(|error| failed("a GPU's name", error))?;
+        let name = cuda::device::get_name(device).map_err(|error| failed("a GPU's name", error))?;
         let attribute = |attribute| {
             // SAFETY: a device that was just found.
             unsafe { cuda::device::get_attribute(device, attribute) }
                 .map_err(|error| failed("a GPU's attributes", error))
         };
-        use sys::CUdevice_attribute_enum as Attribute;
-        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let major = attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         if major < 8 {
             return Err(Error::Device(format!(
                 "{name} has compute capability {major}.{minor}, the kernels need 8.0 or newer"
@@ -170,14 +171,12 @@ impl Driver {
             // SAFETY: a module that is loaded as long as this lives.
             unsafe { cuda::module::get_function(module, text.clone()) }.ok()
         });
-        let function =
-            found.ok_or_else(|| Error::Device(format!("there is no kernel {name}")))?;
-        use sys::CUfunction_attribute_enum as Attribute;
+        let function = found.ok_or_else(|| Error::Device(format!("there is no kernel {name}")))?;
         // SAFETY: a function of a loaded module.
         let threads = unsafe {
             cuda::function::get_function_attribute(
                 function,
-                Attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK,
+                FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK,
             )
         }
         .map_err(|error| failed(name, error))?;
@@ -198,18 +197,20 @@ impl Driver {
         };
         let name = launch.kernel;
         if launch.shared > kernel.shared {
-            use sys::CUfunction_attribute_enum as Attribute;
             // SAFETY: a function of a loaded module.
             unsafe {
                 cuda::function::set_function_attribute(
                     kernel.function,
-                    Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                     launch.shared as i32,
                 )
             }
             .map_err(|error| {
                 let wanted = launch.shared;
-                failed(&format!("{wanted} bytes of shared memory for {name}"), error)
+                failed(
+                    &format!("{wanted} bytes of shared memory for {name}"),
+                    error,
+                )
             })?;
             kernel.shared = launch.shared;
         }
@@ -242,6 +243,24 @@ impl Driver {
                 },
             }
         }
+        Ok(())
+    }
+
+    /// Captures a list and keeps it, in place of the graph that was not used for longest where there are many.
+    fn keep(&self, state: &mut State, list: &[Work]) -> Result<(), Error> {
+        let executable = self.capture(state, list)?;
+        if state.graphs.len() >= GRAPHS {
+            let oldest = (0..GRAPHS).min_by_key(|&i| state.graphs[i].used);
+            let oldest = state.graphs.swap_remove(oldest.unwrap_or(0));
+            // SAFETY: a graph of ours; the driver keeps what still runs of it.
+            unsafe { cuda::graph::exec_destroy(oldest.executable) }
+                .map_err(|error| failed("a graph", error))?;
+        }
+        state.graphs.push(Graph {
+            list: list.to_vec(),
+            executable,
+            used: state.runs,
+        });
         Ok(())
     }
 
@@ -358,27 +377,10 @@ impl Device for Driver {
         if !again {
             return self.issue(state, list);
         }
-        let known = state.graphs.iter().position(|graph| graph.list == list);
-        let index = if let Some(known) = known {
-            known
-        } else {
-            // The first time it runs as it is, so that everything it needs is looked up; a list that never comes again costs no graph.
-            let seen = state.graphs.len();
+        let Some(index) = state.graphs.iter().position(|graph| graph.list == list) else {
+            // The first time it runs as it is, so that everything it needs is looked up, and is captured for the next.
             self.issue(state, list)?;
-            let executable = self.capture(state, list)?;
-            if seen >= GRAPHS {
-                let oldest = (0..seen).min_by_key(|&i| state.graphs[i].used).unwrap_or(0);
-                let oldest = state.graphs.swap_remove(oldest);
-                // SAFETY: a graph of ours; the driver keeps what still runs of it.
-                unsafe { cuda::graph::exec_destroy(oldest.executable) }
-                    .map_err(|error| failed("a graph", error))?;
-            }
-            state.graphs.push(Graph {
-                list: list.to_vec(),
-                executable,
-                used: state.runs,
-            });
-            return Ok(());
+            return self.keep(state, list);
         };
         let runs = state.runs;
         let graph = &mut state.graphs[index];

@@ -65,7 +65,9 @@ impl CudaBackend {
             stride: n as i32,
             precision: operand_precision(n) as i32,
         };
-        let answers = self.scratch.get(Purpose::Answers, floats(choices * hidden))?;
+        let answers = self
+            .scratch
+            .get(Purpose::Answers, floats(choices * hidden))?;
         // Places of an expert, if rows were spread evenly.
         let even = choices.div_ceil(experts);
         let sort = |this: &mut Self, purpose, choice: Choice, features| {
@@ -79,22 +81,14 @@ impl CudaBackend {
         };
         let choice = self.choice(of.gate_up, even)?;
         let tiles = sort(self, Purpose::GateUpTiles, choice, 2 * n)?;
-        self.experts_product(
-            x.params(),
-            rows,
-            of.gate_up,
-            gate_up_bias,
-            tiles,
-            choice,
-            gate_up,
-        )?;
+        self.experts_product(x.params(), rows, of.gate_up, gate_up_bias, tiles, gate_up)?;
         self.gate_rows(choices, gate_up, n, of.activation, gated);
         let choice = self.choice(of.down, even)?;
         let tiles = Tiles {
             row_of: 0,
             ..sort(self, Purpose::DownTiles, choice, hidden)?
         };
-        self.experts_product(gated, choices, of.down, down_bias, tiles, choice, answers)?;
+        self.experts_product(gated, choices, of.down, down_bias, tiles, answers)?;
         let combine = params::Combine {
             answers,
             places,
@@ -127,9 +121,7 @@ impl CudaBackend {
         // Every expert may have a tile that is not full.
         let most = choices / choice.rows + experts.min(choices);
         let tile_bytes = 3 * size_of::<u32>();
-        let count = self
-            .scratch
-            .get(purpose, 16 + most * tile_bytes)?;
+        let count = self.scratch.get(purpose, 16 + most * tile_bytes)?;
         let row_of = self
             .scratch
             .get(Purpose::RowOf, choices * size_of::<u32>())?;
@@ -147,11 +139,12 @@ impl CudaBackend {
         let shared = (experts + SORT_WARPS) * size_of::<i32>();
         self.launch("sort_by_expert", (experts, 1), shared, &sort);
         Ok(Tiles {
-            tiles: sort.tiles,
+            at: sort.tiles,
             count,
             row_of,
             most,
             features,
+            choice,
         })
     }
 }
@@ -172,11 +165,7 @@ fn check(of: &Experts<'_, CudaBackend>, hidden: usize) -> Result<(), Error> {
     if !fits {
         return Err(Error::Shape(format!(
             "{experts} experts of [{}, {}] and [{}, {n}] behind a router of [{}, {}] for rows of {hidden}",
-            of.gate_up.rows,
-            of.gate_up.cols,
-            of.down.rows,
-            of.router.rows,
-            of.router.cols
+            of.gate_up.rows, of.gate_up.cols, of.down.rows, of.router.rows, of.router.cols
         )));
     }
     Ok(())

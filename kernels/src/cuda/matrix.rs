@@ -44,7 +44,6 @@ impl Layout {
         }
         match format {
             Format::F32 => Self::F32,
-            Format::Bf16 => Self::Bf16,
             Format::F16 => Self::F16,
             Format::Q4_0 => Self::Q4_0,
             Format::Q5_1 => Self::Q5_1,
@@ -55,7 +54,7 @@ impl Layout {
                 quantize::Bits::Two | quantize::Bits::Eight => Self::Int8(group),
             },
             Format::F8E4m3 { group } if group.is_multiple_of(16) => Self::Fp8(group),
-            Format::F8E4m3 { .. } => Self::Bf16,
+            Format::Bf16 | Format::F8E4m3 { .. } => Self::Bf16,
             _ => with_block_format!(format, F => Self::Int8(F::SUB.min(F::SIZE)), Self::Bf16),
         }
     }
@@ -329,19 +328,23 @@ impl Segment {
 }
 
 /// Lays `rows` stored rows out as planes, on all cores.
-fn lay_out<'a>(
+fn lay_out(
     layout: Layout,
     format: Format,
-    stored: &'a [u8],
+    stored: &[u8],
     rows: usize,
     cols: usize,
-) -> [Cow<'a, [u8]>; 3] {
+) -> [Cow<'_, [u8]>; 3] {
     let as_it_is = matches!(
         (layout, format),
         (Layout::F32, Format::F32) | (Layout::Bf16, Format::Bf16) | (Layout::F16, Format::F16)
     );
     if as_it_is {
-        return [Cow::Borrowed(stored), Cow::Owned(vec![]), Cow::Owned(vec![])];
+        return [
+            Cow::Borrowed(stored),
+            Cow::Owned(vec![]),
+            Cow::Owned(vec![]),
+        ];
     }
     let bytes = layout.planes(cols);
     let mut planes = bytes.map(|bytes| vec![0_u8; rows * bytes]);
@@ -496,7 +499,7 @@ fn put_group(grouped: Grouped, block: &[u8], i: usize, quants: &mut [u8], scales
     if grouped.bits == quantize::Bits::Four {
         for run in 0..grouped.group / BLOCK {
             let q = std::array::from_fn(|k| quant(run * BLOCK + k));
-            let at = (first + run * BLOCK) / 2;
+            let at = first / 2 + run * (BLOCK / 2);
             put_nibbles(&q, &mut quants[at..at + 16]);
         }
     } else {

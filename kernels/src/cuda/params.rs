@@ -17,6 +17,7 @@ macro_rules! params {
         $(#[$doc])*
         #[derive(Debug, Clone, Copy)]
         #[repr(C)]
+        #[allow(clippy::struct_field_names, reason = "the names are those of the kernels' structs")]
         pub(crate) struct $name { $(pub $field: $type),* }
 
         const _: () = assert!(size_of::<$name>() == 0 $(+ size_of::<$type>())*);

@@ -42,9 +42,9 @@ pub(crate) enum List {
 /// How attention is planned: the same for every layer of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Heads {
-    /// Query heads of a KV head.
+    /// Query heads of a KV head, and KV heads.
     pub group: u32,
-    pub kv_heads: u32,
+    pub of_kv: u32,
     /// By tensor cores, or row by row.
     pub tensor_cores: bool,
 }
@@ -236,15 +236,8 @@ impl Plan {
             let count = (queries - first).min(APART);
             let end = last(span, first + count, heads) + 1;
             let splits = end.div_ceil(SPLIT);
-            let stride = count * heads.kv_heads;
-            let merge: Merge = [
-                span.row,
-                first,
-                count,
-                self.partials as u32,
-                stride,
-                splits,
-            ];
+            let stride = count * heads.of_kv;
+            let merge: Merge = [span.row, first, count, self.partials as u32, stride, splits];
             self.items[List::Merge as usize].extend(merge);
             for split in 0..splits {
                 let begin = split * SPLIT;
@@ -285,7 +278,7 @@ mod tests {
 
     const HEADS: Heads = Heads {
         group: 4,
-        kv_heads: 2,
+        of_kv: 2,
         tensor_cores: true,
     };
 

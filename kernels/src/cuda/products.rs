@@ -20,14 +20,17 @@ const FLOAT_ROWS: usize = 4;
 /// The experts' part of a product: tiles of places.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tiles {
-    pub tiles: Pointer,
+    /// Where they are, and where their number is.
+    pub at: Pointer,
     pub count: Pointer,
     /// The row of x of each place; 0: the place itself.
     pub row_of: Pointer,
     /// Most there can be.
     pub most: usize,
-    /// Rows of x and of the output, and output features of an expert.
+    /// Output features of an expert.
     pub features: usize,
+    /// The kernel whose tiles they are.
+    pub choice: Choice,
 }
 
 /// A kernel and its tile.
@@ -179,9 +182,9 @@ impl CudaBackend {
         matrix: &Matrix,
         bias: Pointer,
         tiles: Tiles,
-        choice: Choice,
         out: Pointer,
     ) -> Result<(), Error> {
+        let (choice, features) = (tiles.choice, tiles.features);
         let segment = one_segment(matrix)?;
         let x = self.operands(x, x_rows, segment, matrix.cols)?;
         let product = params::Product {
@@ -189,17 +192,17 @@ impl CudaBackend {
             x: x.data,
             out,
             bias,
-            tiles: tiles.tiles,
+            tiles: tiles.at,
             tile_count: tiles.count,
             row_of: tiles.row_of,
             rows: 0,
-            features: tiles.features as i32,
+            features: features as i32,
             x_stride: x.stride,
-            out_stride: tiles.features as i32,
+            out_stride: features as i32,
             column: 0,
             add: 0,
         };
-        let blocks = (tiles.features.div_ceil(choice.features), tiles.most);
+        let blocks = (features.div_ceil(choice.features), tiles.most);
         self.run_product(choice, blocks, product, x);
         Ok(())
     }
