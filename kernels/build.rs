@@ -75,7 +75,8 @@ mod nvcc {
 
     fn run(nvcc: &Path, source: &Path, fatbin: &Path) -> Result<(), String> {
         let mut command = Command::new(nvcc);
-        command.args(["-fatbin", "-O3", "-std=c++17", "--threads", "0"]);
+        // What ptxas says of registers and spills is kept beside the machine code, for `resources.sh`.
+        command.args(["-fatbin", "-O3", "-std=c++17", "-Xptxas", "-v"]);
         for target in TARGETS {
             command.args(["-gencode", target]);
         }
@@ -84,7 +85,9 @@ mod nvcc {
             .output()
             .map_err(|error| format!("cannot run {}: {error}", nvcc.display()))?;
         if output.status.success() {
-            return Ok(());
+            let report = fatbin.with_extension("ptxas");
+            return fs::write(&report, output.stderr)
+                .map_err(|error| format!("cannot write {}: {error}", report.display()));
         }
         let text = String::from_utf8_lossy(&output.stderr);
         // One line a message: cargo prints no more of it.

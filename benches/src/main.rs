@@ -1,9 +1,11 @@
 //! quire's instruments. `serve` puts a load on a running server, ours or another, and says what its users would see; `engine` times
-//! the decoder by itself and says how close it comes to what the machine can do.
+//! the decoder by itself and says how close it comes to what the machine can do; `gpu` (feature `cuda`) does so on a GPU.
 //!
 //! A number leaves here with everything one needs to repeat it: the table for people, `--json` for comparisons.
 
 mod engine;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod random;
 mod serve;
 
@@ -21,11 +23,15 @@ struct Arguments {
 enum Command {
     Serve(serve::Arguments),
     Engine(engine::Arguments),
+    #[cfg(feature = "cuda")]
+    Gpu(gpu::Arguments),
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Serve(arguments) => serve::run(&arguments),
         Command::Engine(arguments) => engine::run(&arguments),
+        #[cfg(feature = "cuda")]
+        Command::Gpu(arguments) => gpu::run(&arguments),
     }
 }

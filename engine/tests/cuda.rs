@@ -40,11 +40,15 @@ fn gpu(deterministic: bool) -> CudaBackend {
     panic!("these tests need a GPU (QUIRE_TEST_GPU=1) or the feature cuda-emulation: {options:?}");
 }
 
+/// A path in this crate; the binary may run on another machine than it was built on.
+fn here(path: &str) -> PathBuf {
+    let crate_root = std::env::var("CARGO_MANIFEST_DIR");
+    PathBuf::from(crate_root.unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").to_owned())).join(path)
+}
+
 /// A checkpoint of `golden/`, its prompt, and what transformers made of it: `[tokens]` and `[tokens, vocabulary]`.
 fn golden(name: &str) -> (Checkpoint, Vec<u32>, Vec<u32>, Vec<f32>) {
-    let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
-        .join(name);
+    let directory = here("tests/golden").join(name);
     let bytes = std::fs::read(directory.join("golden.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let words = |tensor: &str| -> Vec<[u8; 4]> {
@@ -133,8 +137,7 @@ families! {
 
 /// Requests for `tokens` greedy tokens after a few prompts of the demo model's questions.
 fn requests(checkpoint: &Checkpoint, count: usize, tokens: u32) -> Vec<Request> {
-    let path = format!("{}/answers.jsonl", common::DEMO_DIRECTORY);
-    let lines = std::fs::read_to_string(path).unwrap();
+    let lines = std::fs::read_to_string(here("demo-model/answers.jsonl")).unwrap();
     let questions = lines.lines().map(|line| {
         let answer: serde_json::Value = serde_json::from_str(line).unwrap();
         answer["question"].as_str().unwrap().to_owned()
@@ -231,4 +234,32 @@ fn a_request_has_the_same_bits_alone_and_among_others_when_deterministic() {
         .collect();
     let together: Vec<_> = streams.into_iter().map(common::answers).collect();
     assert_eq!(alone, together);
+}
+
+/// What a binary with the feature does on a machine without a driver.
+#[cfg(feature = "cuda")]
+#[test]
+fn without_a_gpu_the_cpu_is_used_unless_a_gpu_was_demanded() {
+    use quire::core::{Device, DeviceOptions};
+
+    if on_a_gpu() {
+        return;
+    }
+    let checkpoint = common::demo_checkpoint();
+    let config = EngineConfig {
+        kv_cache_memory: Some(1 << 20),
+        ..EngineConfig::default()
+    };
+    let start = |device| {
+        let options = DeviceOptions {
+            device,
+            threads: Some(1),
+            deterministic: false,
+        };
+        Engine::start_on(&checkpoint, options, &config, None, &mut |_| {})
+    };
+    let engine = start(Device::Auto).unwrap();
+    assert!(engine.model().device.starts_with("CPU"));
+    let refused = start(Device::Cuda).unwrap_err().to_string();
+    assert!(refused.contains("no CUDA driver"), "{refused}");
 }

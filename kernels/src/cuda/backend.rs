@@ -126,31 +126,6 @@ impl CudaBackend {
         self.header.download(&mut header)
     }
 
-    /// A matrix of random bf16 numbers within ±`scale`, made on the device; for benchmarks.
-    ///
-    /// # Errors
-    /// No memory.
-    pub fn random_matrix(
-        &self,
-        rows: usize,
-        cols: usize,
-        scale: f32,
-        seed: u32,
-    ) -> Result<Matrix, Error> {
-        let matrix = Matrix::empty(&self.device, Layout::Bf16, rows, cols)?;
-        let random = params::RandomValues {
-            out: matrix.segments[0].params().quants,
-            count: (rows * cols) as i64,
-            seed,
-            precision: Precision::Bf16 as i32,
-            scale,
-            pad: 0,
-        };
-        let launch = Launch::new("random_values", (1024, 1), 0, &random);
-        self.device.run(&[Work::Launch(launch)], false)?;
-        Ok(matrix)
-    }
-
     /// Checks the step's block tables for a layer, once for all that are alike.
     fn check_tables(
         &mut self,
@@ -491,7 +466,7 @@ impl Backend for CudaBackend {
             eps: layer.eps,
             pad: 0,
         };
-        self.launch("norm_rope_store", (all.div_ceil(4), rows), 0, &store);
+        self.launch("norm_rope_store", (rows, all.div_ceil(4)), 0, &store);
         Ok(())
     }
 
@@ -573,7 +548,7 @@ impl Backend for CudaBackend {
                     pad: 0,
                 };
                 let blocks = head.rows.div_ceil(THREADS).min(BLOCKS_OF_ROW);
-                self.launch("logits_rule", (blocks, rows), 0, &rule);
+                self.launch("logits_rule", (rows, blocks), 0, &rule);
             }
         }
         self.submit()?;
@@ -607,6 +582,6 @@ impl CudaBackend {
             limit,
         };
         let blocks = n.div_ceil(THREADS).min(BLOCKS_OF_ROW);
-        self.launch("gate", (blocks, rows), 0, &gate);
+        self.launch("gate", (rows, blocks), 0, &gate);
     }
 }

@@ -17,8 +17,10 @@ const PARAMS: usize = 128;
 pub(crate) struct Launch {
     /// The kernel's name.
     pub kernel: &'static str,
-    /// Blocks.
+    /// Blocks. The second index ends at 65,535.
     pub grid: (u32, u32),
+    /// Threads of a block.
+    pub threads: u32,
     /// Bytes of dynamic shared memory.
     pub shared: u32,
     params: [u8; PARAMS],
@@ -38,6 +40,7 @@ impl Launch {
         Self {
             kernel,
             grid: (grid.0 as u32, grid.1 as u32),
+            threads: threads(kernel),
             shared: shared as u32,
             params: bytes,
             params_len: size_of::<P>() as u32,
@@ -47,6 +50,15 @@ impl Launch {
     /// The kernel's parameters.
     pub fn params(&self) -> &[u8] {
         &self.params[..self.params_len as usize]
+    }
+}
+
+/// Threads of a kernel's blocks: what its source says, which the emulation compares.
+fn threads(kernel: &str) -> u32 {
+    if kernel.starts_with("attention") || matches!(kernel, "norm_rope_store" | "route") {
+        128
+    } else {
+        256
     }
 }
 
@@ -112,6 +124,9 @@ pub(crate) trait Device: Send + Sync {
 
     /// Copies from the device, when everything before is done.
     fn download(&self, from: Pointer, to: &mut [u8]) -> Result<(), Error>;
+
+    /// Copies within the device.
+    fn copy(&self, to: Pointer, from: Pointer, bytes: usize) -> Result<(), Error>;
 
     /// Runs a list. `again`: lists equal to it will follow, so that it is worth keeping as a graph.
     fn run(&self, list: &[Work], again: bool) -> Result<(), Error>;

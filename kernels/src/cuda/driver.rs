@@ -73,7 +73,6 @@ fn init() -> Result<(), Error> {
 
 struct Kernel {
     function: sys::CUfunction,
-    threads: u32,
     /// Dynamic shared memory it may have so far.
     shared: u32,
 }
@@ -172,18 +171,8 @@ impl Driver {
             unsafe { cuda::module::get_function(module, text.clone()) }.ok()
         });
         let function = found.ok_or_else(|| Error::Device(format!("there is no kernel {name}")))?;
-        // SAFETY: a function of a loaded module.
-        let threads = unsafe {
-            cuda::function::get_function_attribute(
-                function,
-                FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK,
-            )
-        }
-        .map_err(|error| failed(name, error))?;
         Ok(Kernel {
             function,
-            // A kernel is compiled for blocks of one size (`__launch_bounds__`), which is then the most it takes.
-            threads: threads as u32,
             shared: SHARED_UNASKED,
         })
     }
@@ -222,7 +211,7 @@ impl Driver {
             cuda::launch_kernel(
                 kernel.function,
                 (launch.grid.0, launch.grid.1, 1),
-                (kernel.threads, 1, 1),
+                (launch.threads, 1, 1),
                 launch.shared,
                 self.stream,
                 &mut params,
@@ -368,6 +357,13 @@ impl Device for Driver {
                 .and_then(|()| cuda::stream::synchronize(self.stream))
         }
         .map_err(|error| failed("copying from the GPU", error))
+    }
+
+    fn copy(&self, to: Pointer, from: Pointer, bytes: usize) -> Result<(), Error> {
+        self.enter()?;
+        // SAFETY: as above.
+        unsafe { cuda::memcpy_dtod_async(to, from, bytes, self.stream) }
+            .map_err(|error| failed("copying on the GPU", error))
     }
 
     fn run(&self, list: &[Work], again: bool) -> Result<(), Error> {

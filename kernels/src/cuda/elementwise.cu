@@ -1,4 +1,6 @@
-// What is between the products, a block for each row: norms, gates, sums into the residual stream.
+// What is between the products, a block (or several) for each row: norms, gates, sums into the residual stream.
+//
+// Rows are counted by a grid's first index, here and elsewhere: the second ends at 65,535.
 #include "params.cuh"
 
 constexpr int ROW_OF_ELEMENTS = 256;
@@ -76,9 +78,9 @@ DEVICE float gated(const Gate &p, float g, float u) {
 }
 
 KERNEL(gate, Gate, ROW_OF_ELEMENTS) {
-    size_t row = static_cast<size_t>(block_y());
+    size_t row = static_cast<size_t>(block_x());
     const float *g = p.gate_up + row * static_cast<size_t>(2 * p.n);
-    for (int i = block_x() * ROW_OF_ELEMENTS + thread(); i < p.n; i += blocks_x() * ROW_OF_ELEMENTS) {
+    for (int i = block_y() * ROW_OF_ELEMENTS + thread(); i < p.n; i += blocks_y() * ROW_OF_ELEMENTS) {
         put(p.out, row, i, gated(p, g[i], g[p.n + i]));
     }
 }

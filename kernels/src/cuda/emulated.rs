@@ -78,6 +78,12 @@ impl Emulated {
                 launch.params().len()
             )));
         }
+        if launch.threads != threads as u32 || launch.grid.1 > 65_535 {
+            return Err(Error::Device(format!(
+                "{} is made for blocks of {threads}, not for {launch:?}",
+                launch.kernel
+            )));
+        }
         if launch.shared > SHARED {
             return Err(Error::Device(format!(
                 "{} wants {} bytes of shared memory, there are {SHARED}",
@@ -170,6 +176,12 @@ impl Device for Emulated {
     fn download(&self, from: Pointer, to: &mut [u8]) -> Result<(), Error> {
         // SAFETY: as above.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    fn copy(&self, to: Pointer, from: Pointer, bytes: usize) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
         Ok(())
     }
 

@@ -140,8 +140,8 @@ struct Combine {
 };
 
 KERNEL(combine_experts, Combine, COMBINE_THREADS) {
-    size_t row = static_cast<size_t>(block_y()), cols = static_cast<size_t>(p.cols), top_k = static_cast<size_t>(p.top_k);
-    for (int i = block_x() * COMBINE_THREADS + thread(); i < p.cols; i += blocks_x() * COMBINE_THREADS) {
+    size_t row = static_cast<size_t>(block_x()), cols = static_cast<size_t>(p.cols), top_k = static_cast<size_t>(p.top_k);
+    for (int i = block_y() * COMBINE_THREADS + thread(); i < p.cols; i += blocks_y() * COMBINE_THREADS) {
         float sum = p.out[row * cols + static_cast<size_t>(i)];
         for (size_t choice = row * top_k; choice < (row + 1) * top_k; choice++) {
             sum = fmaf(p.weights[choice], p.answers[p.places[choice] * cols + static_cast<size_t>(i)], sum);

@@ -98,7 +98,7 @@ impl CudaBackend {
             top_k: top_k as i32,
         };
         let blocks = hidden.div_ceil(COMBINE_THREADS).min(16);
-        self.launch("combine_experts", (blocks, rows), 0, &combine);
+        self.launch("combine_experts", (rows, blocks), 0, &combine);
         Ok(())
     }
 

@@ -28,9 +28,9 @@ DEVICE void put_in_cache(const NormRopeStore &p, size_t at, float x) {
 }
 
 KERNEL(norm_rope_store, NormRopeStore, HEAD_THREADS) {
-    int head = block_x() * (HEAD_THREADS / 32) + warp();
+    int head = block_y() * (HEAD_THREADS / 32) + warp();
     int all = p.heads + 2 * p.kv_heads;
-    size_t row = static_cast<size_t>(block_y());
+    size_t row = static_cast<size_t>(block_x());
     if (head >= all) return;
     float *x = p.qkv + (row * static_cast<size_t>(all) + static_cast<size_t>(head)) * static_cast<size_t>(p.d);
     bool query = head < p.heads, value = head >= p.heads + p.kv_heads;

@@ -21,6 +21,7 @@ mod driver;
 mod emulated;
 mod experts;
 mod matrix;
+mod measure;
 mod params;
 mod plan;
 mod products;
@@ -31,3 +32,4 @@ pub use buffers::{Activations, KvCache, Vector};
 #[cfg(feature = "cuda")]
 pub use driver::gpus;
 pub use matrix::Matrix;
+pub use measure::Limits;

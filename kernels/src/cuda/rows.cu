@@ -115,8 +115,8 @@ struct LogitsRule {
 };
 
 KERNEL(logits_rule, LogitsRule, ROW_THREADS) {
-    float *x = p.x + static_cast<size_t>(block_y()) * static_cast<size_t>(p.cols);
-    for (int i = block_x() * ROW_THREADS + thread(); i < p.cols; i += blocks_x() * ROW_THREADS) {
+    float *x = p.x + static_cast<size_t>(block_x()) * static_cast<size_t>(p.cols);
+    for (int i = block_y() * ROW_THREADS + thread(); i < p.cols; i += blocks_y() * ROW_THREADS) {
         float scaled = p.scale * x[i];
         x[i] = p.cap > 0.0f ? p.cap * tanhf(scaled / p.cap) : scaled;
     }
