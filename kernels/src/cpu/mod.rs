@@ -23,7 +23,7 @@ mod matrix;
 mod memory;
 mod moe;
 mod planes;
-mod pool;
+pub(crate) mod pool;
 pub mod rows;
 mod simd;
 mod topology;

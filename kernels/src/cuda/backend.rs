@@ -3,6 +3,7 @@
 //! Nothing runs while a step is recorded: its end, [`Backend::logits`], hands the list to the device and brings the logits back.
 
 use std::sync::Arc;
+use std::thread;
 
 use super::buffers::{Activations, KvCache, Vector};
 use super::device::{Buffer, Device, Launch, Work, bytes_of_slice, bytes_of_slice_mut};
@@ -11,6 +12,7 @@ use super::params::{self, Header, Params, Pointer, Precision, Rows, bytes_of};
 use super::plan::Plan;
 use super::scratch::{Purpose, Scratch};
 use crate::checks::{check_layer, check_step, check_tables};
+use crate::cpu::pool::Pool;
 use crate::{
     Activation, AttentionShape, Backend, DeviceMemory, Error, Experts, Format, KvLayer, KvShape,
     LogitsRule, MatrixPart, Norm, QkvLayer, Rotary, Step,
@@ -44,6 +46,8 @@ pub struct CudaBackend {
     /// Most rows of any buffer: what a step may be padded to.
     max_rows: std::sync::atomic::AtomicUsize,
     pub(super) scratch: Scratch,
+    /// The host's cores, for what is done with logits.
+    host: Pool,
     /// Page group, window and cache size of the layers whose block tables were checked in this step.
     checked: Vec<(usize, Option<u32>, usize)>,
 }
@@ -61,6 +65,7 @@ impl CudaBackend {
             header: Buffer::zeroed(&device, size_of::<Header>(), "a step")?,
             words: Buffer::new(&device, 0, "a step")?,
             scratch: Scratch::new(&device),
+            host: Pool::new(thread::available_parallelism().map_or(1, usize::from), &[]),
             device,
             deterministic,
             step: Step::default(),
@@ -554,6 +559,10 @@ impl Backend for CudaBackend {
         self.submit()?;
         self.scratch
             .read(Purpose::Logits, bytes_of_slice_mut(logits))
+    }
+
+    fn each(&mut self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.host.each(tasks, task);
     }
 }
 
