@@ -13,7 +13,7 @@ use quire::checkpoint::{Checkpoint, ModelSource};
 use quire::core::{Engine, EngineConfig};
 use quire::model::{Decoder, LoadOptions};
 use quire_kernels::cpu::CpuBackend;
-use quire_kernels::{Format, InProcess};
+use quire_kernels::{Format, InProcess, KvDtype};
 
 const PROMPT: usize = 70;
 const CHUNK: usize = 33;
@@ -48,7 +48,9 @@ fn read_on(of: usize, checkpoint: &Checkpoint, quantize: Option<Format>) -> Vec<
     std::thread::scope(|scope| {
         let ranks: Vec<_> = backends(of)
             .into_iter()
-            .map(|backend| scope.spawn(move || read(Sequence::on(backend, checkpoint, quantize))))
+            .map(|backend| {
+                scope.spawn(move || read(Sequence::on(backend, checkpoint, quantize, KvDtype::F32)))
+            })
             .collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     })
@@ -134,7 +136,12 @@ fn more_ranks_than_key_value_heads_share_them() {
 
 /// Activations are rounded to 8 bits between the sums, which magnifies their last bits.
 fn tell_the_same(name: &str, checkpoint: &Checkpoint, quantize: Option<Format>, of: usize) {
-    let one = read(Sequence::on(common::backend(1), checkpoint, quantize));
+    let one = read(Sequence::on(
+        common::backend(1),
+        checkpoint,
+        quantize,
+        KvDtype::F32,
+    ));
     for rank in read_on(of, checkpoint, quantize) {
         for (got, expected) in rank.iter().zip(&one) {
             let divergence = common::divergence(expected, got);

@@ -331,6 +331,15 @@ pub struct QkvLayer<'a, B: Backend + ?Sized> {
     pub rotary: Option<&'a B::Activations>,
 }
 
+/// A device's own memory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// Not yet taken by anybody.
+    pub free: u64,
+    /// In all.
+    pub total: u64,
+}
+
 /// What a device must be able to do to run a decoder.
 ///
 /// # Determinism
@@ -349,6 +358,14 @@ pub trait Backend: Send + 'static {
 
     /// One line for logs: device, instruction set, threads.
     fn description(&self) -> String;
+
+    /// The memory of a device that has its own; `None`: it shares the host's.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn memory(&self) -> Result<Option<DeviceMemory>, Error> {
+        Ok(None)
+    }
 
     /// Packs a matrix whose rows are the parts' rows, one part after the other. Float parts are quantised first where `quantize` says so.
     ///

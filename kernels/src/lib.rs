@@ -9,14 +9,17 @@
 )]
 
 pub mod backend;
+mod checks;
 pub mod collective;
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+pub mod cuda;
 pub mod quantize;
 pub mod ranks;
 
 pub use backend::{
-    Activation, AttentionShape, Backend, Experts, Format, KvDtype, KvLayer, KvShape, LogitsRule,
-    MatrixPart, Norm, QkvLayer, Rotary, Span, Step,
+    Activation, AttentionShape, Backend, DeviceMemory, Experts, Format, KvDtype, KvLayer, KvShape,
+    LogitsRule, MatrixPart, Norm, QkvLayer, Rotary, Span, Step,
 };
 pub use collective::{Collective, InProcess};
 pub use ranks::{Rank, Shard};

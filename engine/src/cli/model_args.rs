@@ -9,7 +9,7 @@ use quire_kernels::{Format, KvDtype};
 use quire_scheduler::Policy;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, ModelSource};
-use crate::core::{Engine, EngineConfig, StepReport};
+use crate::core::{Device, DeviceOptions, Engine, EngineConfig, StepReport};
 
 use super::progress::Loading;
 use super::size;
@@ -20,6 +20,23 @@ pub(super) struct ModelArgs {
     /// A GGUF file, or a directory with config.json, safetensors and tokenizer.json [default: the demo model inside the binary]
     #[arg(long, short, env = "QUIRE_MODEL", value_name = "PATH")]
     pub model: Option<PathBuf>,
+
+    /// What computes
+    #[arg(
+        long,
+        env = "QUIRE_DEVICE",
+        value_name = "DEVICE",
+        default_value = "auto"
+    )]
+    pub device: DeviceArg,
+
+    /// Share of a GPU's memory that weights and KV cache may take
+    #[arg(long, env = "QUIRE_GPU_MEMORY_UTILIZATION", value_name = "SHARE", default_value_t = EngineConfig::default().gpu_memory_utilization)]
+    pub gpu_memory_utilization: f64,
+
+    /// On a GPU, give the same bits under any load, for some of its speed (a CPU always does)
+    #[arg(long, env = "QUIRE_DETERMINISTIC", value_parser = clap::builder::BoolishValueParser::new())]
+    pub deterministic: bool,
 
     /// Threads that compute [default: the cores this process may use]
     #[arg(long, env = "QUIRE_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -85,6 +102,17 @@ pub(super) struct ModelArgs {
     pub policy: PolicyArg,
 }
 
+/// What computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum DeviceArg {
+    /// The first NVIDIA GPU if there is one, otherwise the CPU
+    Auto,
+    /// The CPU
+    Cpu,
+    /// An NVIDIA GPU, or an error
+    Cuda,
+}
+
 /// Precision of the KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum KvCacheDtype {
@@ -138,6 +166,7 @@ impl ModelArgs {
                 KvCacheDtype::Q8 => KvDtype::Q8,
             },
             kv_cache_memory: self.kv_cache_memory,
+            gpu_memory_utilization: self.gpu_memory_utilization,
             prefix_cache: !self.no_prefix_cache,
             policy: match self.policy {
                 PolicyArg::Fcfs => Policy::Fcfs,
@@ -150,6 +179,23 @@ impl ModelArgs {
                 Quantize::Tq2_0 => Format::Tq2_0,
             }),
             ..EngineConfig::default()
+        }
+    }
+
+    /// What computes, and how.
+    fn device_options(&self) -> DeviceOptions {
+        DeviceOptions {
+            device: match self.device {
+                DeviceArg::Auto => Device::Auto,
+                DeviceArg::Cpu => Device::Cpu,
+                DeviceArg::Cuda => Device::Cuda,
+            },
+            cpu: CpuOptions {
+                threads: self.threads.map(usize::from),
+                numa: self.numa,
+                ..CpuOptions::default()
+            },
+            deterministic: self.deterministic,
         }
     }
 
@@ -187,13 +233,9 @@ impl ModelArgs {
         observer: Option<Box<dyn FnMut(StepReport) + Send>>,
     ) -> anyhow::Result<Engine> {
         let loading = Loading::start(&checkpoint.name);
-        let engine = Engine::start_on_cpu(
+        let engine = Engine::start_on(
             checkpoint,
-            CpuOptions {
-                threads: self.threads.map(usize::from),
-                numa: self.numa,
-                ..CpuOptions::default()
-            },
+            self.device_options(),
             config,
             observer,
             &mut |progress| loading.update(progress),

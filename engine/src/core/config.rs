@@ -26,8 +26,11 @@ pub struct EngineConfig {
     pub block_size: u32,
     /// Precision of the KV cache.
     pub kv_dtype: KvDtype,
-    /// Bytes for the KV cache; `None`: half of what is available once the weights are loaded, but no more than could ever be used.
+    /// Bytes for the KV cache; `None`: half of what is available once the weights are loaded (on a GPU: what
+    /// [`EngineConfig::gpu_memory_utilization`] leaves), but no more than could ever be used.
     pub kv_cache_memory: Option<u64>,
+    /// The share of a GPU's memory that weights and KV cache may take, in 0..=1; the rest is for activations and other programs.
+    pub gpu_memory_utilization: f64,
     /// Keep the blocks of finished sequences for prompts that begin alike.
     pub prefix_cache: bool,
     /// Who runs first.
@@ -50,6 +53,7 @@ impl Default for EngineConfig {
             block_size: 16,
             kv_dtype: KvDtype::F16,
             kv_cache_memory: None,
+            gpu_memory_utilization: 0.9,
             prefix_cache: true,
             policy: Policy::Priority,
             priority_aging: Duration::from_secs(10),
@@ -102,6 +106,23 @@ pub enum StartError {
         max_model_len: u32,
         /// Bytes that would do.
         needed_bytes: u64,
+    },
+    /// The model is larger than the part of the device's memory it may take.
+    #[error(
+        "the weights are {weights} bytes and the GPU has {free} of {total} bytes free, of which --gpu-memory-utilization {utilization} allows {allowed}: \
+         quantise them (--quantize q8_0 or q4_0), raise the share, or use --device cpu"
+    )]
+    ModelTooLarge {
+        /// Bytes of the weights.
+        weights: u64,
+        /// Bytes of the device's memory that are free.
+        free: u64,
+        /// And all of them.
+        total: u64,
+        /// The share of all that may be used.
+        utilization: f64,
+        /// What that leaves.
+        allowed: u64,
     },
     /// The device cannot be used.
     #[error("{0}")]

@@ -1,5 +1,6 @@
 //! How large the KV cache is: from what was asked for, or from the memory that is left.
 
+use quire_kernels::DeviceMemory;
 use quire_scheduler::{PageGroup, blocks_needed};
 use sysinfo::System;
 
@@ -19,6 +20,39 @@ pub fn available() -> u64 {
     }
 }
 
+/// Bytes that the KV cache takes of the host's memory unless told otherwise.
+pub(super) fn spare_of_host() -> u64 {
+    available() / 2
+}
+
+/// Bytes of a device that are still to be had, of the share `utilization` of its memory that all may take together.
+pub(super) fn spare_of_device(memory: DeviceMemory, utilization: f64) -> u64 {
+    let kept = (memory.total as f64 * (1.0 - utilization)).ceil() as u64;
+    memory.free.saturating_sub(kept)
+}
+
+/// Refuses weights of so many bytes that are too large for a device, before they are loaded.
+///
+/// # Errors
+/// They are; see [`StartError::ModelTooLarge`].
+pub(super) fn check_weights(
+    weights: u64,
+    memory: DeviceMemory,
+    utilization: f64,
+) -> Result<(), StartError> {
+    let allowed = spare_of_device(memory, utilization);
+    if weights <= allowed {
+        return Ok(());
+    }
+    Err(StartError::ModelTooLarge {
+        weights,
+        free: memory.free,
+        total: memory.total,
+        utilization,
+        allowed,
+    })
+}
+
 /// The sizes an engine runs with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Sizes {
@@ -29,7 +63,7 @@ pub(super) struct Sizes {
 }
 
 /// Chooses the sizes. `groups`: the model's page groups; `block_bytes`: bytes of one block, which holds the layers of one group;
-/// `max_position`: the checkpoint's longest context; `available`: bytes left in memory.
+/// `max_position`: the checkpoint's longest context; `spare`: bytes the cache takes unless told otherwise.
 ///
 /// # Errors
 /// A context longer than the checkpoint allows, or a cache that cannot hold one.
@@ -38,7 +72,7 @@ pub(super) fn sizes(
     groups: &[PageGroup],
     max_position: usize,
     block_bytes: usize,
-    available: u64,
+    spare: u64,
 ) -> Result<Sizes, StartError> {
     let max_position = u32::try_from(max_position).unwrap_or(u32::MAX);
     if let Some(asked) = config.max_model_len
@@ -51,7 +85,7 @@ pub(super) fn sizes(
         });
     }
     let wanted = config.max_model_len.unwrap_or(max_position);
-    let bytes = config.kv_cache_memory.unwrap_or(available / 2);
+    let bytes = config.kv_cache_memory.unwrap_or(spare);
     let fitting = bytes / block_bytes as u64;
     // By the rule the scheduler refuses requests by.
     let needed = |tokens| {
@@ -115,8 +149,8 @@ mod tests {
     }
 
     #[test]
-    fn by_default_the_cache_takes_half_of_what_is_available() {
-        let sizes = sizes(&config(None, None), FULL, 2048, 1000, 200_000).unwrap();
+    fn by_default_the_cache_takes_what_is_to_spare() {
+        let sizes = sizes(&config(None, None), FULL, 2048, 1000, 100_000).unwrap();
         assert_eq!(sizes.blocks, 100);
         assert_eq!(
             sizes.max_model_len, 1600,
@@ -168,10 +202,32 @@ mod tests {
         let all = sizes(&config, &groups, 1 << 16, 1000, 1 << 40).unwrap();
         assert_eq!(all.max_model_len, 1 << 16);
         assert_eq!(all.blocks, 4096 + 16 + 32 + 1);
-        let half = sizes(&config, &groups, 1 << 16, 1000, 4_194_000).unwrap();
+        let half = sizes(&config, &groups, 1 << 16, 1000, 2_097_000).unwrap();
         assert_eq!(half.blocks, 2097);
         assert_eq!(half.max_model_len, (2097 - 49) * 16);
-        let windowed = sizes(&config, &[window], 1 << 16, 1000, 100_000).unwrap();
+        let windowed = sizes(&config, &[window], 1 << 16, 1000, 50_000).unwrap();
         assert_eq!(windowed.max_model_len, 1 << 16, "it runs in a fixed space");
+    }
+
+    #[test]
+    fn a_share_of_a_gpu_counts_what_others_and_the_weights_take() {
+        let memory = |free| DeviceMemory { free, total: 1000 };
+        assert_eq!(spare_of_device(memory(1000), 0.9), 900);
+        assert_eq!(spare_of_device(memory(600), 0.9), 500);
+        assert_eq!(spare_of_device(memory(50), 0.9), 0);
+        assert_eq!(spare_of_device(memory(50), 1.0), 50);
+    }
+
+    #[test]
+    fn weights_that_do_not_fit_a_gpu_are_refused_with_the_numbers() {
+        let memory = DeviceMemory {
+            free: 800,
+            total: 1000,
+        };
+        assert!(check_weights(700, memory, 0.9).is_ok());
+        let text = check_weights(701, memory, 0.9).unwrap_err().to_string();
+        for number in ["701 bytes", "800 of 1000", "0.9", "allows 700"] {
+            assert!(text.contains(number), "{text}");
+        }
     }
 }

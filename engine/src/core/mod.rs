@@ -8,6 +8,7 @@
 //! a stream aborts its request; dropping the last handle lets the thread finish and exit.
 
 mod config;
+mod device;
 mod engine_loop;
 mod groups;
 mod handle;
@@ -22,6 +23,7 @@ mod step;
 mod stream;
 
 pub use config::{EngineConfig, StartError, StepReport};
+pub use device::{Device, DeviceOptions};
 pub use handle::{Engine, EngineStats, ModelInfo};
 pub use kv_events::{KvEventBatch, KvEvents, KvNews, KvSnapshot};
 pub use memory::available as available_memory;

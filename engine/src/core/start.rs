@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::thread;
 
 use quire_kernels::Backend;
-use quire_kernels::cpu::{CpuBackend, CpuOptions};
 use quire_scheduler::{Config, Scheduler};
 
 use crate::checkpoint::Checkpoint;
@@ -18,21 +17,6 @@ use super::ranks::Loaded;
 use super::{groups, memory};
 
 impl Engine {
-    /// [`Engine::start`] on this machine's CPU.
-    ///
-    /// # Errors
-    /// As [`Engine::start`].
-    pub fn start_on_cpu(
-        checkpoint: &Checkpoint,
-        options: CpuOptions,
-        config: &EngineConfig,
-        observer: Option<Box<dyn FnMut(StepReport) + Send>>,
-        progress: &mut dyn FnMut(LoadProgress),
-    ) -> Result<Self, StartError> {
-        let backend = CpuBackend::new(options).map_err(StartError::Backend)?;
-        Self::start(checkpoint, backend, config, observer, progress)
-    }
-
     /// Loads the checkpoint onto `backend` and starts the engine thread.
     ///
     /// `progress` hears how far loading has come; `observer`, on the engine thread, what each step did.
@@ -66,19 +50,27 @@ impl Engine {
             quantize: config.quantize,
             max_rows: config.max_batch_tokens as usize,
         };
+        let utilization = config.gpu_memory_utilization;
+        for backend in &backends {
+            if let Some(memory) = backend.memory().map_err(StartError::Backend)?
+                && config.quantize.is_none()
+            {
+                let weights = checkpoint.tensors.total_bytes() / backends.len() as u64;
+                memory::check_weights(weights, memory, utilization)?;
+            }
+        }
         let loaded = Loaded::load(checkpoint, backends, options, progress)?;
         let model = loaded.first().config();
         let block_size = config.block_size as usize;
         let block_bytes =
             Decoder::<B>::kv_shape(model, 1, block_size, config.kv_dtype).block_bytes();
         let groups = groups::page_groups(model);
-        let sizes = memory::sizes(
-            config,
-            &groups,
-            model.max_position,
-            block_bytes,
-            memory::available(),
-        )?;
+        let memory = loaded.first().backend().memory();
+        let spare = match memory.map_err(StartError::Backend)? {
+            None => memory::spare_of_host(),
+            Some(memory) => memory::spare_of_device(memory, utilization),
+        };
+        let sizes = memory::sizes(config, &groups, model.max_position, block_bytes, spare)?;
         let scheduling = Config {
             block_size: config.block_size,
             groups,
@@ -177,6 +169,14 @@ fn check(config: &EngineConfig) -> Result<(), StartError> {
         if value == 0 || value > 1 << 20 {
             return Err(setting(name, value, "1 to 1048576"));
         }
+    }
+    let share = config.gpu_memory_utilization;
+    if !(share > 0.0 && share <= 1.0) {
+        return Err(StartError::Setting {
+            name: "--gpu-memory-utilization",
+            value: share.to_string(),
+            expected: "more than 0, at most 1".to_owned(),
+        });
     }
     if config.block_size == 0 || !config.block_size.is_multiple_of(16) || config.block_size > 1024 {
         return Err(setting(

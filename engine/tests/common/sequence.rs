@@ -2,8 +2,8 @@
 
 use quire::checkpoint::Checkpoint;
 use quire::model::{Decoder, LoadOptions};
-use quire_kernels::cpu::{CpuBackend, KvCache};
-use quire_kernels::{Format, KvDtype, Span, Step};
+use quire_kernels::cpu::CpuBackend;
+use quire_kernels::{Backend, Format, KvDtype, Span, Step};
 
 use super::Random;
 
@@ -15,9 +15,9 @@ const BLOCKS: usize = 16;
 ///
 /// It does by hand what the scheduler does: block tables of several page groups, whose entries behind a window are gone, and all keys anew when the
 /// sequence outgrows a rotary embedding's switch.
-pub struct Sequence {
-    pub decoder: Decoder<CpuBackend>,
-    kv: KvCache,
+pub struct Sequence<B: Backend = CpuBackend> {
+    pub decoder: Decoder<B>,
+    kv: B::KvCache,
     /// Of each page group in turn: its block for 16 positions.
     blocks: Vec<u32>,
     known: Vec<u32>,
@@ -27,22 +27,21 @@ pub struct Sequence {
 }
 
 impl Sequence {
+    /// On the CPU, with keys and values in f32.
     pub fn new(checkpoint: &Checkpoint) -> Self {
         Self::with_cache(checkpoint, KvDtype::F32)
     }
 
-    /// With keys and values kept as `dtype`.
+    /// On the CPU, with keys and values kept as `dtype`.
     pub fn with_cache(checkpoint: &Checkpoint, dtype: KvDtype) -> Self {
-        Self::of(super::backend(1), checkpoint, None, dtype)
+        Self::on(super::backend(1), checkpoint, None, dtype)
     }
+}
 
-    /// On a backend that may be one of several ranks, with weights quantised when they are loaded.
-    pub fn on(backend: CpuBackend, checkpoint: &Checkpoint, quantize: Option<Format>) -> Self {
-        Self::of(backend, checkpoint, quantize, KvDtype::F32)
-    }
-
-    fn of(
-        backend: CpuBackend,
+impl<B: Backend> Sequence<B> {
+    /// On a backend, which may be one of several ranks, with weights quantised when they are loaded and keys and values kept as `dtype`.
+    pub fn on(
+        backend: B,
         checkpoint: &Checkpoint,
         quantize: Option<Format>,
         dtype: KvDtype,

@@ -2,7 +2,6 @@
 
 use super::attention::{self, Attention};
 use super::buffers::{Activations, Vector, weights};
-use super::checks::{check_layer, check_step, check_tables};
 use super::elementwise::{add_row, gate_row, norm_head, rms_norm, rotary_row, rotate, rule_row};
 use super::kv::{KvCache, Slot, store};
 use super::linear::{Linear, Output, Rows};
@@ -14,6 +13,7 @@ use super::pool::Pool;
 use super::ranked::Ranked;
 use super::simd::{Isa, dispatch};
 use super::topology::{self, Topology};
+use crate::checks::{check_layer, check_step, check_tables};
 use crate::{
     Activation, AttentionShape, Backend, Collective, Error, Experts, Format, KvLayer, KvShape,
     LogitsRule, MatrixPart, Norm, QkvLayer, Rank, Rotary, Shard, Step,
@@ -172,7 +172,7 @@ impl CpuBackend {
     ) -> Result<(), Error> {
         let alike = (group, window, kv.shape.blocks);
         if !self.checked.contains(&alike) {
-            check_tables(&self.step, kv, group, window)?;
+            check_tables(&self.step, &kv.shape, group, window)?;
             self.checked.push(alike);
         }
         Ok(())
@@ -416,7 +416,7 @@ impl Backend for CpuBackend {
         kv: &mut KvCache,
     ) -> Result<(), Error> {
         let shape = layer.shape;
-        check_layer(&shape, layer.layer, kv)?;
+        check_layer(&shape, layer.layer, &kv.shape)?;
         kv.check_nodes(&self.pool)?;
         self.check_tables(layer.layer.group, shape.window, kv)?;
         let (rows, d, eps, isa) = (self.rows(), shape.head_dim, layer.eps, self.isa);
@@ -514,7 +514,7 @@ impl Backend for CpuBackend {
         kv: &KvCache,
         out: &mut Activations,
     ) -> Result<(), Error> {
-        check_layer(shape, layer, kv)?;
+        check_layer(shape, layer, &kv.shape)?;
         kv.check_nodes(&self.pool)?;
         self.check_tables(layer.group, shape.window, kv)?;
         if let Some(sinks) = sinks

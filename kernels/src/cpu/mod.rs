@@ -16,7 +16,6 @@
 mod attention;
 mod backend;
 mod buffers;
-mod checks;
 mod elementwise;
 mod groups;
 mod kv;
@@ -28,11 +27,11 @@ mod numa;
 #[cfg(all(test, target_os = "linux"))]
 mod placement;
 mod planes;
-mod pool;
+pub(crate) mod pool;
 mod ranked;
 pub mod rows;
 mod simd;
-mod topology;
+pub(crate) mod topology;
 
 pub use backend::{CpuBackend, CpuOptions};
 pub use buffers::{Activations, Vector};

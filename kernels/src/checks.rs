@@ -1,10 +1,9 @@
 //! What a step, its block tables and a layer must be for the kernels to rely on it.
 
-use super::kv::KvCache;
-use crate::{AttentionShape, Error, KvLayer, Span, Step};
+use crate::{AttentionShape, Error, KvLayer, KvShape, Span, Step};
 
 /// Refuses a step whose parts do not fit each other; the kernels rely on it.
-pub(super) fn check_step(step: &Step) -> Result<(), Error> {
+pub(crate) fn check_step(step: &Step) -> Result<(), Error> {
     let rows = step.rows();
     let fault = |text: String| Err(Error::Shape(text));
     if step.positions.len() != rows {
@@ -40,9 +39,9 @@ pub(super) fn check_step(step: &Step) -> Result<(), Error> {
 }
 
 /// Refuses block tables that leave the cache: entries of page group `group` that rows with this window see.
-pub(super) fn check_tables(
+pub(crate) fn check_tables(
     step: &Step,
-    kv: &KvCache,
+    kv: &KvShape,
     group: usize,
     window: Option<u32>,
 ) -> Result<(), Error> {
@@ -53,7 +52,7 @@ pub(super) fn check_tables(
         )));
     }
     for span in &step.spans {
-        let block_size = kv.shape.block_size;
+        let block_size = kv.block_size;
         let blocks = ((span.start + span.rows) as usize).div_ceil(block_size);
         let seen = oldest_seen(span, window) / block_size;
         let table = span.table as usize;
@@ -63,10 +62,10 @@ pub(super) fn check_tables(
             )));
         };
         let mut entries = table.iter().skip(group).step_by(step.groups).skip(seen);
-        if let Some(block) = entries.find(|&&b| b as usize >= kv.shape.blocks) {
+        if let Some(block) = entries.find(|&&b| b as usize >= kv.blocks) {
             return Err(Error::Shape(format!(
                 "block {block} of a cache of {}",
-                kv.shape.blocks
+                kv.blocks
             )));
         }
     }
@@ -78,23 +77,22 @@ fn oldest_seen(span: &Span, window: Option<u32>) -> usize {
     window.map_or(0, |window| (span.start + 1).saturating_sub(window)) as usize
 }
 
-pub(super) fn check_layer(
+pub(crate) fn check_layer(
     shape: &AttentionShape,
     layer: KvLayer,
-    kv: &KvCache,
+    kv: &KvShape,
 ) -> Result<(), Error> {
-    let fits = layer.index < kv.shape.layers
+    let fits = layer.index < kv.layers
         && shape.window != Some(0)
-        && shape.kv_heads == kv.shape.kv_heads
-        && shape.head_dim == kv.shape.head_dim
+        && shape.kv_heads == kv.kv_heads
+        && shape.head_dim == kv.head_dim
         && shape.heads > 0
         && shape.heads.is_multiple_of(shape.kv_heads);
     if fits {
         Ok(())
     } else {
         Err(Error::Shape(format!(
-            "{layer:?} of {shape:?} does not fit the cache {:?}",
-            kv.shape
+            "{layer:?} of {shape:?} does not fit the cache {kv:?}"
         )))
     }
 }

@@ -1,0 +1,269 @@
+//! Whole models on the CUDA backend: every family's logits, the demo model's answers, the same bits under load.
+//!
+//! In the emulation (feature `cuda-emulation`), which is slow, a little of each; on a GPU (feature `cuda`, `QUIRE_TEST_GPU` set), all of it.
+#![cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::path::PathBuf;
+
+use common::sequence::{Sequence, argmax};
+use quire::checkpoint::{Checkpoint, ModelSource};
+use quire::core::{Engine, EngineConfig, Request};
+use quire::sampling::SamplingParams;
+use quire_kernels::cuda::{CudaBackend, CudaOptions};
+use quire_kernels::{Backend, KvDtype};
+use quire_scheduler::TokenId;
+use safetensors::SafeTensors;
+
+/// `‖ours − theirs‖ / ‖theirs‖` of a row of logits whose operands are bf16.
+const TOLERANCE: f64 = 2e-2;
+
+fn on_a_gpu() -> bool {
+    std::env::var_os("QUIRE_TEST_GPU").is_some()
+}
+
+/// The GPU, emulated or not.
+fn gpu(deterministic: bool) -> CudaBackend {
+    let options = CudaOptions {
+        ordinal: 0,
+        deterministic,
+    };
+    #[cfg(feature = "cuda")]
+    if on_a_gpu() {
+        return CudaBackend::new(options).unwrap();
+    }
+    #[cfg(feature = "cuda-emulation")]
+    return CudaBackend::emulated(options).unwrap();
+    #[cfg(not(feature = "cuda-emulation"))]
+    panic!("these tests need a GPU (QUIRE_TEST_GPU=1) or the feature cuda-emulation: {options:?}");
+}
+
+/// A path in this crate; the binary may run on another machine than it was built on.
+fn here(path: &str) -> PathBuf {
+    let crate_root = std::env::var("CARGO_MANIFEST_DIR");
+    PathBuf::from(crate_root.unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").to_owned())).join(path)
+}
+
+/// A checkpoint of `golden/`, its prompt, and what transformers made of it: `[tokens]` and `[tokens, vocabulary]`.
+fn golden(name: &str) -> (Checkpoint, Vec<u32>, Vec<u32>, Vec<f32>) {
+    let directory = here("tests/golden").join(name);
+    let bytes = std::fs::read(directory.join("golden.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let words = |tensor: &str| -> Vec<[u8; 4]> {
+        file.tensor(tensor).unwrap().data().as_chunks().0.to_vec()
+    };
+    let ids = |tensor| words(tensor).into_iter().map(u32::from_le_bytes).collect();
+    let logits = words("logits").into_iter().map(f32::from_le_bytes);
+    let checkpoint = Checkpoint::open(&ModelSource::Path(directory)).unwrap();
+    (checkpoint, ids("prompt"), ids("tokens"), logits.collect())
+}
+
+fn distance(ours: &[f32], theirs: &[f32]) -> f64 {
+    assert_eq!(ours.len(), theirs.len());
+    assert!(ours.iter().all(|logit| logit.is_finite()));
+    let square = |x: f64| x * x;
+    let pairs = ours.iter().zip(theirs);
+    let difference: f64 = pairs
+        .map(|(a, b)| square(f64::from(*a) - f64::from(*b)))
+        .sum();
+    let whole: f64 = theirs.iter().map(|b| square(f64::from(*b))).sum();
+    (difference / whole).sqrt()
+}
+
+/// Prompt in chunks, then steps of one token; the logits of each against transformers'.
+fn equals_transformers(name: &str) {
+    let (checkpoint, prompt, tokens, expected) = golden(name);
+    let vocab = expected.len() / tokens.len();
+    // Beyond a rotary switch everything is computed anew; the steps must reach it.
+    let steps = if on_a_gpu() { tokens.len() } else { 4 };
+    let mut worst: f64 = 0.0;
+    for (chunk, dtype) in [
+        (prompt.len(), KvDtype::F16),
+        (11, KvDtype::F16),
+        (29, KvDtype::F32),
+    ] {
+        let mut sequence = Sequence::on(gpu(false), &checkpoint, None, dtype);
+        let mut logits = sequence.read(&prompt, chunk);
+        for (row, &token) in tokens.iter().take(steps).enumerate() {
+            let theirs = &expected[row * vocab..][..vocab];
+            let error = distance(&logits, theirs);
+            assert!(
+                error < TOLERANCE,
+                "{name}, chunks of {chunk}, {row}: {error}"
+            );
+            worst = worst.max(error);
+            // Greedy, unless two tokens are nearer to each other than the error allowed.
+            let ours = argmax(&logits) as usize;
+            let scale = theirs.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+            let missed = theirs[token as usize] - theirs[ours];
+            assert!(
+                missed <= TOLERANCE as f32 * scale,
+                "{name}, {row}: {missed}"
+            );
+            logits = sequence.read(&[token], 1);
+        }
+    }
+    println!("{name}: largest error {worst:.1e}");
+}
+
+macro_rules! families {
+    ($($test:ident: $name:literal,)*) => {$(
+        #[test]
+        fn $test() {
+            equals_transformers($name);
+        }
+    )*};
+}
+
+families! {
+    qwen3: "qwen3",
+    qwen2: "qwen2",
+    qwen3_moe: "qwen3-moe",
+    llama3: "llama3-rope",
+    llama_linear: "llama-linear-rope",
+    mistral: "mistral",
+    ministral: "ministral",
+    phi3: "phi3",
+    phi4_longrope: "phi4-longrope",
+    gemma2: "gemma2",
+    gemma3: "gemma3",
+    gpt_oss: "gpt-oss",
+    smollm3: "smollm3",
+    granite: "granite",
+    olmo2: "olmo2",
+}
+
+/// Requests for `tokens` greedy tokens after a few prompts of the demo model's questions.
+fn requests(checkpoint: &Checkpoint, count: usize, tokens: u32) -> Vec<Request> {
+    let lines = std::fs::read_to_string(here("demo-model/answers.jsonl")).unwrap();
+    let questions = lines.lines().map(|line| {
+        let answer: serde_json::Value = serde_json::from_str(line).unwrap();
+        answer["question"].as_str().unwrap().to_owned()
+    });
+    questions
+        .step_by(6)
+        .take(count)
+        .map(|question| Request {
+            id: question.as_str().into(),
+            prompt: checkpoint
+                .tokenizer
+                .encode(&question, true)
+                .unwrap()
+                .into_iter()
+                .collect(),
+            sampling: SamplingParams {
+                temperature: 0.0,
+                max_tokens: tokens,
+                ..SamplingParams::default()
+            },
+            priority: 0,
+            tenant: "".into(),
+            cache_salt: 0,
+            deadline: None,
+        })
+        .collect()
+}
+
+fn greedy<B: Backend>(
+    checkpoint: &Checkpoint,
+    backend: B,
+    requests: &[Request],
+) -> Vec<Vec<TokenId>> {
+    let config = EngineConfig {
+        kv_cache_memory: Some(16 << 20),
+        ..EngineConfig::default()
+    };
+    let engine = Engine::start(checkpoint, backend, &config, None, &mut |_| {}).unwrap();
+    let streams: Vec<_> = requests
+        .iter()
+        .map(|request| common::submit(&engine, request))
+        .collect();
+    streams
+        .into_iter()
+        .map(|stream| common::answers(stream)[0].tokens.clone())
+        .collect()
+}
+
+#[test]
+fn the_demo_model_gives_the_greedy_tokens_of_the_cpu() {
+    let checkpoint = common::demo_checkpoint();
+    let (count, tokens) = if on_a_gpu() { (64, 64) } else { (3, 5) };
+    let requests = requests(&checkpoint, count, tokens);
+    let expected = greedy(&checkpoint, common::backend(2), &requests);
+    let got = greedy(&checkpoint, gpu(false), &requests);
+    let different: Vec<_> = (0..count).filter(|&i| got[i] != expected[i]).collect();
+    assert!(
+        different.is_empty(),
+        "{} of {count} differ",
+        different.len()
+    );
+}
+
+#[test]
+fn a_request_has_the_same_bits_alone_and_among_others_when_deterministic() {
+    let (checkpoint, prompt, ..) = golden("qwen3-moe");
+    let config = EngineConfig {
+        kv_cache_memory: Some(1 << 20),
+        max_batch_tokens: 24,
+        ..EngineConfig::default()
+    };
+    let engine = || Engine::start(&checkpoint, gpu(true), &config, None, &mut |_| {}).unwrap();
+    let request = |from: usize| Request {
+        id: "bits".into(),
+        prompt: prompt[from..].iter().copied().map(TokenId).collect(),
+        sampling: SamplingParams {
+            max_tokens: 4,
+            temperature: 0.0,
+            logprobs: Some(2),
+            ..SamplingParams::default()
+        },
+        priority: 0,
+        tenant: "".into(),
+        cache_salt: 0,
+        deadline: None,
+    };
+    let one = engine();
+    let alone: Vec<_> = (0..4)
+        .map(|from| common::answers(common::submit(&one, &request(from))))
+        .collect();
+    let all = engine();
+    let streams: Vec<_> = (0..4)
+        .map(|from| common::submit(&all, &request(from)))
+        .collect();
+    let together: Vec<_> = streams.into_iter().map(common::answers).collect();
+    assert_eq!(alone, together);
+}
+
+/// What a binary with the feature does on a machine without a driver.
+#[cfg(feature = "cuda")]
+#[test]
+fn without_a_gpu_the_cpu_is_used_unless_a_gpu_was_demanded() {
+    use quire::core::{Device, DeviceOptions};
+    use quire_kernels::cpu::CpuOptions;
+
+    if on_a_gpu() {
+        return;
+    }
+    let checkpoint = common::demo_checkpoint();
+    let config = EngineConfig {
+        kv_cache_memory: Some(1 << 20),
+        ..EngineConfig::default()
+    };
+    let start = |device| {
+        let options = DeviceOptions {
+            device,
+            cpu: CpuOptions {
+                threads: Some(1),
+                ..CpuOptions::default()
+            },
+            deterministic: false,
+        };
+        Engine::start_on(&checkpoint, options, &config, None, &mut |_| {})
+    };
+    let engine = start(Device::Auto).unwrap();
+    assert!(engine.model().device.starts_with("CPU"));
+    let refused = start(Device::Cuda).unwrap_err().to_string();
+    assert!(refused.contains("no CUDA driver"), "{refused}");
+}

@@ -1,0 +1,52 @@
+// Attention without tensor cores, for caches and heads they have no instruction for: f32, and head sizes that are not a multiple of 8.
+//
+// A warp for each (row, head), from the oldest position it sees to its own; each lane has every 32nd element of the head.
+#include "attention.cuh"
+
+constexpr int PLAIN_THREADS = 128;
+// Most elements of a head.
+constexpr int PLAIN_D = 512;
+
+DEVICE float cached(const AttentionParams &p, size_t at) {
+    return p.wide ? static_cast<const float *>(p.cache)[at] : f16_value(static_cast<const uint16_t *>(p.cache)[at]);
+}
+
+// Items hold one row each here: `first` counts rows of the span, not queries.
+KERNEL(attention_plain, AttentionParams, PLAIN_THREADS) {
+    if (static_cast<uint32_t>(block_x()) >= p.step->list_lengths[p.list]) return;
+    Item item = items(p)[block_x()];
+    int head = block_y() * (PLAIN_THREADS / 32) + warp();
+    if (head >= p.heads) return;
+    int row = static_cast<int>(item.row + item.first), position = static_cast<int>(item.start + item.first);
+    const float *q = query_of(p, row, head);
+    const uint32_t *table = words(p.step, p.step->tables) + item.table;
+    size_t kv_head = static_cast<size_t>(head / (p.heads / p.kv_heads));
+    size_t d = static_cast<size_t>(p.d), tile = static_cast<size_t>(p.block_size) * d;
+    float out[PLAIN_D / 32] = {};
+    float most = -INFINITY, sum = 0.0f;
+    if (p.sinks != nullptr) {
+        most = p.sinks[head];
+        sum = 1.0f;
+    }
+    for (int at = oldest_seen(p, position); at <= position; at++) {
+        size_t block = table[at / p.block_size * p.page_groups + p.page_group];
+        size_t key = (block * static_cast<size_t>(p.kv_heads) + kv_head) * 2 * tile + static_cast<size_t>(at % p.block_size) * d;
+        float score = 0.0f;
+        for (int i = lane(); i < p.d; i += 32) score = fmaf(q[i], cached(p, key + static_cast<size_t>(i)), score);
+        score = capped(p, warp_sum(score));
+        float larger = fmaxf(most, score);
+        float shrink = expf(most - larger), weight = expf(score - larger);
+        most = larger;
+        sum = fmaf(sum, shrink, weight);
+#pragma unroll
+        for (int i = 0; i < PLAIN_D / 32; i++) {
+            int k = lane() + 32 * i;
+            if (k < p.d) out[i] = fmaf(weight, cached(p, key + tile + static_cast<size_t>(k)), out[i] * shrink);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < PLAIN_D / 32; i++) {
+        int k = lane() + 32 * i;
+        if (k < p.d) put(p.out, static_cast<size_t>(row), head * p.d + k, out[i] / sum);
+    }
+}

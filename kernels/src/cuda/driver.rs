@@ -1,0 +1,393 @@
+//! [`Driver`]: a GPU, through the CUDA driver that is found when the process starts.
+//!
+//! Nothing of CUDA is linked: the driver's library is opened here, and where there is none the backend is not made and says why. All work is on one stream, so
+//! that it happens in the order in which it was asked for. A list that will come again is captured once and replayed as a graph.
+//!
+//! **Invariant:** errors of the driver are sticky (a fault in a kernel fails everything after it), so each is reported with the call that saw it, and the
+//! engine ends.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::result as cuda;
+use cudarc::driver::sys::{
+    self, CUdevice_attribute_enum as DeviceAttribute,
+    CUfunction_attribute_enum as FunctionAttribute,
+};
+
+use super::backend::{CudaBackend, CudaOptions};
+use super::cublaslt::Library;
+use super::device::{Device, Launch, Work};
+use super::params::Pointer;
+use crate::Error;
+
+/// Kernels as nvcc made them: a name and a fatbin each, of which the driver takes what fits the GPU.
+const FATBINS: &[(&str, &[u8])] = &include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
+
+/// Graphs that are kept: a few lists for each of the buckets.
+const GRAPHS: usize = 64;
+/// Shared memory a block has without asking.
+const SHARED_UNASKED: u32 = 48 << 10;
+
+impl CudaBackend {
+    /// A backend on one of this machine's GPUs.
+    ///
+    /// # Errors
+    /// There is no driver or no such GPU, it is older than compute capability 8.0, or its memory is full.
+    pub fn new(options: CudaOptions) -> Result<Self, Error> {
+        let driver = Driver::open(options.ordinal)?;
+        Self::on(Arc::new(driver), options.deterministic)
+    }
+}
+
+/// The names of this machine's GPUs.
+///
+/// # Errors
+/// There is no driver, or it fails: why.
+pub fn gpus() -> Result<Vec<String>, Error> {
+    init()?;
+    let count = cuda::device::get_count().map_err(|error| failed("counting GPUs", error))?;
+    (0..count)
+        .map(|ordinal| {
+            let device = cuda::device::get(ordinal).map_err(|error| failed("a GPU", error))?;
+            cuda::device::get_name(device).map_err(|error| failed("a GPU's name", error))
+        })
+        .collect()
+}
+
+fn failed(what: &str, error: cuda::DriverError) -> Error {
+    Error::Device(format!("{what}: {error:?}"))
+}
+
+/// Opens the driver.
+fn init() -> Result<(), Error> {
+    // SAFETY: opens the library and runs its initialisers, as every program that uses CUDA does.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::Device(
+            "there is no CUDA driver (libcuda) on this machine".to_owned(),
+        ));
+    }
+    cuda::init().map_err(|error| failed("the CUDA driver does not start", error))
+}
+
+struct Kernel {
+    function: sys::CUfunction,
+    /// Dynamic shared memory it may have so far.
+    shared: u32,
+}
+
+struct Graph {
+    list: Vec<Work>,
+    executable: sys::CUgraphExec,
+    /// When it was last used.
+    used: u64,
+}
+
+/// What changes while it is used.
+#[derive(Default)]
+struct State {
+    kernels: HashMap<&'static str, Kernel>,
+    graphs: Vec<Graph>,
+    /// Lists that ran since the beginning.
+    runs: u64,
+}
+
+struct Driver {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    modules: Vec<sys::CUmodule>,
+    library: Option<Library>,
+    name: String,
+    state: Mutex<State>,
+}
+
+// SAFETY: the driver's handles may be used from any thread whose current context is theirs, which every call below sees to; what is changed is
+// behind a mutex.
+unsafe impl Send for Driver {}
+// SAFETY: as above.
+unsafe impl Sync for Driver {}
+
+impl Driver {
+    fn open(ordinal: usize) -> Result<Self, Error> {
+        init()?;
+        let index = i32::try_from(ordinal).unwrap_or(i32::MAX);
+        let device = cuda::device::get(index)
+            .map_err(|error| failed(&format!("there is no GPU {ordinal}"), error))?;
+        let name = cuda::device::get_name(device).map_err(|error| failed("a GPU's name", error))?;
+        let attribute = |attribute| {
+            // SAFETY: a device that was just found.
+            unsafe { cuda::device::get_attribute(device, attribute) }
+                .map_err(|error| failed("a GPU's attributes", error))
+        };
+        let major = attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        if major < 8 {
+            return Err(Error::Device(format!(
+                "{name} has compute capability {major}.{minor}, the kernels need 8.0 or newer"
+            )));
+        }
+        // SAFETY: as above; released when this is dropped.
+        let context = unsafe { cuda::primary_ctx::retain(device) }
+            .map_err(|error| failed("a context", error))?;
+        let mut driver = Self {
+            device,
+            context,
+            stream: std::ptr::null_mut(),
+            modules: Vec::new(),
+            library: None,
+            name: format!("{name} (compute capability {major}.{minor})"),
+            state: Mutex::default(),
+        };
+        driver.enter()?;
+        driver.stream = cuda::stream::create(cuda::stream::StreamKind::NonBlocking)
+            .map_err(|error| failed("a stream", error))?;
+        for (name, fatbin) in FATBINS {
+            // SAFETY: a fatbin by nvcc, whole and alive.
+            let module = unsafe { cuda::module::load_data(fatbin.as_ptr().cast()) }
+                .map_err(|error| failed(&format!("loading the kernels of {name}"), error))?;
+            driver.modules.push(module);
+        }
+        driver.library = Library::open(driver.stream)?;
+        Ok(driver)
+    }
+
+    /// Makes the context this thread's: calls come from whichever thread owns the backend.
+    fn enter(&self) -> Result<(), Error> {
+        // SAFETY: a context that is retained as long as this lives.
+        unsafe { cuda::ctx::set_current(self.context) }
+            .map_err(|error| failed("the GPU's context", error))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn find(&self, name: &'static str) -> Result<Kernel, Error> {
+        let text = CString::new(name).map_err(|_| Error::Device(name.to_owned()))?;
+        let found = self.modules.iter().find_map(|&module| {
+            // SAFETY: a module that is loaded as long as this lives.
+            unsafe { cuda::module::get_function(module, text.clone()) }.ok()
+        });
+        let function = found.ok_or_else(|| Error::Device(format!("there is no kernel {name}")))?;
+        Ok(Kernel {
+            function,
+            shared: SHARED_UNASKED,
+        })
+    }
+
+    fn launch(&self, state: &mut State, launch: &Launch) -> Result<(), Error> {
+        let kernel = match state.kernels.entry(launch.kernel) {
+            std::collections::hash_map::Entry::Occupied(kernel) => kernel.into_mut(),
+            std::collections::hash_map::Entry::Vacant(place) => {
+                place.insert(self.find(launch.kernel)?)
+            }
+        };
+        let name = launch.kernel;
+        if launch.shared > kernel.shared {
+            // SAFETY: a function of a loaded module.
+            unsafe {
+                cuda::function::set_function_attribute(
+                    kernel.function,
+                    FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    launch.shared as i32,
+                )
+            }
+            .map_err(|error| {
+                let wanted = launch.shared;
+                failed(
+                    &format!("{wanted} bytes of shared memory for {name}"),
+                    error,
+                )
+            })?;
+            kernel.shared = launch.shared;
+        }
+        // The driver reads as many bytes as the kernel's parameter has, which the test of sizes in the emulation compares.
+        let mut params = [launch.params().as_ptr().cast_mut().cast::<c_void>()];
+        // SAFETY: the function takes one struct of plain data by value, which the driver copies before it returns. What it points to is memory of
+        // this device that is alive until the list has run: see `Scratch` and `Buffer`.
+        unsafe {
+            cuda::launch_kernel(
+                kernel.function,
+                (launch.grid.0, launch.grid.1, 1),
+                (launch.threads, 1, 1),
+                launch.shared,
+                self.stream,
+                &mut params,
+            )
+        }
+        .map_err(|error| failed(&format!("launching {name} on {:?}", launch.grid), error))
+    }
+
+    fn issue(&self, state: &mut State, list: &[Work]) -> Result<(), Error> {
+        for work in list {
+            match work {
+                Work::Launch(launch) => self.launch(state, launch)?,
+                Work::Dense(dense) => match &self.library {
+                    Some(library) => library.run(dense)?,
+                    None => {
+                        return Err(Error::Device("cuBLASLt is not there".to_owned()));
+                    }
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Captures a list and keeps it, in place of the graph that was not used for longest where there are many.
+    fn keep(&self, state: &mut State, list: &[Work]) -> Result<(), Error> {
+        let executable = self.capture(state, list)?;
+        if state.graphs.len() >= GRAPHS {
+            let oldest = (0..GRAPHS).min_by_key(|&i| state.graphs[i].used);
+            let oldest = state.graphs.swap_remove(oldest.unwrap_or(0));
+            // SAFETY: a graph of ours; the driver keeps what still runs of it.
+            unsafe { cuda::graph::exec_destroy(oldest.executable) }
+                .map_err(|error| failed("a graph", error))?;
+        }
+        state.graphs.push(Graph {
+            list: list.to_vec(),
+            executable,
+            used: state.runs,
+        });
+        Ok(())
+    }
+
+    /// Captures a list as a graph. Kernels and algorithms are looked up before, which a capture does not allow.
+    fn capture(&self, state: &mut State, list: &[Work]) -> Result<sys::CUgraphExec, Error> {
+        let capturing = |error| failed("capturing a step", error);
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: a stream that is alive; the capture ends below whatever happens.
+        unsafe { cuda::stream::begin_capture(self.stream, mode) }.map_err(capturing)?;
+        let issued = self.issue(state, list);
+        // SAFETY: as above.
+        let graph = unsafe { cuda::stream::end_capture(self.stream) };
+        issued?;
+        let graph = graph.map_err(capturing)?;
+        // SAFETY: a graph that was just captured, and is not needed once there is an executable.
+        unsafe {
+            let executable = cuda::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            cuda::graph::destroy(graph).map_err(capturing)?;
+            executable.map_err(capturing)
+        }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        if self.enter().is_err() {
+            return;
+        }
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // Nothing is left to be done about an error here.
+        // SAFETY: handles of ours, each destroyed once, after everything on the stream is done.
+        unsafe {
+            if !self.stream.is_null() {
+                let _ = cuda::stream::synchronize(self.stream);
+            }
+            for graph in state.graphs.drain(..) {
+                let _ = cuda::graph::exec_destroy(graph.executable);
+            }
+            self.library = None;
+            for module in self.modules.drain(..) {
+                let _ = cuda::module::unload(module);
+            }
+            if !self.stream.is_null() {
+                let _ = cuda::stream::destroy(self.stream);
+            }
+            let _ = cuda::primary_ctx::release(self.device);
+        }
+    }
+}
+
+impl Device for Driver {
+    fn description(&self) -> String {
+        let library = match &self.library {
+            Some(_) => "with cuBLASLt",
+            None => "without cuBLASLt",
+        };
+        format!("{}, {library}", self.name)
+    }
+
+    fn memory(&self) -> Result<(u64, u64), Error> {
+        self.enter()?;
+        let (free, total) = cuda::mem_get_info().map_err(|error| failed("free memory", error))?;
+        Ok((free as u64, total as u64))
+    }
+
+    fn allocate(&self, bytes: usize, what: &'static str) -> Result<Pointer, Error> {
+        self.enter()?;
+        // SAFETY: plain memory, which `Buffer` gives back.
+        match unsafe { cuda::malloc_sync(bytes) } {
+            Ok(at) => Ok(at),
+            Err(error) if error.0 == sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY => {
+                Err(Error::OutOfMemory { what, bytes })
+            }
+            Err(error) => Err(failed(&format!("{bytes} bytes for {what}"), error)),
+        }
+    }
+
+    fn free(&self, at: Pointer, _bytes: usize) {
+        // An error here is an earlier one that was reported by the call that saw it.
+        if self.enter().is_ok() {
+            // SAFETY: memory of ours that nothing names any more; the driver waits for work that may still use it.
+            let _ = unsafe { cuda::free_sync(at) };
+        }
+    }
+
+    fn zero(&self, at: Pointer, bytes: usize) -> Result<(), Error> {
+        self.enter()?;
+        // SAFETY: a part of an allocation: see `Buffer`.
+        unsafe { cuda::memset_d8_async(at, 0, bytes, self.stream) }
+            .map_err(|error| failed("zeroing memory", error))
+    }
+
+    fn upload(&self, to: Pointer, from: &[u8]) -> Result<(), Error> {
+        self.enter()?;
+        // SAFETY: as above. `from` is pageable memory, which the driver has read when this returns.
+        unsafe { cuda::memcpy_htod_async(to, from, self.stream) }
+            .map_err(|error| failed("copying to the GPU", error))
+    }
+
+    fn download(&self, from: Pointer, to: &mut [u8]) -> Result<(), Error> {
+        self.enter()?;
+        // SAFETY: as above; nobody touches `to` before the stream is done.
+        unsafe {
+            cuda::memcpy_dtoh_async(to, from, self.stream)
+                .and_then(|()| cuda::stream::synchronize(self.stream))
+        }
+        .map_err(|error| failed("copying from the GPU", error))
+    }
+
+    fn copy(&self, to: Pointer, from: Pointer, bytes: usize) -> Result<(), Error> {
+        self.enter()?;
+        // SAFETY: as above.
+        unsafe { cuda::memcpy_dtod_async(to, from, bytes, self.stream) }
+            .map_err(|error| failed("copying on the GPU", error))
+    }
+
+    fn run(&self, list: &[Work], again: bool) -> Result<(), Error> {
+        self.enter()?;
+        let state = &mut *self.state();
+        state.runs += 1;
+        if !again {
+            return self.issue(state, list);
+        }
+        let Some(index) = state.graphs.iter().position(|graph| graph.list == list) else {
+            // The first time it runs as it is, so that everything it needs is looked up, and is captured for the next.
+            self.issue(state, list)?;
+            return self.keep(state, list);
+        };
+        let runs = state.runs;
+        let graph = &mut state.graphs[index];
+        graph.used = runs;
+        // SAFETY: a graph whose memory is alive: a list that names other memory is another list. Memory that was given back is named by no list
+        // that is recorded now.
+        unsafe { cuda::graph::launch(graph.executable, self.stream) }
+            .map_err(|error| failed("replaying a step", error))
+    }
+
+    fn has_dense(&self) -> bool {
+        self.library.is_some()
+    }
+}

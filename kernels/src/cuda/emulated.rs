@@ -1,0 +1,203 @@
+//! [`Emulated`]: the kernels compiled as C++ and run on this processor, thread by thread; see `cuda-emulation/emulation.h`.
+//!
+//! It proves indices, masks, fragment layouts and barriers, slowly. Every allocation ends at a page that cannot be touched, and is poisoned
+//! with NaN: what reads beyond its end or before it was written does not go unnoticed.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::backend::{CudaBackend, CudaOptions};
+use super::device::{Device, Launch, Work};
+use super::params::Pointer;
+use crate::Error;
+
+/// A page of memory, and the alignment of what CUDA allocates.
+const PAGE: usize = 4096;
+const ALIGNMENT: usize = 256;
+/// What the emulated GPU says it has.
+const TOTAL: u64 = 1 << 30;
+/// What a block may have of shared memory on the smallest GPUs there are machine code for.
+const SHARED: u32 = 99 << 10;
+/// Bytes of a NaN, as bf16, f16 or f32.
+const POISON: u8 = 0xff;
+
+unsafe extern "C" {
+    fn quire_emulated_kernel(
+        name: *const std::ffi::c_char,
+        size: *mut usize,
+        threads: *mut i32,
+    ) -> *const c_void;
+    fn quire_emulated_launch(
+        kernel: *const c_void,
+        x: i32,
+        y: i32,
+        threads: i32,
+        shared: usize,
+        params: *const c_void,
+    );
+}
+
+impl CudaBackend {
+    /// A backend whose GPU is emulated by this processor, for tests.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn emulated(options: CudaOptions) -> Result<Self, Error> {
+        Self::on(Arc::new(Emulated::default()), options.deterministic)
+    }
+}
+
+#[derive(Default)]
+struct Emulated {
+    /// Begins and lengths of the mappings by what was given out.
+    mappings: Mutex<HashMap<Pointer, (usize, usize)>>,
+}
+
+/// A kernel's entry, what its parameters occupy, and its block size.
+fn kernel(name: &'static str) -> Result<(*const c_void, usize, i32), Error> {
+    let missing = || Error::Device(format!("there is no kernel {name}"));
+    let text = CString::new(name).map_err(|_| missing())?;
+    let (mut size, mut threads) = (0, 0);
+    // SAFETY: a string and two places to write to, all alive.
+    let entry = unsafe { quire_emulated_kernel(text.as_ptr(), &raw mut size, &raw mut threads) };
+    if entry.is_null() {
+        Err(missing())
+    } else {
+        Ok((entry, size, threads))
+    }
+}
+
+impl Emulated {
+    fn launch(launch: &Launch) -> Result<(), Error> {
+        let (entry, size, threads) = kernel(launch.kernel)?;
+        if size != launch.params().len() {
+            return Err(Error::Device(format!(
+                "{} takes {size} bytes of parameters, not {}",
+                launch.kernel,
+                launch.params().len()
+            )));
+        }
+        if launch.threads != threads as u32 || launch.grid.1 > 65_535 {
+            return Err(Error::Device(format!(
+                "{} is made for blocks of {threads}, not for {launch:?}",
+                launch.kernel
+            )));
+        }
+        if launch.shared > SHARED {
+            return Err(Error::Device(format!(
+                "{} wants {} bytes of shared memory, there are {SHARED}",
+                launch.kernel, launch.shared
+            )));
+        }
+        // The parameters, at an address that is aligned for them.
+        let mut params = vec![0_u64; size.div_ceil(8)];
+        for (word, bytes) in params.iter_mut().zip(launch.params().chunks(8)) {
+            let mut all = [0; 8];
+            all[..bytes.len()].copy_from_slice(bytes);
+            *word = u64::from_ne_bytes(all);
+        }
+        // SAFETY: the entry came from the table; the parameters have the size it takes and name memory that is alive — or the kernel is wrong,
+        // which the pages around allocations are there to show.
+        unsafe {
+            quire_emulated_launch(
+                entry,
+                launch.grid.0 as i32,
+                launch.grid.1 as i32,
+                threads,
+                launch.shared as usize,
+                params.as_ptr().cast(),
+            );
+        }
+        Ok(())
+    }
+}
+
+impl Device for Emulated {
+    fn description(&self) -> String {
+        "emulated GPU".to_owned()
+    }
+
+    fn memory(&self) -> Result<(u64, u64), Error> {
+        let mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        let used: usize = mappings.values().map(|mapping| mapping.1).sum();
+        Ok((TOTAL.saturating_sub(used as u64), TOTAL))
+    }
+
+    fn allocate(&self, bytes: usize, what: &'static str) -> Result<Pointer, Error> {
+        let out_of_memory = Error::OutOfMemory { what, bytes };
+        let used = bytes.next_multiple_of(PAGE);
+        // SAFETY: a new mapping somewhere.
+        let begin = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                used + PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if begin == libc::MAP_FAILED {
+            return Err(out_of_memory);
+        }
+        // SAFETY: inside the mapping, whose last page nobody shall touch.
+        unsafe {
+            libc::mprotect(begin.byte_add(used), PAGE, libc::PROT_NONE);
+            begin.cast::<u8>().write_bytes(POISON, used);
+        }
+        // As near to that page as the alignment allows.
+        let at = begin as usize + (used - bytes) / ALIGNMENT * ALIGNMENT;
+        let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        mappings.insert(at as Pointer, (begin as usize, used + PAGE));
+        Ok(at as Pointer)
+    }
+
+    fn free(&self, at: Pointer, _bytes: usize) {
+        let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((begin, len)) = mappings.remove(&at) {
+            // SAFETY: a mapping of ours that nothing names any more.
+            unsafe { libc::munmap(begin as *mut c_void, len) };
+        }
+    }
+
+    fn zero(&self, at: Pointer, bytes: usize) -> Result<(), Error> {
+        // SAFETY: a part of an allocation: see `Buffer`.
+        unsafe { (at as *mut u8).write_bytes(0, bytes) };
+        Ok(())
+    }
+
+    fn upload(&self, to: Pointer, from: &[u8]) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
+        Ok(())
+    }
+
+    fn download(&self, from: Pointer, to: &mut [u8]) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    fn copy(&self, to: Pointer, from: Pointer, bytes: usize) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
+    }
+
+    fn run(&self, list: &[Work], _again: bool) -> Result<(), Error> {
+        for work in list {
+            match work {
+                Work::Launch(launch) => Self::launch(launch)?,
+                Work::Dense(_) => {
+                    return Err(Error::Device("the emulation has no library".to_owned()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn has_dense(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,35 @@
+//! The CUDA backend: [`CudaBackend`].
+//!
+//! Kernels are the `.cu` files beside this one, compiled ahead of time by nvcc and embedded (feature `cuda`; see `build.rs`), or by a C++ compiler
+//! for the emulation that tests run them in (feature `cuda-emulation`). What the host does is the same for both: `backend` checks and records, `plan` lays a step
+//! out, `matrix` lays weights out, `products`, `attention` and `experts` choose kernels, and a `device` runs the list: `driver` or `emulated`.
+//!
+//! Activations are f32 in the residual stream and behind products, bf16 before them; sums are f32. The KV cache is f16 (f32 without tensor cores).
+//!
+//! **Invariant:** no kernel uses an atomic on a float, and where positions and k are split is a function of the sequence and the matrix; with
+//! [`CudaOptions::deterministic`] it is also the same for any number of rows.
+
+mod attention;
+mod backend;
+mod buffers;
+#[cfg(feature = "cuda")]
+mod cublaslt;
+mod device;
+#[cfg(feature = "cuda")]
+mod driver;
+#[cfg(feature = "cuda-emulation")]
+mod emulated;
+mod experts;
+mod matrix;
+mod measure;
+mod params;
+mod plan;
+mod products;
+mod scratch;
+
+pub use backend::{CudaBackend, CudaOptions};
+pub use buffers::{Activations, KvCache, Vector};
+#[cfg(feature = "cuda")]
+pub use driver::gpus;
+pub use matrix::Matrix;
+pub use measure::Limits;

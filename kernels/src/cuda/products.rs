@@ -1,0 +1,355 @@
+//! Products: which kernel, in which tiles.
+
+use super::backend::CudaBackend;
+use super::buffers::{Activations, Vector};
+use super::device::{Dense, DenseShape, Operand, Work};
+use super::matrix::{Layout, Matrix, Segment};
+use super::params::{self, Pointer, Precision, Rows};
+use super::scratch::Purpose;
+use crate::Error;
+
+/// Most rows that the kernels bound by memory take in one tile; with more, weights are read again or tensor cores are the limit.
+const FEW: usize = 32;
+/// Features and rows of a block; see the kernels.
+const FEW_FEATURES: usize = 16;
+const MANY_FEATURES: usize = 128;
+const MANY_K: usize = 64;
+const FLOAT_FEATURES: usize = 8;
+const FLOAT_ROWS: usize = 4;
+
+/// The experts' part of a product: tiles of places.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tiles {
+    /// Where they are, and where their number is.
+    pub at: Pointer,
+    pub count: Pointer,
+    /// The row of x of each place; 0: the place itself.
+    pub row_of: Pointer,
+    /// Most there can be.
+    pub most: usize,
+    /// Output features of an expert.
+    pub features: usize,
+    /// The kernel whose tiles they are.
+    pub choice: Choice,
+}
+
+/// A kernel and its tile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Choice {
+    kernel: &'static str,
+    /// Most rows of a block.
+    pub rows: usize,
+    features: usize,
+    shared: usize,
+}
+
+/// The kernels of a layout: for up to 8, 16 and 32 rows, and in tiles of 64 and 128 rows.
+fn kernels(layout: Layout) -> [&'static str; 5] {
+    macro_rules! of {
+        ($name:literal) => {
+            [
+                concat!("product_few_", $name, "_8"),
+                concat!("product_few_", $name, "_16"),
+                concat!("product_few_", $name, "_32"),
+                concat!("product_many_", $name, "_64"),
+                concat!("product_many_", $name, "_128"),
+            ]
+        };
+    }
+    match layout {
+        Layout::F32 => ["product_f32"; 5],
+        Layout::Bf16 => of!("bf16"),
+        Layout::F16 => of!("f16"),
+        Layout::Q4_0 => of!("q4_0"),
+        Layout::Q5_1 => of!("q5_1"),
+        Layout::Q4K => of!("q4_k"),
+        Layout::Q8_0 => of!("q8_0"),
+        Layout::Int4(_) => of!("int4"),
+        Layout::Int8(_) => of!("int8"),
+        Layout::Fp8(_) => of!("fp8"),
+    }
+}
+
+/// The kernel for `rows` rows. `deterministic`: the same arithmetic for any number.
+pub(super) fn choose(layout: Layout, rows: usize, deterministic: bool) -> Choice {
+    let kernels = kernels(layout);
+    if layout == Layout::F32 {
+        return Choice {
+            kernel: kernels[0],
+            rows: FLOAT_ROWS,
+            features: FLOAT_FEATURES,
+            shared: 0,
+        };
+    }
+    let (index, rows) = match rows {
+        0..=8 => (0, 8),
+        9..=16 => (1, 16),
+        _ if rows <= FEW || deterministic => (2, FEW),
+        33..=64 => (3, 64),
+        _ => (4, 128),
+    };
+    let kernel = kernels[index];
+    if rows <= FEW {
+        Choice {
+            kernel,
+            rows,
+            features: FEW_FEATURES,
+            // A sum for each of 8 warps.
+            shared: 8 * rows * FEW_FEATURES * size_of::<f32>(),
+        }
+    } else {
+        Choice {
+            kernel,
+            rows,
+            features: MANY_FEATURES,
+            // Two buffers of weights and of activations.
+            shared: 2 * (MANY_FEATURES + rows) * MANY_K * size_of::<u16>(),
+        }
+    }
+}
+
+impl CudaBackend {
+    pub(super) fn linear_into(
+        &mut self,
+        x: &Activations,
+        matrix: &Matrix,
+        bias: Option<&Vector>,
+        out: &mut Activations,
+        add: bool,
+    ) -> Result<(), Error> {
+        let rows = self.rows();
+        let bias = match bias {
+            None => 0,
+            Some(bias) => bias.of(matrix.rows, "a bias")?,
+        };
+        x.check(rows, matrix.cols, "input of a product")?;
+        let to = out.floats(rows, matrix.rows, "output of a product")?;
+        self.product(x.params(), rows, matrix, bias, (to, matrix.rows), add)
+    }
+
+    /// `out[r] (+)= matrix · x[r] + bias` for `rows` rows; `out`: where, and its stride.
+    pub(super) fn product(
+        &mut self,
+        x: Rows,
+        rows: usize,
+        matrix: &Matrix,
+        bias: Pointer,
+        (out, stride): (Pointer, usize),
+        add: bool,
+    ) -> Result<(), Error> {
+        // Segments mostly want the same of x; what was converted for one serves the next.
+        let mut operands: Option<(Layout, Pointer, Rows)> = None;
+        for segment in &matrix.segments {
+            let like = (segment.layout == Layout::F32, segment.order());
+            let x = match operands {
+                Some((layout, order, x)) if (layout == Layout::F32, order) == like => x,
+                _ => self.operands(x, rows, segment, matrix.cols)?,
+            };
+            operands = Some((segment.layout, segment.order(), x));
+            let product = params::Product {
+                w: segment.params(),
+                x: x.data,
+                out,
+                bias,
+                tiles: 0,
+                tile_count: 0,
+                row_of: 0,
+                rows: rows as i32,
+                features: segment.rows as i32,
+                x_stride: x.stride,
+                out_stride: stride as i32,
+                column: segment.first as i32,
+                add: i32::from(add),
+            };
+            if self.dense(segment, &product, x)? {
+                continue;
+            }
+            let choice = choose(segment.layout, rows, self.deterministic);
+            let blocks = (
+                segment.rows.div_ceil(choice.features),
+                rows.div_ceil(choice.rows),
+            );
+            self.run_product(choice, blocks, product, x);
+        }
+        Ok(())
+    }
+
+    /// The product of every place with its expert's part of the matrix. `out` `[places, features]`.
+    pub(super) fn experts_product(
+        &mut self,
+        x: Rows,
+        x_rows: usize,
+        matrix: &Matrix,
+        bias: Pointer,
+        tiles: Tiles,
+        out: Pointer,
+    ) -> Result<(), Error> {
+        let (choice, features) = (tiles.choice, tiles.features);
+        let segment = one_segment(matrix)?;
+        let x = self.operands(x, x_rows, segment, matrix.cols)?;
+        let product = params::Product {
+            w: segment.params(),
+            x: x.data,
+            out,
+            bias,
+            tiles: tiles.at,
+            tile_count: tiles.count,
+            row_of: tiles.row_of,
+            rows: 0,
+            features: features as i32,
+            x_stride: x.stride,
+            out_stride: features as i32,
+            column: 0,
+            add: 0,
+        };
+        let blocks = (features.div_ceil(choice.features), tiles.most);
+        self.run_product(choice, blocks, product, x);
+        Ok(())
+    }
+
+    fn run_product(
+        &mut self,
+        choice: Choice,
+        blocks: (usize, usize),
+        product: params::Product,
+        x: Rows,
+    ) {
+        if choice.kernel == "product_f32" {
+            let product = params::FloatProduct { of: product, x };
+            self.launch(choice.kernel, blocks, choice.shared, &product);
+        } else {
+            self.launch(choice.kernel, blocks, choice.shared, &product);
+        }
+    }
+
+    /// Rows as a segment multiplies them: bf16 (any precision with f32 matrices), their columns in its order.
+    fn operands(
+        &mut self,
+        x: Rows,
+        rows: usize,
+        segment: &Segment,
+        cols: usize,
+    ) -> Result<Rows, Error> {
+        let fits = segment.layout == Layout::F32 || x.precision == Precision::Bf16 as i32;
+        if fits && segment.order() == 0 {
+            return Ok(x);
+        }
+        let precision = if segment.layout == Layout::F32 {
+            Precision::F32
+        } else {
+            Precision::Bf16
+        };
+        let out = Rows {
+            data: self
+                .scratch
+                .get(Purpose::Operands, rows * cols * size_of::<f32>())?,
+            stride: cols as i32,
+            precision: precision as i32,
+        };
+        let convert = params::Convert {
+            x,
+            out,
+            order: segment.order(),
+            cols: cols as i32,
+            pad: 0,
+        };
+        self.launch("convert", (rows, 1), 0, &convert);
+        Ok(out)
+    }
+
+    /// Records the product for the device's library, where it has one and it pays.
+    fn dense(
+        &mut self,
+        segment: &Segment,
+        product: &params::Product,
+        x: Rows,
+    ) -> Result<bool, Error> {
+        let operand = match segment.layout {
+            Layout::Bf16 => Operand::Bf16,
+            Layout::F16 => Operand::F16,
+            _ => return Ok(false),
+        };
+        let rows = product.rows as usize;
+        if rows <= FEW || self.deterministic || !self.device.has_dense() {
+            return Ok(false);
+        }
+        let cols = segment.params().cols;
+        let mut x = x;
+        if operand == Operand::F16 {
+            let out = Rows {
+                data: self
+                    .scratch
+                    .get(Purpose::Halves, rows * cols as usize * size_of::<u16>())?,
+                stride: cols,
+                precision: Precision::Bf16 as i32,
+            };
+            let convert = params::Convert {
+                x,
+                out,
+                order: 0,
+                cols,
+                pad: 0,
+            };
+            self.launch("convert_f16", (rows, 1), 0, &convert);
+            x = out;
+        }
+        let at = (product.column as usize * size_of::<f32>()) as u64;
+        self.record(Work::Dense(Dense {
+            shape: DenseShape {
+                operand,
+                rows: product.rows as u32,
+                features: product.features as u32,
+                cols: cols as u32,
+                x_stride: x.stride as u32,
+                out_stride: product.out_stride as u32,
+                add: product.add != 0,
+            },
+            w: segment.params().quants,
+            x: x.data,
+            out: product.out + at,
+        }));
+        if product.bias != 0 {
+            let bias = params::AddBias {
+                x: product.out + at,
+                bias: product.bias + at,
+                stride: product.out_stride,
+                cols: product.features,
+            };
+            self.launch("add_bias", (rows, 1), 0, &bias);
+        }
+        Ok(true)
+    }
+}
+
+/// The only segment of a matrix of experts: their rows are found by counting.
+pub(super) fn one_segment(matrix: &Matrix) -> Result<&Segment, Error> {
+    match &matrix.segments[..] {
+        [segment] => Ok(segment),
+        segments => Err(Error::Shape(format!(
+            "experts stored in {} different ways in one matrix, which there is no kernel for on a GPU",
+            segments.len()
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_for_a_number_of_rows_has_a_tile_for_them() {
+        for rows in 1..300 {
+            let choice = choose(Layout::Q4_0, rows, false);
+            assert!(choice.rows >= rows.min(128), "{rows}: {choice:?}");
+            assert!(choice.shared <= 96 << 10, "fits every GPU");
+        }
+    }
+
+    #[test]
+    fn deterministic_products_are_the_same_arithmetic_for_any_number_of_rows() {
+        for rows in 1..300 {
+            let kernel = choose(Layout::Bf16, rows, true).kernel;
+            assert!(kernel.starts_with("product_few_"), "{rows}: {kernel}");
+        }
+    }
+}
