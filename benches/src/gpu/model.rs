@@ -236,8 +236,10 @@ pub fn step(sequences: usize, context: usize, rows: usize) -> Step {
     let blocks = (context + rows).div_ceil(BLOCK) as u32;
     let all = sequences as u32 * blocks;
     // Blocks are scattered, as they are in a cache that is used.
-    let stride = (7919..).find(|&stride| gcd(stride, u64::from(all)) == 1);
-    let stride = stride.unwrap_or(1);
+    let mut stride = 7919;
+    while gcd(stride, u64::from(all)) != 1 {
+        stride += 1;
+    }
     for sequence in 0..sequences as u32 {
         step.spans.push(Span {
             row: step.tokens.len() as u32,

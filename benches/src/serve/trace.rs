@@ -1,4 +1,4 @@
-//! [`Trace`]: when requests came to somebody's server, and how long they were. Only the times and the lengths: nobody publishes the words.
+//! Traces: when requests came to somebody's server, and how long they were. Only the times and the lengths: nobody publishes the words.
 //!
 //! Two forms are read. CSV with a heading, as the Azure LLM inference traces have it (`TIMESTAMP,ContextTokens,GeneratedTokens`; a timestamp is a date and time, or
 //! seconds), and lines of JSON, as the Mooncake traces have them (`{"timestamp": 27482, "input_length": 6955, "output_length": 52}`, in milliseconds).
