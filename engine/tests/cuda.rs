@@ -17,8 +17,9 @@ use quire_kernels::{Backend, KvDtype};
 use quire_scheduler::TokenId;
 use safetensors::SafeTensors;
 
-/// `‖ours − theirs‖ / ‖theirs‖` of a row of logits whose operands are bf16.
-const TOLERANCE: f64 = 2e-2;
+/// `‖ours − theirs‖ / ‖theirs‖` of a row of logits whose operands are bf16. (Between transformers in bf16 and in f32 it is 0.014 to 0.021 for the
+/// median row of these models, and far more where rounding chooses another expert.)
+const TOLERANCE: f64 = 3e-2;
 
 fn on_a_gpu() -> bool {
     std::env::var_os("QUIRE_TEST_GPU").is_some()
