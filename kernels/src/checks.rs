@@ -2,6 +2,9 @@
 
 use crate::{AttentionShape, Error, KvLayer, KvShape, Span, Step};
 
+/// Positions that kernels walk a KV cache in; blocks are a multiple of it.
+pub(crate) const KV_TILE: usize = 16;
+
 /// Refuses a step whose parts do not fit each other; the kernels rely on it.
 pub(crate) fn check_step(step: &Step) -> Result<(), Error> {
     let rows = step.rows();
@@ -95,4 +98,44 @@ pub(crate) fn check_layer(
             "{layer:?} of {shape:?} does not fit the cache {kv:?}"
         )))
     }
+}
+
+/// Refuses a rotary table that turns more than heads of `head_dim` elements have, or half a pair.
+pub(crate) fn check_rotary(cols: usize, head_dim: usize) -> Result<(), Error> {
+    if cols <= head_dim && cols.is_multiple_of(2) {
+        return Ok(());
+    }
+    Err(Error::Shape(format!(
+        "a rotary table of {cols} columns for heads of {head_dim}"
+    )))
+}
+
+/// The bytes of a KV cache of this shape.
+///
+/// # Errors
+/// It is empty, has blocks that kernels do not walk, or is larger than any memory.
+pub(crate) fn kv_bytes(shape: &KvShape) -> Result<usize, Error> {
+    if !shape.block_size.is_multiple_of(KV_TILE) {
+        return Err(Error::Shape(format!(
+            "KV blocks of {} positions, expected a multiple of {KV_TILE}",
+            shape.block_size
+        )));
+    }
+    let sizes = [
+        shape.layers,
+        shape.kv_heads,
+        shape.block_size,
+        shape.head_dim,
+    ];
+    if sizes.contains(&0) {
+        return Err(Error::Shape(format!("an empty KV cache shape: {shape:?}")));
+    }
+    // Keys and values of up to 8 bytes an element, scales included: what is less cannot overflow in `block_bytes`.
+    let mut most = sizes.into_iter().chain([shape.blocks, 2 * 8]);
+    most.try_fold(1_usize, usize::checked_mul)
+        .ok_or(Error::OutOfMemory {
+            what: "the KV cache",
+            bytes: usize::MAX,
+        })?;
+    Ok(shape.block_bytes() * shape.blocks)
 }

@@ -13,7 +13,7 @@ use super::pool::Pool;
 use super::ranked::Ranked;
 use super::simd::{Isa, dispatch};
 use super::topology::{self, Topology};
-use crate::checks::{check_layer, check_step, check_tables};
+use crate::checks::{check_layer, check_rotary, check_step, check_tables};
 use crate::{
     Activation, AttentionShape, Backend, Collective, Error, Experts, Format, KvLayer, KvShape,
     LogitsRule, MatrixPart, Norm, QkvLayer, Rank, Rotary, Shard, Step,
@@ -423,11 +423,7 @@ impl Backend for CpuBackend {
         let (heads, kv_heads) = (shape.heads, shape.kv_heads);
         let columns = (heads + 2 * kv_heads) * d;
         let rotary_cols = layer.rotary.map_or(0, |rotary| rotary.cols);
-        if rotary_cols > d || !rotary_cols.is_multiple_of(2) {
-            return Err(Error::Shape(format!(
-                "a rotary table of {rotary_cols} columns for heads of {d}"
-            )));
-        }
+        check_rotary(rotary_cols, d)?;
         let rotary: &[f32] = match layer.rotary {
             None => &[],
             Some(rotary) => rotary.first(rows, rotary_cols, "rotary table")?,

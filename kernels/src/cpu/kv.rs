@@ -15,10 +15,11 @@ use std::ops::Range;
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
 use super::simd::{LANES, Simd};
+use crate::checks::{KV_TILE, kv_bytes};
 use crate::{Error, KvDtype, KvShape};
 
 /// Positions of a transposed group of keys; attention walks the cache in tiles of this size.
-pub(crate) const TILE: usize = 16;
+pub(crate) const TILE: usize = KV_TILE;
 
 /// The cache of all layers.
 pub struct KvCache {
@@ -41,32 +42,7 @@ impl std::fmt::Debug for KvCache {
 impl KvCache {
     /// For the threads of `pool`.
     pub(crate) fn new(shape: &KvShape, pool: &Pool) -> Result<Self, Error> {
-        if shape.block_size == 0 || !shape.block_size.is_multiple_of(TILE) {
-            return Err(Error::Shape(format!(
-                "KV blocks of {} positions, expected a multiple of {TILE}",
-                shape.block_size
-            )));
-        }
-        if shape.layers == 0 || shape.kv_heads == 0 || shape.head_dim == 0 {
-            return Err(Error::Shape(format!("an empty KV cache shape: {shape:?}")));
-        }
-        let bytes = [
-            shape.layers,
-            shape.blocks,
-            shape.kv_heads,
-            // Of elements of up to 8 bytes, so that what is less cannot overflow below.
-            16,
-            shape.block_size,
-            shape.head_dim,
-        ]
-        .into_iter()
-        .try_fold(1_usize, usize::checked_mul)
-        .ok_or(Error::OutOfMemory {
-            what: "the KV cache",
-            bytes: usize::MAX,
-        })?;
-        debug_assert!(shape.block_bytes() * shape.blocks <= bytes);
-        let bytes = shape.block_bytes() * shape.blocks;
+        let bytes = kv_bytes(shape)?;
         let nodes: Vec<_> = (0..pool.nodes())
             .map(|node| pool.share(shape.kv_heads, node))
             .collect();

@@ -11,7 +11,7 @@ use super::matrix::{Layout, Matrix};
 use super::params::{self, Header, Params, Pointer, Precision, Rows, bytes_of};
 use super::plan::Plan;
 use super::scratch::{Purpose, Scratch};
-use crate::checks::{check_layer, check_step, check_tables};
+use crate::checks::{check_layer, check_rotary, check_step, check_tables};
 use crate::cpu::pool::Pool;
 use crate::cpu::topology::Topology;
 use crate::{
@@ -418,15 +418,10 @@ impl Backend for CudaBackend {
         let data = qkv.floats(rows, all * d, what)?;
         let (rotary, pairs) = match layer.rotary {
             None => (0, 0),
-            Some(rotary) if rotary.cols <= d && rotary.cols.is_multiple_of(2) => (
-                rotary.floats(rows, rotary.cols, "rotary table")?,
-                rotary.cols / 2,
-            ),
             Some(rotary) => {
-                return Err(Error::Shape(format!(
-                    "a rotary table of {} columns for heads of {d}",
-                    rotary.cols
-                )));
+                check_rotary(rotary.cols, d)?;
+                let table = rotary.floats(rows, rotary.cols, "rotary table")?;
+                (table, rotary.cols / 2)
             }
         };
         // Norms over all heads together come first, those of single heads with the rotation.

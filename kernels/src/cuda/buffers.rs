@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::device::{Buffer, Device, bytes_of_slice, bytes_of_slice_mut};
 use super::params::{Pointer, Precision, Rows};
+use crate::checks::kv_bytes;
 use crate::{Error, KvDtype, KvShape};
 
 /// A matrix of activations, `[rows, cols]`: f32 in the residual stream and behind products, bf16 before them. Who writes it decides.
@@ -139,41 +140,13 @@ pub struct KvCache {
 
 impl KvCache {
     pub(super) fn new(device: &Arc<dyn Device>, shape: &KvShape) -> Result<Self, Error> {
-        if shape.layers == 0 || shape.kv_heads == 0 || shape.head_dim == 0 || shape.block_size == 0
-        {
-            return Err(Error::Shape(format!("an empty KV cache shape: {shape:?}")));
-        }
-        if !shape.block_size.is_multiple_of(16) {
-            return Err(Error::Shape(format!(
-                "KV blocks of {} positions, expected a multiple of 16",
-                shape.block_size
+        if shape.dtype == KvDtype::Q8 {
+            return Err(Error::Device(format!(
+                "a GPU keeps keys and values as f16 or f32, and not as {}",
+                shape.dtype.name()
             )));
         }
-        let size = match shape.dtype {
-            KvDtype::F16 => 2,
-            KvDtype::F32 => 4,
-            KvDtype::Q8 => {
-                return Err(Error::Device(format!(
-                    "a GPU keeps keys and values as f16 or f32, and not as {}",
-                    shape.dtype.name()
-                )));
-            }
-        };
-        let bytes = [
-            shape.layers,
-            shape.blocks,
-            shape.kv_heads,
-            2,
-            shape.block_size,
-            shape.head_dim,
-            size,
-        ]
-        .into_iter()
-        .try_fold(1_usize, usize::checked_mul)
-        .ok_or(Error::OutOfMemory {
-            what: "the KV cache",
-            bytes: usize::MAX,
-        })?;
+        let bytes = kv_bytes(shape)?;
         Ok(Self {
             shape: *shape,
             // Zeroes, because a masked position is multiplied with what is there.

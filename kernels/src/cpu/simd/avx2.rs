@@ -18,26 +18,11 @@ fn settled(mut x: __m256i) -> __m256i {
     x
 }
 
-/// `x`, of which compilers are to know nothing.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn opaque(mut x: __m256i) -> __m256i {
-    // SAFETY: there are no instructions.
-    unsafe {
-        std::arch::asm!("/* {0} */", inout(ymm_reg) x, options(pure, nomem, nostack, preserves_flags));
-    }
-    x
-}
-
 /// Adds to sums of pairs those of the products of a group of nibbles, low halves and then high ones, with eight activations of each row; see
 /// [`Simd::dot_q4`].
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // the promise of `dot_q4`
-unsafe fn add_nibbles<const T: usize, const FIRST: bool>(
-    pairs: &mut [[__m256i; 2]; T],
-    w: *const u8,
-    x: *const i8,
-) {
+unsafe fn add_nibbles<const T: usize>(pairs: &mut [[__m256i; 2]; T], w: *const u8, x: *const i8) {
     unsafe {
         let low = _mm256_set1_epi8(15);
         let both = [
@@ -57,11 +42,7 @@ unsafe fn add_nibbles<const T: usize, const FIRST: bool>(
                 let x = _mm256_set1_epi32(x.read_unaligned());
                 for half in 0..2 {
                     let pair = _mm256_maddubs_epi16(q[half], x);
-                    pairs[t][half] = if FIRST && nibble == 0 {
-                        pair
-                    } else {
-                        _mm256_add_epi16(pairs[t][half], pair)
-                    };
+                    pairs[t][half] = _mm256_add_epi16(pairs[t][half], pair);
                 }
             }
             for pair in pairs.as_flattened_mut() {
@@ -386,11 +367,6 @@ impl Simd for Avx2 {
                         dots[t][half] = _mm256_add_epi32(dots[t][half], four);
                     }
                 }
-                if T > 1 {
-                    for dot in dots.as_flattened_mut() {
-                        *dot = settled(*dot);
-                    }
-                }
             }
             dots
         }
@@ -404,15 +380,12 @@ impl Simd for Avx2 {
         unsafe {
             // Eight sums of two products, each at most 15 · 127, fit 16 bits; they are widened once.
             let mut pairs = [[_mm256_setzero_si256(); 2]; T];
-            add_nibbles::<T, true>(&mut pairs, w, x);
-            add_nibbles::<T, false>(&mut pairs, w.add(QUAD), x.add(8));
-            add_nibbles::<T, false>(&mut pairs, w.add(2 * QUAD), x.add(16));
-            add_nibbles::<T, false>(&mut pairs, w.add(3 * QUAD), x.add(24));
+            for g in 0..4 {
+                add_nibbles::<T>(&mut pairs, w.add(QUAD * g), x.add(8 * g));
+            }
             let ones = _mm256_set1_epi16(1);
             for t in 0..T {
-                // (Eight times the sum, in vectors: compilers multiply first and spread then, which takes three instructions more.)
-                let sum = opaque(_mm256_set1_epi32(*sums.add(t)));
-                let offset = _mm256_slli_epi32::<3>(sum);
+                let offset = _mm256_set1_epi32(8 * *sums.add(t));
                 for half in 0..2 {
                     let four = _mm256_madd_epi16(pairs[t][half], ones);
                     pairs[t][half] = _mm256_sub_epi32(four, offset);

@@ -3,7 +3,7 @@
 #[allow(clippy::wildcard_imports)] // thirty intrinsics
 use std::arch::x86_64::*;
 
-use super::{Avx2, PANEL, QUAD, Simd};
+use super::{Avx2, PANEL, QUAD, Simd, pairs_are_sums};
 
 /// AVX-512 F, BW, DQ, VL and VNNI.
 #[derive(Clone, Copy)]
@@ -17,7 +17,7 @@ impl Simd for Avx512 {
     type V = __m512;
     type W = __m512i;
     type B = __m512i;
-    type P = __m512i;
+    pairs_are_sums!();
 
     const WIDE: usize = PANEL;
     const FLOAT_ROWS: usize = 12;
@@ -250,18 +250,6 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn bdot(sums: Self::W, w: Self::B, x: i32) -> Self::W {
         unsafe { _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(x)) }
-    }
-    #[inline(always)]
-    unsafe fn pbegin(sums: Self::W) -> Self::P {
-        sums
-    }
-    #[inline(always)]
-    unsafe fn pdot(pairs: Self::P, w: Self::B, x: i32) -> Self::P {
-        unsafe { Self::bdot(pairs, w, x) }
-    }
-    #[inline(always)]
-    unsafe fn pend(_: Self::W, pairs: Self::P) -> Self::W {
-        pairs
     }
     #[inline(always)]
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {

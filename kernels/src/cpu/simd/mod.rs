@@ -245,6 +245,27 @@ pub(crate) trait Simd: Copy {
     ) -> [[Self::W; 2]; T];
 }
 
+/// [`Simd::P`] and its operations where products are added up in 32 bits at once: sums like others.
+macro_rules! pairs_are_sums {
+    () => {
+        type P = Self::W;
+        #[inline(always)]
+        unsafe fn pbegin(sums: Self::W) -> Self::P {
+            sums
+        }
+        #[inline(always)]
+        unsafe fn pdot(pairs: Self::P, w: Self::B, x: i32) -> Self::P {
+            // SAFETY: the caller's promise.
+            unsafe { Self::bdot(pairs, w, x) }
+        }
+        #[inline(always)]
+        unsafe fn pend(_: Self::W, pairs: Self::P) -> Self::W {
+            pairs
+        }
+    };
+}
+pub(crate) use pairs_are_sums;
+
 /// Calls a kernel body `f::<S>(args…)`, generic over [`Simd`], compiled for the instruction set `isa`.
 macro_rules! dispatch {
     ($isa:expr, $f:ident ( $($arg:ident : $ty:ty),* $(,)? )) => {{

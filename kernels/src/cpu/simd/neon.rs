@@ -11,7 +11,7 @@ use std::arch::aarch64::*;
 use std::arch::asm;
 use std::marker::PhantomData;
 
-use super::{LANES, PANEL, QUAD, Simd};
+use super::{LANES, PANEL, QUAD, Simd, pairs_are_sums};
 
 pub(crate) use products::{Dotprod, Products, Widening};
 
@@ -39,7 +39,7 @@ impl<P: Products> Simd for Neon<P> {
     type V = [float32x4_t; REGISTERS];
     type W = [int32x4_t; REGISTERS];
     type B = [uint8x16_t; REGISTERS];
-    type P = [int32x4_t; REGISTERS];
+    pairs_are_sums!();
 
     const WIDE: usize = LANES;
     // 6 rows × 4 registers of accumulators, as many of weights and a broadcast fill 29 of 32 registers.
@@ -338,18 +338,6 @@ impl<P: Products> Simd for Neon<P> {
             let x = vreinterpretq_s8_s32(vdupq_n_s32(x));
             add::<P, 1, 1>(sums, &[w], x)
         }
-    }
-    #[inline(always)]
-    unsafe fn pbegin(sums: Self::W) -> Self::P {
-        sums
-    }
-    #[inline(always)]
-    unsafe fn pdot(pairs: Self::P, w: Self::B, x: i32) -> Self::P {
-        unsafe { Self::bdot(pairs, w, x) }
-    }
-    #[inline(always)]
-    unsafe fn pend(_: Self::W, pairs: Self::P) -> Self::W {
-        pairs
     }
     #[inline(always)]
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {

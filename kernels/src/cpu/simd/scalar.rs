@@ -1,6 +1,6 @@
 //! [`Scalar`]: plain Rust, lane by lane. What the vector code must equal to the last bit.
 
-use super::{LANES, PANEL, QUAD, Simd};
+use super::{LANES, PANEL, QUAD, Simd, pairs_are_sums};
 use crate::quantize::e4m3::half_bits;
 
 /// Plain Rust.
@@ -20,7 +20,7 @@ impl Simd for Scalar {
     type V = [f32; PANEL];
     type W = [i32; PANEL];
     type B = [u8; QUAD];
-    type P = [i32; PANEL];
+    pairs_are_sums!();
 
     const VECTORS: bool = false;
     const WIDE: usize = PANEL;
@@ -243,18 +243,6 @@ impl Simd for Scalar {
             }
         }
         sums
-    }
-    #[inline(always)]
-    unsafe fn pbegin(sums: Self::W) -> Self::P {
-        sums
-    }
-    #[inline(always)]
-    unsafe fn pdot(pairs: Self::P, w: Self::B, x: i32) -> Self::P {
-        unsafe { Self::bdot(pairs, w, x) }
-    }
-    #[inline(always)]
-    unsafe fn pend(_: Self::W, pairs: Self::P) -> Self::W {
-        pairs
     }
     #[inline(always)]
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {
