@@ -3,7 +3,7 @@
 import re
 
 import expect
-from server import Server
+from server import MANY, Server
 
 LABELS = {"model_name": "demo", "engine": "0"}
 GAUGES = [
@@ -123,22 +123,22 @@ def reasons_are_told_apart(server: Server) -> None:
     question = [{"role": "user", "content": "What is a slice?"}]
     server.post("/v1/chat/completions", {"model": "demo", "messages": question, "temperature": 0})
     expect.within(5, lambda: finished("stop") == stop + 1, "a stopped request was counted")
-    body = {"model": "demo", "prompt": "A", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    body = {"model": "demo", "prompt": "A", "max_tokens": 2000, "n": MANY, "ignore_eos": True, "stream": True}
     with server.http.stream("POST", "/v1/completions", json=body) as response:
         next(response.iter_lines())
-    expect.within(5, lambda: finished("abort") == abort + 1, "a request whose client went away was counted")
+    expect.within(5, lambda: finished("abort") > abort, "a request whose client went away was counted")
 
 
 def gauges_show_what_runs(server: Server) -> None:
     server.comes_to_rest()
     expect.equal(server.metrics().value("vllm:kv_cache_usage_perc"), 0, "usage at rest")
-    body = {"model": "demo", "prompt": "A", "max_tokens": 1900, "n": 4, "ignore_eos": True, "stream": True}
+    body = {"model": "demo", "prompt": "A", "max_tokens": 1900, "n": MANY, "ignore_eos": True, "stream": True}
     with server.http.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()
         for _ in range(100):
             next(lines)
+        expect.within(10, lambda: server.metrics().value("vllm:num_requests_running") == MANY, "all sequences run")
         metrics = server.metrics()
-    expect.equal(metrics.value("vllm:num_requests_running"), 4, "sequences that run")
     used, total = metrics.value("quire_kv_blocks_used"), metrics.value("quire_kv_blocks_total")
     expect.that(0 < used < total, f"{used} of {total} blocks")
     expect.that(abs(metrics.value("vllm:kv_cache_usage_perc") - used / total) < 1e-6, "kv_cache_usage_perc is a share of 1")

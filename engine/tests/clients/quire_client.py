@@ -6,7 +6,7 @@ from typing import Any
 
 import expect
 import seen
-from server import Server
+from server import MANY, Server
 from stubs import pb, pb_grpc
 
 # No call waits longer, whatever the server does.
@@ -135,6 +135,11 @@ def text_request(text: str, max_tokens: int = 16, **fields: Any) -> Any:
         "stop": pb.StopConditions(max_tokens=max_tokens, ignore_eos=True),
     }
     return pb.GenerateRequest(**(request | fields))
+
+
+def endless_request(text: str = "A", **fields: Any) -> Any:
+    """MANY sequences of 1,900 tokens; something is to be seen or done while it runs, and then it is cancelled."""
+    return text_request(text, 1900, sampling=pb.SamplingParams(temperature=0, n=MANY), **fields)
 
 
 def chat_request(*messages: dict[str, Any], **fields: Any) -> Any:

@@ -6,7 +6,7 @@ import expect
 from server import Server
 from vllm_client import VllmClient
 
-RUNNING, WAITING = 3, 5
+RUNNING, WAITING = 32, 5
 
 
 def at_rest_all_say_that_nothing_runs(server: Server) -> None:
@@ -27,7 +27,8 @@ def at_rest_all_say_that_nothing_runs(server: Server) -> None:
 
 
 def under_load_all_say_what_runs_and_waits(start) -> None:
-    server = start("--max-seqs", str(RUNNING))
+    # One thread and many sequences: nothing of it ends while it is looked at.
+    server = start("--max-seqs", str(RUNNING), "--threads", "1")
     client = VllmClient(server)
     prompt = list(range(50))
     streams = [

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import expect
 from fleet import bits
-from server import Server
+from server import MANY, Server
 from vllm_client import VllmClient, common, pb
 
 PROMPT = "The quick brown fox"
@@ -175,9 +175,9 @@ def a_flush_waits_for_rest_and_empties_the_cache(server: Server) -> None:
 
 
 def a_drain_that_takes_too_long_is_cut_short(start) -> None:
-    server = start("--drain-timeout", "1")
+    server = start("--drain-timeout", "2")
     client = VllmClient(server)
-    stream = client.stub.Generate(client.request(PROMPT, stream=True, max_tokens=1900, ignore_eos=True, n=8), timeout=60)
+    stream = client.stub.Generate(client.request(PROMPT, stream=True, max_tokens=1900, ignore_eos=True, n=MANY), timeout=60)
     next(stream)
     health = health_pb2_grpc.HealthStub(client.channel)
     server.signal()
@@ -191,5 +191,5 @@ def a_drain_that_takes_too_long_is_cut_short(start) -> None:
     with expect.status(grpc.StatusCode.UNAVAILABLE):
         client.generate(PROMPT)
     ends = [response.complete.finish_reason for response in stream if response.HasField("complete")]
-    expect.equal(ends, ["abort"] * 8)
+    expect.equal(ends, ["abort"] * MANY)
     expect.equal(server.exit_code(10), 0)
