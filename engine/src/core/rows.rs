@@ -1,6 +1,6 @@
 //! [`run`]: the rows of logits of a step become tokens and log-probabilities, on the device's compute threads.
 //!
-//! A row of top-p over a large vocabulary costs about a hundred microseconds, milliseconds where it is flat, which one thread would spend once for
+//! A row of top-p over a large vocabulary costs a few hundred microseconds, which one thread would spend once for
 //! every sequence while the others wait. So the engine thread lists a [`Job`] for every answer it wants, in the order in which answers are
 //! published; the jobs are done by whichever threads are free, and the engine thread takes the answers in the order of the list.
 //!

@@ -1,24 +1,54 @@
 //! min-p, top-k and top-p without sorting the vocabulary.
 //!
 //! Candidates are `(id, logit)` pairs. Tokens that cannot be among those kept are passed over sixteen at a time, and only as many as are kept are
-//! ever sorted: top-k keeps the best it has seen, top-p sorts ever larger heads of the likely tokens until they hold enough probability.
+//! ever sorted: top-k keeps the best it has seen, top-p sorts ever larger heads of the likely tokens until they hold enough probability. Where
+//! those would be thousands, none is sorted: see `flat`.
 
 use quire_kernels::cpu::rows;
 
 use super::logprobs::better;
-use super::{SamplingParams, Scratch};
+use super::{SamplingParams, Scratch, flat};
 
 /// Heads that top-p sorts: first this many, then eight times as many, and so on.
 const FIRST_HEAD: usize = 64;
+/// Candidates that take longer to sort than a pass over the vocabulary.
+const MANY: usize = 4096;
 /// How far below the largest logit top-p looks for its tokens, first to last: e^-4 is a fiftieth as likely.
 const DEPTHS: [f32; 4] = [4.0, 8.0, 16.0, f32::INFINITY];
 /// Tokens that are passed over at once.
 const RUN: usize = 16;
 
-/// Leaves in `scratch.candidates` the tokens that may be drawn, best first, and in `scratch.weights` their probabilities up to a common factor.
+/// The token that `draw`, uniform in 0..1, falls on, if those that may be drawn stand in a row from the best to the least, each as wide as it is
+/// likely.
 ///
-/// `logits` are already divided by the temperature. At least one candidate is left.
-pub(super) fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut Scratch) {
+/// `logits` are already divided by the temperature.
+pub(super) fn drawn(
+    params: &SamplingParams,
+    logits: &[f32],
+    draw: f64,
+    scratch: &mut Scratch,
+) -> u32 {
+    match candidates(params, logits, scratch) {
+        Kept::Few => {
+            let at = pick(&scratch.weights, draw);
+            scratch.candidates[at].0
+        }
+        Kept::Many { largest, least } => {
+            flat::drawn(logits, largest, least, params.top_p, draw, scratch)
+        }
+    }
+}
+
+/// What may be drawn.
+#[derive(Debug, PartialEq)]
+enum Kept {
+    /// `scratch.candidates`, best first; `scratch.weights` are their probabilities up to a common factor. One at least.
+    Few,
+    /// As many of the best tokens as top-p says among those whose logits are at least `least`.
+    Many { largest: f32, least: f32 },
+}
+
+fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut Scratch) -> Kept {
     let largest = rows::largest(logits);
     let Scratch {
         candidates,
@@ -33,7 +63,7 @@ pub(super) fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut 
         let at = logits.iter().position(|&x| x == largest).unwrap_or(0);
         candidates.push((at as u32, 0.0));
         weights.push(1.0);
-        return;
+        return Kept::Few;
     }
     // p >= min_p · p_max, in logits.
     let least = if params.min_p > 0.0 {
@@ -41,11 +71,14 @@ pub(super) fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut 
     } else {
         f32::NEG_INFINITY
     };
+    let many = Kept::Many { largest, least };
     let top_k = params.top_k as usize;
     if top_k > 0 {
         best(logits, top_k, least, candidates);
     } else if params.min_p > 0.0 {
-        collect(logits, least, candidates);
+        if !collect(logits, least, candidates) {
+            return many;
+        }
     }
     let limited = top_k > 0 || params.min_p > 0.0;
     let weight = |x: f32| f64::from((x - largest).exp());
@@ -54,7 +87,8 @@ pub(super) fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut 
         weights.extend(candidates.iter().map(|c| weight(c.1)));
     } else if limited {
         let total: f64 = candidates.iter().map(|c| weight(c.1)).sum();
-        head(candidates, weights, weight, total * f64::from(params.top_p));
+        let enough = total * f64::from(params.top_p);
+        head(candidates, weights, weight, enough);
     } else {
         exponentials.resize(logits.len(), 0.0);
         let total = rows::exponentials(logits, largest, exponentials);
@@ -62,12 +96,15 @@ pub(super) fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut 
         for depth in DEPTHS {
             candidates.clear();
             weights.clear();
-            collect(logits, largest - depth, candidates);
+            if !collect(logits, largest - depth, candidates) {
+                return many;
+            }
             if head(candidates, weights, weight, enough) {
                 break;
             }
         }
     }
+    Kept::Few
 }
 
 /// The largest of a run; one that is not a number counts as nothing.
@@ -78,15 +115,19 @@ fn most(run: &[f32]) -> f32 {
     )
 }
 
-/// The tokens whose logits are at least `least`, in order of their ids.
-fn collect(logits: &[f32], least: f32, out: &mut Vec<(u32, f32)>) {
+/// The tokens whose logits are at least `least`, in order of their ids; false, and not all of them, if they are more than [`MANY`].
+fn collect(logits: &[f32], least: f32, out: &mut Vec<(u32, f32)>) -> bool {
     for (run, logits) in logits.chunks(RUN).enumerate() {
         if most(logits) >= least {
             let ids = (run * RUN) as u32..;
             let all = ids.zip(logits.iter().copied());
             out.extend(all.filter(|c| c.1 >= least && c.1 > f32::NEG_INFINITY));
+            if out.len() > MANY {
+                return false;
+            }
         }
     }
+    true
 }
 
 /// The `count` best tokens whose logits are at least `least`.
@@ -146,6 +187,28 @@ fn head(
     false
 }
 
+/// The first place where the running sum of `weights` exceeds `goal`, or else the last that weighs anything.
+pub(super) fn walk<W: Copy + Into<f64>>(weights: &[W], goal: f64) -> usize {
+    let mut sum = 0.0;
+    let mut last = 0;
+    for (at, &weight) in weights.iter().enumerate() {
+        let weight: f64 = weight.into();
+        sum += weight;
+        if weight > 0.0 {
+            last = at;
+            if sum > goal {
+                return at;
+            }
+        }
+    }
+    last
+}
+
+/// The first place where the running sum of `weights` exceeds `draw` of their total.
+fn pick(weights: &[f64], draw: f64) -> usize {
+    walk(weights, draw * weights.iter().sum::<f64>())
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -154,7 +217,7 @@ mod tests {
 
     fn run(params: &SamplingParams, logits: &[f32]) -> (Vec<(u32, f32)>, Vec<f64>) {
         let mut scratch = Scratch::default();
-        candidates(params, logits, &mut scratch);
+        assert_eq!(candidates(params, logits, &mut scratch), Kept::Few);
         (scratch.candidates, scratch.weights)
     }
 

@@ -7,6 +7,7 @@
 //! else is in the batch.
 
 mod filter;
+mod flat;
 mod logprobs;
 mod params;
 mod penalties;

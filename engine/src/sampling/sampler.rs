@@ -5,6 +5,7 @@ use std::sync::Arc;
 use quire_kernels::cpu::rows;
 use quire_scheduler::TokenId;
 
+use super::filter::walk;
 use super::logprobs::{self, TokenLogprobs};
 use super::penalties::{Seen, forbid};
 use super::{SamplingParams, filter, random};
@@ -32,6 +33,8 @@ pub struct Scratch {
     pub(super) candidates: Vec<(u32, f32)>,
     pub(super) weights: Vec<f64>,
     pub(super) exponentials: Vec<f32>,
+    pub(super) places: Vec<u16>,
+    pub(super) bins: Vec<f64>,
 }
 
 /// Chooses one sample's tokens. Lives as long as the sample and survives preemption.
@@ -150,9 +153,7 @@ fn greedy(logits: &[f32]) -> TokenId {
 fn drawn(params: &SamplingParams, logits: &[f32], draw: f64, scratch: &mut Scratch) -> TokenId {
     let filtered = params.top_k > 0 || params.top_p < 1.0 || params.min_p > 0.0;
     if filtered {
-        filter::candidates(params, logits, scratch);
-        let at = pick(&scratch.weights, draw);
-        return TokenId(scratch.candidates[at].0);
+        return TokenId(filter::drawn(params, logits, draw, scratch));
     }
     let largest = rows::largest(logits);
     if !largest.is_finite() {
@@ -176,28 +177,6 @@ fn drawn(params: &SamplingParams, logits: &[f32], draw: f64, scratch: &mut Scrat
         at += chunk.len();
     }
     greedy(logits)
-}
-
-/// The first place where the running sum of `weights` exceeds `goal`, or else the last that weighs anything.
-fn walk<W: Copy + Into<f64>>(weights: &[W], goal: f64) -> usize {
-    let mut sum = 0.0;
-    let mut last = 0;
-    for (at, &weight) in weights.iter().enumerate() {
-        let weight: f64 = weight.into();
-        sum += weight;
-        if weight > 0.0 {
-            last = at;
-            if sum > goal {
-                return at;
-            }
-        }
-    }
-    last
-}
-
-/// The first place where the running sum of `weights` exceeds `draw` of their total.
-fn pick(weights: &[f64], draw: f64) -> usize {
-    walk(weights, draw * weights.iter().sum::<f64>())
 }
 
 #[cfg(test)]
