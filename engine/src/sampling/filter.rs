@@ -75,10 +75,8 @@ fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut Scratch) ->
     let top_k = params.top_k as usize;
     if top_k > 0 {
         best(logits, top_k, least, candidates);
-    } else if params.min_p > 0.0 {
-        if !collect(logits, least, candidates) {
-            return many;
-        }
+    } else if params.min_p > 0.0 && !collect(logits, least, candidates) {
+        return many;
     }
     let limited = top_k > 0 || params.min_p > 0.0;
     let weight = |x: f32| f64::from((x - largest).exp());

@@ -17,6 +17,8 @@ const BINS: usize = 2048 + 1;
 const OUT: f32 = BINS as f32;
 /// Tokens whose bins are found together, in vectors.
 const RUN: usize = 16;
+/// A float with this added to it is an integer in its low bits.
+const TWO_TO_23: f32 = 8_388_608.0;
 
 /// As [`super::filter::drawn`], from the best tokens of those with logits of `least` or more that together have `top_p` of their probability.
 pub(super) fn drawn(
@@ -66,10 +68,10 @@ pub(super) fn drawn(
 
     let goal = draw * total;
     let (at, below) = reach(&bins[..=end], goal);
-    if at != end {
-        row.list(at, candidates, listed);
-    } else {
+    if at == end {
         listed.truncate(last);
+    } else {
+        row.list(at, candidates, listed);
     }
     candidates[walk(listed, goal - below)].0
 }
@@ -108,8 +110,7 @@ fn place_of(x: f32, largest: f32, least: f32) -> u16 {
     // No `min`: not-a-number, which weighs nothing, is to end in the last bin.
     let steps = if steps < last { steps } else { last };
     let steps = if x < least { OUT } else { steps };
-    // An integer in the low bits, rounded; conversions that saturate are not made in vectors.
-    const TWO_TO_23: f32 = 8_388_608.0;
+    // Rounds to an integer, in the low bits; conversions that saturate are not made in vectors.
     (steps + TWO_TO_23).to_bits() as u16
 }
 
@@ -127,10 +128,7 @@ impl Row<'_> {
         candidates.clear();
         let bin = bin as u16;
         for (run, places) in self.places.chunks(RUN).enumerate() {
-            if places
-                .iter()
-                .fold(false, |any, &place| any | (place == bin))
-            {
+            if places.contains(&bin) {
                 let ids = run * RUN..run * RUN + places.len();
                 let there = ids.filter(|&id| self.places[id] == bin && self.weights[id] > 0.0);
                 candidates.extend(there.map(|id| (id as u32, self.logits[id])));

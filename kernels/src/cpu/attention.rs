@@ -6,7 +6,7 @@
 //! that holds the oldest position it sees.
 //!
 //! A query is one head of one row. Several queries of a KV head pass over a span at once, so that its keys and values are loaded (and widened) once
-//! for all of them: what happens there is in `span`. Work is split into (KV head, run of query rows) tasks.
+//! for all of them: what happens there is in `span`. Work is split into (KV heads, run of query rows) tasks.
 
 mod span;
 
@@ -20,6 +20,8 @@ use crate::{AttentionShape, Error, KvDtype, KvLayer, Span};
 
 /// Query rows of one task.
 const TASK_ROWS: usize = 16;
+/// Tasks for each thread, at least, before one takes several KV heads: with many short sequences, only a head's first span has nobody to ask for it.
+const TASKS: usize = 32;
 
 /// A run of query rows of one sequence.
 #[derive(Debug, Clone, Copy)]
@@ -100,14 +102,19 @@ impl Attention<'_> {
         let runs = &scratch.runs;
         let out = Shared::new(out);
         let kv = self.kv;
-        pool.near(&|node| runs.len() * kv.heads(node).len(), &|turn| {
+        let together = (runs.len() * self.shape.kv_heads / (TASKS * pool.threads())).max(1);
+        let tasks = |node| runs.len() * kv.heads(node).len().div_ceil(together);
+        pool.near(&tasks, &|turn| {
             // SAFETY: each thread has its own part.
             let floats = unsafe { floats.range(turn.thread * each, each) };
             let heads = kv.heads(turn.node);
+            let parts = heads.len().div_ceil(together);
+            let first = heads.start + turn.task % parts * together;
             let work = Work {
                 attention: self,
-                run: runs[turn.task / heads.len()],
-                kv_head: heads.start + turn.task % heads.len(),
+                run: runs[turn.task / parts],
+                kv_head: first,
+                last_head: (first + together).min(heads.end) - 1,
                 out,
             };
             let work = &work;
@@ -117,11 +124,14 @@ impl Attention<'_> {
     }
 }
 
-/// One task: a run of query rows against one KV head.
+/// A run of query rows against one KV head.
+#[derive(Clone, Copy)]
 struct Work<'a> {
     attention: &'a Attention<'a>,
     run: Run,
     kv_head: usize,
+    /// A task goes on to this one.
+    last_head: usize,
     out: Shared<f32>,
 }
 
@@ -137,10 +147,32 @@ unsafe fn attend<S: Simd>(work: &Work<'_>, floats: &mut [f32]) {
     }
 }
 
-/// `E`: an element of the cache. (No closures here and below: see `linear.rs`.)
+/// A task, head by head. `E`: an element of the cache. (No closures here and below: see `linear.rs`.)
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // as above
 unsafe fn attend_over<S: Simd, E: Element>(work: &Work<'_>, floats: &mut [f32]) {
+    let mut work = *work;
+    let oldest = work.oldest();
+    let mut first = work.keys_and_values::<E>(oldest / SPAN * SPAN, oldest);
+    while work.kv_head < work.last_head {
+        let mut following = work;
+        following.kv_head += 1;
+        let next = following.keys_and_values::<E>(oldest / SPAN * SPAN, oldest);
+        unsafe { one_head::<S, E>(&work, &first, Some(&next), floats) };
+        (work, first) = (following, next);
+    }
+    unsafe { one_head::<S, E>(&work, &first, None, floats) };
+}
+
+/// A head, whose first span is known, and what comes after its last one.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // as above
+unsafe fn one_head<S: Simd, E: Element>(
+    work: &Work<'_>,
+    first: &KeysAndValues<E>,
+    following: Option<&KeysAndValues<E>>,
+    floats: &mut [f32],
+) {
     let a = work.attention;
     let group = a.shape.heads / a.shape.kv_heads;
     let rows = work.run.rows as usize;
@@ -164,16 +196,15 @@ unsafe fn attend_over<S: Simd, E: Element>(work: &Work<'_>, floats: &mut [f32]) 
         work.out_of(query).fill(0.0);
     }
 
-    // The oldest position that any of the rows sees.
-    let oldest = (first_position + 1).saturating_sub(window);
-    let oldest_span = oldest / SPAN * SPAN;
-    let mut next = work.keys_and_values::<E>(oldest_span, oldest);
-    for begin in (oldest_span..first_position + rows).step_by(SPAN) {
-        let span = next;
+    let oldest = work.oldest();
+    let mut span = *first;
+    for begin in (oldest / SPAN * SPAN..first_position + rows).step_by(SPAN) {
         let last = begin + SPAN >= first_position + rows;
-        if !last {
-            next = work.keys_and_values::<E>(begin + SPAN, oldest);
-        }
+        let next = if last {
+            following.copied()
+        } else {
+            Some(work.keys_and_values::<E>(begin + SPAN, oldest))
+        };
         // Rows before the span's begin have nothing in it, and rows whose window begins after it have not either.
         let mut query = begin.saturating_sub(first_position) * group;
         let after = (begin + SPAN)
@@ -191,19 +222,23 @@ unsafe fn attend_over<S: Simd, E: Element>(work: &Work<'_>, floats: &mut [f32]) 
                 position: first_position,
                 begin,
                 window,
-                ahead: query == first && !last,
+                leads: query == first,
             };
+            let next = if batch.leads { next.as_ref() } else { None };
             let maxima = &mut maxima[query..query + n];
             let sums = &mut sums[query..query + n];
             unsafe {
                 match n {
-                    1 => pass::<S, E, 1>(work, &span, &next, &batch, maxima, sums),
-                    2 => pass::<S, E, 2>(work, &span, &next, &batch, maxima, sums),
-                    4 => pass::<S, E, 4>(work, &span, &next, &batch, maxima, sums),
-                    _ => pass::<S, E, 8>(work, &span, &next, &batch, maxima, sums),
+                    1 => pass::<S, E, 1>(work, &span, next, &batch, maxima, sums),
+                    2 => pass::<S, E, 2>(work, &span, next, &batch, maxima, sums),
+                    4 => pass::<S, E, 4>(work, &span, next, &batch, maxima, sums),
+                    _ => pass::<S, E, 8>(work, &span, next, &batch, maxima, sums),
                 }
             }
             query += n;
+        }
+        if let Some(next) = next {
+            span = next;
         }
     }
 
@@ -236,6 +271,13 @@ impl Work<'_> {
             .shape
             .window
             .map_or(usize::MAX, |window| window as usize)
+    }
+
+    /// The oldest position that any of the rows sees.
+    #[inline(always)]
+    fn oldest(&self) -> usize {
+        let first = (self.run.span.start + self.run.row - self.run.span.row) as usize;
+        (first + 1).saturating_sub(self.window())
     }
 
     /// A query's vector.

@@ -28,8 +28,8 @@ pub(super) struct Batch {
     pub(super) begin: usize,
     /// How many positions a query sees.
     pub(super) window: usize,
-    /// It is the first to pass over the span, and another span follows: to be asked for meanwhile.
-    pub(super) ahead: bool,
+    /// It is the first to pass over the span: it asks for what comes later.
+    pub(super) leads: bool,
 }
 
 impl Batch {
@@ -60,13 +60,14 @@ pub(super) struct KeysAndValues<E> {
     pub(super) value_scales: [*const u16; TILES],
 }
 
-/// `N` queries over one span: scores, then their share of the running softmax, then the values they weigh.
+/// `N` queries over one span: scores, then their share of the running softmax, then the values they weigh. Whoever leads asks for the keys of the
+/// `next` one meanwhile.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
 pub(super) unsafe fn pass<S: Simd, E: Element, const N: usize>(
     work: &Work<'_>,
     span: &KeysAndValues<E>,
-    next: &KeysAndValues<E>,
+    next: Option<&KeysAndValues<E>>,
     batch: &Batch,
     maxima: &mut [f32],
     sums: &mut [f32],
@@ -95,17 +96,16 @@ pub(super) unsafe fn pass<S: Simd, E: Element, const N: usize>(
         while tile < tiles {
             let left = tiles - tile;
             if together >= TILES && left >= TILES {
-                score::<S, E, N, TILES>(&queries, span, batch.ahead, tile, d, &mut scores);
+                score::<S, E, N, TILES>(&queries, span, batch.leads, tile, d, &mut scores);
                 tile += TILES;
             } else if together >= 2 && left >= 2 {
-                score::<S, E, N, 2>(&queries, span, batch.ahead, tile, d, &mut scores);
+                score::<S, E, N, 2>(&queries, span, batch.leads, tile, d, &mut scores);
                 tile += 2;
             } else {
-                score::<S, E, N, 1>(&queries, span, batch.ahead, tile, d, &mut scores);
+                score::<S, E, N, 1>(&queries, span, batch.leads, tile, d, &mut scores);
                 tile += 1;
             }
         }
-        let next = batch.ahead.then_some(next);
         let shape = &work.attention.shape;
         for n in 0..N {
             shrink[n] = soften::<S>(
@@ -310,20 +310,26 @@ unsafe fn weigh<S: Simd, E: Element, const N: usize>(
     unsafe {
         let vectors = d / S::WIDE * S::WIDE;
         let mut i = 0;
+        // Every group of vectors asks for a part of the lines: all of them at once would be more than a core can wait for.
+        let at_once = if N <= 2 { 4 } else { 2 };
+        let groups = (vectors / (at_once * S::WIDE)).max(1);
         // As in `score`: the fewer queries, the more vectors of each at once.
         while N <= 2 && i + 4 * S::WIDE <= vectors {
-            let next = next.filter(|_| i == 0);
-            weigh_vectors::<S, E, N, 4>(weights, first, last, shrink, span, next, d, i, out);
+            weigh_vectors::<S, E, N, 4>(
+                weights, first, last, shrink, span, next, groups, d, i, out,
+            );
             i += 4 * S::WIDE;
         }
         while i + 2 * S::WIDE <= vectors {
-            let next = next.filter(|_| i == 0);
-            weigh_vectors::<S, E, N, 2>(weights, first, last, shrink, span, next, d, i, out);
+            weigh_vectors::<S, E, N, 2>(
+                weights, first, last, shrink, span, next, groups, d, i, out,
+            );
             i += 2 * S::WIDE;
         }
         while i < vectors {
-            let next = next.filter(|_| i == 0);
-            weigh_vectors::<S, E, N, 1>(weights, first, last, shrink, span, next, d, i, out);
+            weigh_vectors::<S, E, N, 1>(
+                weights, first, last, shrink, span, next, groups, d, i, out,
+            );
             i += S::WIDE;
         }
         // Heads whose size is no multiple of the vector's: the same sums, an element at a time.
@@ -340,7 +346,7 @@ unsafe fn weigh<S: Simd, E: Element, const N: usize>(
     }
 }
 
-/// [`weigh`] for `U` vectors of each query, from element `i`.
+/// [`weigh`] for `U` vectors of each query, from element `i`: one of `groups`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
 #[allow(clippy::too_many_arguments)] // those of `weigh`
@@ -351,6 +357,7 @@ unsafe fn weigh_vectors<S: Simd, E: Element, const N: usize, const U: usize>(
     shrink: &[f32; N],
     span: &KeysAndValues<E>,
     next: Option<&KeysAndValues<E>>,
+    groups: usize,
     d: usize,
     i: usize,
     out: &[*mut f32; N],
@@ -364,16 +371,24 @@ unsafe fn weigh_vectors<S: Simd, E: Element, const N: usize, const U: usize>(
             }
         }
         let mut p = first;
+        // Rows of a tile's keys that are asked for at each position: all there are, however few positions there are.
+        let rows = SPAN.div_ceil((last - first).max(1));
+        let group = i / (U * S::WIDE);
         while p < last {
             let tile = p / TILE;
             let end = last.min((tile + 1) * TILE);
             let mut value = span.values[tile].add(p % TILE * d + i);
             while p < end {
                 if let Some(next) = next {
-                    let row = d * size_of::<E>();
-                    let keys = next.keys[tile].cast::<u8>().wrapping_add(p % TILE * row);
-                    for line in (0..row).step_by(LINE) {
-                        S::prefetch(keys.wrapping_add(line));
+                    let bytes = d * size_of::<E>();
+                    let row = (p - first) * rows;
+                    for row in row..(row + rows).min(SPAN) {
+                        let keys = next.keys[row / TILE].cast::<u8>();
+                        let mut line = group * LINE;
+                        while line < bytes {
+                            S::prefetch(keys.wrapping_add(row % TILE * bytes + line));
+                            line += groups * LINE;
+                        }
                     }
                 }
                 for u in 0..U {
