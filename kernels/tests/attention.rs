@@ -329,6 +329,84 @@ fn a_sequence_cut_into_steps_gives_the_same_bits_on_any_backend() {
     }
 }
 
+/// Attention of sequences from their begins, one after the other in `qkv`.
+fn attend(
+    backend: &mut CpuBackend,
+    shape: &AttentionShape,
+    dtype: KvDtype,
+    lengths: &[usize],
+    qkv: &[f32],
+) -> Vec<f32> {
+    let spans: Vec<_> = lengths.iter().map(|&length| (0, length)).collect();
+    let step = step(&spans, 16);
+    let mut kv = backend
+        .kv_cache(&KvShape {
+            layers: 1,
+            blocks: step.block_tables.len(),
+            block_size: 16,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            dtype,
+        })
+        .unwrap();
+    let rows = lengths.iter().sum();
+    let columns = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
+    backend.begin(&step).unwrap();
+    let mut qkv = filled(backend, rows, columns, qkv);
+    let layer = QkvLayer {
+        layer: FIRST,
+        shape: *shape,
+        q_norm: None,
+        k_norm: None,
+        eps: EPS,
+        rotary: None,
+    };
+    backend.norm_rope_store(&mut qkv, &layer, &mut kv).unwrap();
+    let width = shape.heads * shape.head_dim;
+    let mut out = backend.activations(rows, width).unwrap();
+    backend
+        .attention(&qkv, FIRST, shape, None, &kv, &mut out)
+        .unwrap();
+    out.as_slice().to_vec()
+}
+
+#[test]
+fn many_short_sequences_whose_heads_share_tasks_get_the_bits_each_gets_alone() {
+    let mut random = Random(5);
+    for (dtype, head_dim, window) in [
+        (KvDtype::F32, 20, None),
+        (KvDtype::F16, 128, Some(24)),
+        (KvDtype::F16, 64, None),
+        (KvDtype::Q8, 64, Some(70)),
+    ] {
+        // Heads that no task's share divides.
+        let shape = AttentionShape {
+            heads: 14,
+            kv_heads: 7,
+            head_dim,
+            scale: 0.1,
+            window,
+            softcap: None,
+        };
+        let lengths: Vec<usize> = (0..60).map(|_| 1 + random.below(90)).collect();
+        let columns = (shape.heads + 2 * shape.kv_heads) * head_dim;
+        let rows: usize = lengths.iter().sum();
+        let qkv = random.floats(rows * columns);
+        let mut alone = Vec::new();
+        let mut single = backend(1, None);
+        let mut at = 0;
+        for &length in &lengths {
+            let qkv = &qkv[at * columns..(at + length) * columns];
+            alone.extend(attend(&mut single, &shape, dtype, &[length], qkv));
+            at += length;
+        }
+        for mut backend in backends() {
+            let together = attend(&mut backend, &shape, dtype, &lengths, &qkv);
+            assert_eq!(bits(&together), bits(&alone), "{dtype:?} {head_dim}");
+        }
+    }
+}
+
 #[test]
 fn what_lies_behind_a_sequence_in_its_block_has_no_influence() {
     let mut random = Random(3);
