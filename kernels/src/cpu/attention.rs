@@ -214,8 +214,12 @@ unsafe fn one_head<S: Simd, E: Element>(
         let first = query;
         while query < end {
             let left = (end - query).min(S::QUERIES);
-            // The largest power of two that is left.
-            let n = 1 << left.ilog2();
+            // As many as there may be, or the largest power of two that is left.
+            let n = if left == S::QUERIES {
+                left
+            } else {
+                1 << left.ilog2()
+            };
             let batch = Batch {
                 first: query,
                 group,
@@ -232,6 +236,9 @@ unsafe fn one_head<S: Simd, E: Element>(
                     1 => pass::<S, E, 1>(work, &span, next, &batch, maxima, sums),
                     2 => pass::<S, E, 2>(work, &span, next, &batch, maxima, sums),
                     4 => pass::<S, E, 4>(work, &span, next, &batch, maxima, sums),
+                    6 if S::QUERIES == 6 => {
+                        pass::<S, E, 6>(work, &span, next, &batch, maxima, sums)
+                    }
                     _ => pass::<S, E, 8>(work, &span, next, &batch, maxima, sums),
                 }
             }

@@ -2,6 +2,8 @@
 //!
 //! (No closures: see `linear.rs`.)
 
+use std::ops::Range;
+
 use super::super::kv::TILE;
 use super::super::simd::{LANES, Simd, exp, largest, sum, vexp, vtanh};
 use super::Work;
@@ -77,7 +79,6 @@ pub(super) unsafe fn pass<S: Simd, E: Element, const N: usize>(
     // What all of them see begins where the last one's window does.
     let from = batch.from(N - 1);
     let mut scores = [[0.0_f32; SPAN]; QUERIES];
-    let mut shrink = [0.0_f32; N];
     let mut queries = [std::ptr::null(); N];
     let mut out = [std::ptr::null_mut(); N];
     for n in 0..N {
@@ -107,51 +108,36 @@ pub(super) unsafe fn pass<S: Simd, E: Element, const N: usize>(
             }
         }
         let shape = &work.attention.shape;
-        for n in 0..N {
-            shrink[n] = soften::<S>(
-                &mut scores[n],
-                batch.from(n),
-                batch.valid(n),
-                shape,
-                &mut maxima[n],
-                &mut sums[n],
-            );
-            if E::SCALED {
-                for tile in batch.from(n) / TILE..tiles {
-                    let weights = scores[n].as_mut_ptr().add(tile * TILE);
-                    for i in (0..TILE).step_by(S::WIDE) {
-                        let scale = S::vload_bf16(span.value_scales[tile].add(i));
-                        let weight = S::vmul(S::vload(weights.add(i)), scale);
-                        S::vstore(weights.add(i), weight);
-                    }
-                }
-            }
-        }
+        let shrink = soften::<S, E, N>(&mut scores, span, batch, shape, maxima, sums);
         // Positions that all see; before and after them, for each query alone, those that it sees and others do not.
         if from < least {
+            let mut rest = shrink;
             for n in 0..N {
-                let own = batch.from(n);
-                if own < from {
-                    let scores = std::array::from_ref(&scores[n]);
-                    weigh::<S, E, 1>(scores, own, from, &[shrink[n]], span, None, d, &[out[n]]);
-                    shrink[n] = 1.0;
+                let own = batch.from(n)..from;
+                if !own.is_empty() {
+                    Weighed::one(&scores, &out, n, rest[n], span, d).add::<S>(own);
+                    rest[n] = 1.0;
                 }
             }
-            weigh::<S, E, N>(&scores, from, least, &shrink, span, next, d, &out);
-            if least < most {
-                for n in 0..N {
-                    let valid = batch.valid(n);
-                    if least < valid {
-                        let own = std::array::from_ref(&scores[n]);
-                        weigh::<S, E, 1>(own, least, valid, &[1.0], span, None, d, &[out[n]]);
-                    }
+            let all = Weighed {
+                weights: std::array::from_fn(|n| scores[n].as_ptr()),
+                shrink: rest,
+                out,
+                span,
+                next,
+                d,
+            };
+            all.add::<S>(from..least);
+            for n in 0..N {
+                let own = least..batch.valid(n);
+                if !own.is_empty() {
+                    Weighed::one(&scores, &out, n, 1.0, span, d).add::<S>(own);
                 }
             }
         } else {
             for n in 0..N {
-                let own = std::array::from_ref(&scores[n]);
-                let (from, valid) = (batch.from(n), batch.valid(n));
-                weigh::<S, E, 1>(own, from, valid, &[shrink[n]], span, None, d, &[out[n]]);
+                let own = batch.from(n)..batch.valid(n);
+                Weighed::one(&scores, &out, n, shrink[n], span, d).add::<S>(own);
             }
         }
     }
@@ -225,185 +211,247 @@ unsafe fn score<S: Simd, E: Element, const N: usize, const M: usize>(
     }
 }
 
-/// Turns a span's scores into weights relative to the new maximum and adds them to the sum; what was accumulated before is to be multiplied by
-/// what is returned.
+/// Turns each query's scores into weights relative to its new maximum, adds them to its sum, and multiplies them by the values' scales, where there
+/// are any; what was accumulated before is to be multiplied by what is returned.
+///
+/// A sum has two parts of eight lanes, one for either half of a tile, on every processor.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-unsafe fn soften<S: Simd>(
-    scores: &mut [f32; SPAN],
-    from: usize,
-    valid: usize,
+unsafe fn soften<S: Simd, E: Element, const N: usize>(
+    scores: &mut [[f32; SPAN]; QUERIES],
+    span: &KeysAndValues<E>,
+    batch: &Batch,
     shape: &AttentionShape,
-    maximum: &mut f32,
-    total: &mut f32,
-) -> f32 {
-    let lanes = valid.next_multiple_of(TILE);
+    maxima: &mut [f32],
+    sums: &mut [f32],
+) -> [f32; N] {
     unsafe {
-        let at = scores.as_mut_ptr();
-        for i in (0..lanes).step_by(S::WIDE) {
-            let scaled = S::vmul(S::vload(at.add(i)), S::vsplat(shape.scale));
-            S::vstore(at.add(i), scaled);
-        }
-        if let Some(cap) = shape.softcap {
-            for i in (0..lanes).step_by(S::WIDE) {
-                let x = S::vdiv(S::vload(at.add(i)), S::vsplat(cap));
-                S::vstore(at.add(i), S::vmul(vtanh::<S>(x), S::vsplat(cap)));
-            }
-        }
-        // Positions before the row's window and after itself do not exist for it, whatever the cache holds there.
-        scores[..from].fill(f32::NEG_INFINITY);
-        scores[valid..].fill(f32::NEG_INFINITY);
-        let at = scores.as_mut_ptr();
-        let mut most = S::vsplat(f32::NEG_INFINITY);
-        for i in (0..lanes).step_by(S::WIDE) {
-            most = S::vmax(S::vload(at.add(i)), most);
-        }
-        let mut found = [f32::NEG_INFINITY; TILE];
-        S::vstore(found.as_mut_ptr(), most);
-        let found = S::max(S::load(found.as_ptr()), S::load(found.as_ptr().add(LANES)));
-        let found = largest::<S>(found);
-        let new = if found > *maximum { found } else { *maximum };
-        // Scores of minus infinity alone (an overflow upstream) would make NaN of their difference.
-        let base = if new == f32::NEG_INFINITY { 0.0 } else { new };
-        let shrink = if *maximum == f32::NEG_INFINITY {
-            0.0
-        } else if *maximum == new {
+        // Scores are multiplied by it on their way to the exponential, unless they are capped first.
+        let scale = if shape.softcap.is_some() {
             1.0
         } else {
-            let mut lanes = [0.0; LANES];
-            S::store(lanes.as_mut_ptr(), exp::<S>(S::splat(*maximum - base)));
-            lanes[0]
+            shape.scale
         };
-        for i in (0..lanes).step_by(S::WIDE) {
-            let weight = vexp::<S>(S::vsub(S::vload(at.add(i)), S::vsplat(base)));
-            S::vstore(at.add(i), weight);
-        }
-        // `exp` gives a tiny number, not zero, for minus infinity.
-        scores[..from].fill(0.0);
-        scores[valid..].fill(0.0);
-        let mut partial = S::splat(0.0);
-        for i in (0..lanes).step_by(LANES) {
-            partial = S::add(partial, S::load(scores.as_ptr().add(i)));
-        }
-        *total = total.mul_add(shrink, sum::<S>(partial));
-        *maximum = new;
-        shrink
-    }
-}
-
-/// `out[n] = out[n] · shrink[n] + Σ weights[n][p] · values[p]` over positions `first..last`, in order.
-///
-/// Meanwhile it asks for the keys of the span that is `next`.
-#[inline(always)]
-#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-#[allow(clippy::too_many_arguments)] // what a sum of weighted values needs
-unsafe fn weigh<S: Simd, E: Element, const N: usize>(
-    weights: &[[f32; SPAN]],
-    first: usize,
-    last: usize,
-    shrink: &[f32; N],
-    span: &KeysAndValues<E>,
-    next: Option<&KeysAndValues<E>>,
-    d: usize,
-    out: &[*mut f32; N],
-) {
-    unsafe {
-        let vectors = d / S::WIDE * S::WIDE;
-        let mut i = 0;
-        // Every group of vectors asks for a part of the lines: all of them at once would be more than a core can wait for.
-        let at_once = if N <= 2 { 4 } else { 2 };
-        let groups = (vectors / (at_once * S::WIDE)).max(1);
-        // As in `score`: the fewer queries, the more vectors of each at once.
-        while N <= 2 && i + 4 * S::WIDE <= vectors {
-            weigh_vectors::<S, E, N, 4>(
-                weights, first, last, shrink, span, next, groups, d, i, out,
-            );
-            i += 4 * S::WIDE;
-        }
-        while i + 2 * S::WIDE <= vectors {
-            weigh_vectors::<S, E, N, 2>(
-                weights, first, last, shrink, span, next, groups, d, i, out,
-            );
-            i += 2 * S::WIDE;
-        }
-        while i < vectors {
-            weigh_vectors::<S, E, N, 1>(
-                weights, first, last, shrink, span, next, groups, d, i, out,
-            );
-            i += S::WIDE;
-        }
-        // Heads whose size is no multiple of the vector's: the same sums, an element at a time.
-        for i in vectors..d {
-            for n in 0..N {
-                let mut sum = *out[n].add(i) * shrink[n];
-                for p in first..last {
-                    let v = (*span.values[p / TILE].add(p % TILE * d + i)).widen();
-                    sum = weights[n][p].mul_add(v, sum);
-                }
-                *out[n].add(i) = sum;
-            }
-        }
-    }
-}
-
-/// [`weigh`] for `U` vectors of each query, from element `i`: one of `groups`.
-#[inline(always)]
-#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-#[allow(clippy::too_many_arguments)] // those of `weigh`
-unsafe fn weigh_vectors<S: Simd, E: Element, const N: usize, const U: usize>(
-    weights: &[[f32; SPAN]],
-    first: usize,
-    last: usize,
-    shrink: &[f32; N],
-    span: &KeysAndValues<E>,
-    next: Option<&KeysAndValues<E>>,
-    groups: usize,
-    d: usize,
-    i: usize,
-    out: &[*mut f32; N],
-) {
-    unsafe {
-        let mut sums = [[S::vsplat(0.0); U]; N];
+        let mut bases = [0.0; N];
+        let mut differences = [0.0; LANES];
         for n in 0..N {
-            for u in 0..U {
-                let before = S::vload(out[n].add(i + u * S::WIDE));
-                sums[n][u] = S::vmul(before, S::vsplat(shrink[n]));
+            let (from, valid) = (batch.from(n), batch.valid(n));
+            let (first, last) = (from / TILE * TILE, valid.next_multiple_of(TILE));
+            if let Some(cap) = shape.softcap {
+                let at = scores[n].as_mut_ptr();
+                for i in (first..last).step_by(S::WIDE) {
+                    let scaled = S::vmul(S::vload(at.add(i)), S::vsplat(shape.scale));
+                    let x = vtanh::<S>(S::vdiv(scaled, S::vsplat(cap)));
+                    S::vstore(at.add(i), S::vmul(x, S::vsplat(cap)));
+                }
+            }
+            // Positions before the row's window and after itself do not exist for it, whatever the cache holds there.
+            scores[n][first..from].fill(f32::NEG_INFINITY);
+            scores[n][valid..last].fill(f32::NEG_INFINITY);
+            let mut most = [S::vsplat(f32::NEG_INFINITY); 2];
+            for i in (first..last).step_by(TILE) {
+                for half in 0..S::HALVES {
+                    let x = S::vload(scores[n].as_ptr().add(i + half * S::WIDE));
+                    most[half] = S::vmax(x, most[half]);
+                }
+            }
+            let [low, high] = eights::<S>(most);
+            let found = largest::<S>(S::max(low, high)) * scale;
+            let maximum = &mut maxima[n];
+            let new = if found > *maximum { found } else { *maximum };
+            // Scores of minus infinity alone (an overflow upstream) would make NaN of their difference.
+            bases[n] = if new == f32::NEG_INFINITY { 0.0 } else { new };
+            differences[n] = *maximum - bases[n];
+            *maximum = new;
+        }
+        let mut shrink = [0.0; LANES];
+        S::store(shrink.as_mut_ptr(), exp::<S>(S::load(differences.as_ptr())));
+        let mut kept = [0.0; N];
+        for n in 0..N {
+            // (`exp` gives a tiny number, not zero, for minus infinity: the maximum of nothing.)
+            kept[n] = if differences[n] == f32::NEG_INFINITY {
+                0.0
+            } else if differences[n] == 0.0 {
+                1.0
+            } else {
+                shrink[n]
+            };
+            let (from, valid) = (batch.from(n), batch.valid(n));
+            let (scale, base) = (S::vsplat(scale), S::vsplat(-bases[n]));
+            let mut partial = [S::vsplat(0.0); 2];
+            for tile in from / TILE..valid.div_ceil(TILE) {
+                let at = scores[n].as_mut_ptr().add(tile * TILE);
+                let mut weights = [S::vsplat(0.0); 2];
+                for half in 0..S::HALVES {
+                    let score = S::vload(at.add(half * S::WIDE));
+                    weights[half] = vexp::<S>(S::vfma(score, scale, base));
+                }
+                if from > tile * TILE || valid < (tile + 1) * TILE {
+                    let mut edge = [0.0_f32; TILE];
+                    for half in 0..S::HALVES {
+                        S::vstore(edge.as_mut_ptr().add(half * S::WIDE), weights[half]);
+                    }
+                    edge[..from.saturating_sub(tile * TILE)].fill(0.0);
+                    edge[(valid - tile * TILE).min(TILE)..].fill(0.0);
+                    for half in 0..S::HALVES {
+                        weights[half] = S::vload(edge.as_ptr().add(half * S::WIDE));
+                    }
+                }
+                for half in 0..S::HALVES {
+                    partial[half] = S::vadd(partial[half], weights[half]);
+                    if E::SCALED {
+                        let scales = span.value_scales[tile].add(half * S::WIDE);
+                        weights[half] = S::vmul(weights[half], S::vload_bf16(scales));
+                    }
+                    S::vstore(at.add(half * S::WIDE), weights[half]);
+                }
+            }
+            let [low, high] = eights::<S>(partial);
+            sums[n] = sums[n].mul_add(kept[n], sum::<S>(S::add(low, high)));
+        }
+        kept
+    }
+}
+
+/// A tile's lanes as two vectors of eight.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise: the instructions of `S` are there
+unsafe fn eights<S: Simd>(tile: [S::V; 2]) -> [S::F; 2] {
+    unsafe {
+        let mut lanes = [0.0_f32; TILE];
+        for half in 0..S::HALVES {
+            S::vstore(lanes.as_mut_ptr().add(half * S::WIDE), tile[half]);
+        }
+        [S::load(lanes.as_ptr()), S::load(lanes.as_ptr().add(LANES))]
+    }
+}
+
+/// What `N` queries make of a span's values: `out[n] · shrink[n] + Σ weights[n][p] · values[p]`.
+struct Weighed<'a, E, const N: usize> {
+    /// Of each query, for each position of the span.
+    weights: [*const f32; N],
+    /// What each sum is multiplied by first.
+    shrink: [f32; N],
+    out: [*mut f32; N],
+    span: &'a KeysAndValues<E>,
+    /// The span whose keys to ask for meanwhile.
+    next: Option<&'a KeysAndValues<E>>,
+    /// Elements of a value.
+    d: usize,
+}
+
+impl<'a, E: Element> Weighed<'a, E, 1> {
+    /// Query `n` alone.
+    #[inline(always)]
+    fn one(
+        scores: &[[f32; SPAN]; QUERIES],
+        out: &[*mut f32],
+        n: usize,
+        shrink: f32,
+        span: &'a KeysAndValues<E>,
+        d: usize,
+    ) -> Self {
+        Self {
+            weights: [scores[n].as_ptr()],
+            shrink: [shrink],
+            out: [out[n]],
+            span,
+            next: None,
+            d,
+        }
+    }
+}
+
+impl<E: Element, const N: usize> Weighed<'_, E, N> {
+    /// Adds up `positions`, in order.
+    ///
+    /// # Safety
+    /// Weights, values and outputs are there, and the processor has the instructions of `S`.
+    #[inline(always)]
+    #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+    unsafe fn add<S: Simd>(&self, positions: Range<usize>) {
+        unsafe {
+            let vectors = self.d / S::WIDE * S::WIDE;
+            let mut i = 0;
+            // As in `score`: the fewer queries, the more vectors of each at once.
+            while N <= 2 && i + 4 * S::WIDE <= vectors {
+                self.add_vectors::<S, 4>(&positions, i);
+                i += 4 * S::WIDE;
+            }
+            while i + 2 * S::WIDE <= vectors {
+                self.add_vectors::<S, 2>(&positions, i);
+                i += 2 * S::WIDE;
+            }
+            while i < vectors {
+                self.add_vectors::<S, 1>(&positions, i);
+                i += S::WIDE;
+            }
+            // Heads whose size is no multiple of the vector's: the same sums, an element at a time.
+            for i in vectors..self.d {
+                for n in 0..N {
+                    let mut sum = *self.out[n].add(i) * self.shrink[n];
+                    for p in positions.clone() {
+                        let v = (*self.span.values[p / TILE].add(p % TILE * self.d + i)).widen();
+                        sum = (*self.weights[n].add(p)).mul_add(v, sum);
+                    }
+                    *self.out[n].add(i) = sum;
+                }
             }
         }
-        let mut p = first;
-        // Rows of a tile's keys that are asked for at each position: all there are, however few positions there are.
-        let rows = SPAN.div_ceil((last - first).max(1));
-        let group = i / (U * S::WIDE);
-        while p < last {
-            let tile = p / TILE;
-            let end = last.min((tile + 1) * TILE);
-            let mut value = span.values[tile].add(p % TILE * d + i);
-            while p < end {
-                if let Some(next) = next {
-                    let bytes = d * size_of::<E>();
-                    let row = (p - first) * rows;
-                    for row in row..(row + rows).min(SPAN) {
-                        let keys = next.keys[row / TILE].cast::<u8>();
-                        let mut line = group * LINE;
-                        while line < bytes {
-                            S::prefetch(keys.wrapping_add(row % TILE * bytes + line));
-                            line += groups * LINE;
+    }
+
+    /// [`Self::add`] for `U` vectors of each query, from element `i`.
+    #[inline(always)]
+    #[allow(clippy::undocumented_unsafe_blocks)] // the promise of `add`
+    unsafe fn add_vectors<S: Simd, const U: usize>(&self, positions: &Range<usize>, i: usize) {
+        unsafe {
+            let mut sums = [[S::vsplat(0.0); U]; N];
+            for n in 0..N {
+                for u in 0..U {
+                    let before = S::vload(self.out[n].add(i + u * S::WIDE));
+                    sums[n][u] = S::vmul(before, S::vsplat(self.shrink[n]));
+                }
+            }
+            // Every group of vectors asks for a part of the lines: all of them at once would be more than a core can wait for.
+            let (group, groups) = (i / (U * S::WIDE), (self.d / (U * S::WIDE)).max(1));
+            // Rows of a tile's keys that are asked for at each position: all there are, however few positions there are.
+            let rows = SPAN.div_ceil(positions.len().max(1));
+            let mut p = positions.start;
+            while p < positions.end {
+                let tile = p / TILE;
+                let end = positions.end.min((tile + 1) * TILE);
+                let mut value = self.span.values[tile].add(p % TILE * self.d + i);
+                while p < end {
+                    if let Some(next) = self.next {
+                        let bytes = self.d * size_of::<E>();
+                        let row = (p - positions.start) * rows;
+                        for row in row..(row + rows).min(SPAN) {
+                            let keys = next.keys[row / TILE].cast::<u8>();
+                            let mut line = group * LINE;
+                            while line < bytes {
+                                S::prefetch(keys.wrapping_add(row % TILE * bytes + line));
+                                line += groups * LINE;
+                            }
                         }
                     }
-                }
-                for u in 0..U {
-                    let v = E::load::<S>(value.add(u * S::WIDE));
-                    for n in 0..N {
-                        sums[n][u] = S::vfma(S::vsplat(weights[n][p]), v, sums[n][u]);
+                    let mut v = [S::vsplat(0.0); U];
+                    for u in 0..U {
+                        v[u] = E::load::<S>(value.add(u * S::WIDE));
                     }
+                    for n in 0..N {
+                        let weight = S::vsplat(*self.weights[n].add(p));
+                        for u in 0..U {
+                            sums[n][u] = S::vfma(weight, v[u], sums[n][u]);
+                        }
+                    }
+                    value = value.add(self.d);
+                    p += 1;
                 }
-                value = value.add(d);
-                p += 1;
             }
-        }
-        for n in 0..N {
-            for u in 0..U {
-                S::vstore(out[n].add(i + u * S::WIDE), sums[n][u]);
+            for n in 0..N {
+                for u in 0..U {
+                    S::vstore(self.out[n].add(i + u * S::WIDE), sums[n][u]);
+                }
             }
         }
     }

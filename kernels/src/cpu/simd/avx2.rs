@@ -70,7 +70,7 @@ impl Simd for Avx2 {
     // 6 rows × 2 vectors of accumulators, weights and a broadcast fill 15 of 16 registers.
     const FLOAT_ROWS: usize = 6;
     const QUANT_ROWS: usize = 4;
-    const QUERIES: usize = 4;
+    const QUERIES: usize = 6;
 
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
