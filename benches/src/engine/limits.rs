@@ -45,7 +45,7 @@ impl Limits {
         let best = |loops: &[Loop]| {
             loops
                 .iter()
-                .filter(|l| (l.available)() && (l.isa != Isa::Avx512 || isa == Isa::Avx512))
+                .filter(|l| (l.available)() && l.belongs_to(isa))
                 .map(|l| l.peak(threads))
                 .max_by(|a, b| a.per_second.total_cmp(&b.per_second))
         };
@@ -123,6 +123,11 @@ struct Loop {
 }
 
 impl Loop {
+    /// Whether kernels for `isa` may use its instructions.
+    fn belongs_to(&self, isa: Isa) -> bool {
+        self.isa == Isa::Avx2 || self.isa == isa || isa == Isa::Avx512
+    }
+
     fn peak(&self, threads: usize) -> Peak {
         // Turns that take about 50 ms.
         let mut turns = 1 << 16;
@@ -260,6 +265,13 @@ mod x86 {
             available: || is_x86_feature_detected!("avx2"),
             operations: 6.0 * 32.0 * 2.0,
             run: |turns| three_instructions!(turns, "ymm"),
+        },
+        Loop {
+            with: "AVX-VNNI",
+            isa: Isa::AvxVnni,
+            available: || is_x86_feature_detected!("avxvnni"),
+            operations: 12.0 * 32.0 * 2.0,
+            run: |turns| one_instruction!(turns, "ymm", ONES, "{{vex}} vpdpbusd"),
         },
         Loop {
             with: "AVX-512",

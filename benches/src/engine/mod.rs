@@ -132,10 +132,12 @@ enum Quantize {
 
 /// Instruction sets of the CPU kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum InstructionSet {
     /// AVX-512 with VNNI
     Avx512,
+    /// AVX2, FMA and F16C, and AVX-VNNI's products of bytes
+    AvxVnni,
     /// AVX2, FMA and F16C
     Avx2,
     /// NEON with dot products of bytes
@@ -151,6 +153,7 @@ impl InstructionSet {
     pub fn isa(self) -> Isa {
         match self {
             Self::Avx512 => Isa::Avx512,
+            Self::AvxVnni => Isa::AvxVnni,
             Self::Avx2 => Isa::Avx2,
             Self::Dotprod => Isa::NeonDotprod,
             Self::Neon => Isa::Neon,

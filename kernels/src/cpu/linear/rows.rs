@@ -172,7 +172,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => tiles::<simd::Avx512>(),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => tiles::<simd::Avx2>(),
+            Self::Avx2 => tiles::<simd::Avx2<simd::Maddubs>>(),
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => tiles::<simd::Avx2<simd::Vnni>>(),
             #[cfg(target_arch = "aarch64")]
             Self::NeonDotprod => tiles::<simd::Neon<simd::Dotprod>>(),
             #[cfg(target_arch = "aarch64")]

@@ -1,7 +1,8 @@
-//! [`Avx2`]: AVX2 with FMA and F16C.
+//! [`Avx2`]: AVX2 with FMA and F16C, with one of two kinds of 8-bit products.
 
 #[allow(clippy::wildcard_imports)] // thirty intrinsics
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 use super::{QUAD, Simd};
 
@@ -52,13 +53,65 @@ unsafe fn add_nibbles<const T: usize>(pairs: &mut [[__m256i; 2]; T], w: *const u
     }
 }
 
-/// AVX2 with FMA and F16C.
+/// What bytes are multiplied with, as processors differ in it. Sums are exact in either, so both give the same bits.
+pub(crate) trait Products: Copy {
+    /// There is one instruction for it (`dpbusd`), which multiplies unsigned bytes with signed ones and adds four products up in 32 bits.
+    const VNNI: bool;
+}
+
+/// With what AVX2 has: products of two bytes added up in 16 bits (`maddubs`), which are widened when no more fit.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx2;
+pub(crate) struct Maddubs;
+
+impl Products for Maddubs {
+    const VNNI: bool = false;
+}
+
+/// With AVX-VNNI: processors for personal computers since 2021 that lack AVX-512 (Alder Lake and later).
+#[derive(Clone, Copy)]
+pub(crate) struct Vnni;
+
+impl Products for Vnni {
+    const VNNI: bool = true;
+}
+
+/// AVX2 with FMA, F16C and the 8-bit products of `P`.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2<P>(PhantomData<P>);
+
+/// `dot_i8` and `dot_q4` with `dpbusd`: of each of eight groups of four k, `codes` gives the unsigned bytes of both halves of a panel. Less `offset`
+/// times the sum of the activations, which the codes are too large by.
+macro_rules! unsigned_dots {
+    ($offset:literal, $x:ident, $sums:ident, |$group:ident, $half:ident| $codes:expr) => {{
+        let mut dots = [[_mm256_setzero_si256(); 2]; T];
+        for t in 0..T {
+            dots[t] = [_mm256_set1_epi32(-$offset * *$sums.add(t)); 2];
+        }
+        for $group in 0..8 {
+            let mut codes = [_mm256_setzero_si256(); 2];
+            for $half in 0..2 {
+                codes[$half] = $codes;
+            }
+            for t in 0..T {
+                let x = $x.add(32 * t + 4 * $group).cast::<i32>();
+                let x = _mm256_set1_epi32(x.read_unaligned());
+                for half in 0..2 {
+                    dots[t][half] = _mm256_dpbusd_avx_epi32(dots[t][half], codes[half], x);
+                }
+            }
+            if T > 1 {
+                for dot in dots.as_flattened_mut() {
+                    *dot = settled(*dot);
+                }
+            }
+        }
+        dots
+    }};
+}
 
 // The trait's promise covers every block: the processor has the instructions, the pointers have the elements.
 #[allow(clippy::undocumented_unsafe_blocks, clippy::cast_ptr_alignment)]
-impl Simd for Avx2 {
+impl<P: Products> Simd for Avx2<P> {
     type F = __m256;
     type I = __m256i;
     type V = __m256;
@@ -309,21 +362,35 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn bdot(sums: Self::W, w: Self::B, x: i32) -> Self::W {
         unsafe {
+            if P::VNNI {
+                return _mm256_dpbusd_avx_epi32(sums, w, _mm256_set1_epi32(x));
+            }
             // Two products of at most 127 · 127 fit 16 bits.
             let pairs = _mm256_maddubs_epi16(w, _mm256_set1_epi32(x));
             _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         }
     }
     #[inline(always)]
-    unsafe fn pbegin(_: Self::W) -> Self::P {
+    unsafe fn pbegin(sums: Self::W) -> Self::P {
+        if P::VNNI {
+            return sums;
+        }
         unsafe { _mm256_setzero_si256() }
     }
     #[inline(always)]
     unsafe fn pdot(pairs: Self::P, w: Self::B, x: i32) -> Self::P {
-        unsafe { _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w, _mm256_set1_epi32(x))) }
+        unsafe {
+            if P::VNNI {
+                return Self::bdot(pairs, w, x);
+            }
+            _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w, _mm256_set1_epi32(x)))
+        }
     }
     #[inline(always)]
     unsafe fn pend(sums: Self::W, pairs: Self::P) -> Self::W {
+        if P::VNNI {
+            return pairs;
+        }
         unsafe { _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))) }
     }
     #[inline(always)]
@@ -333,6 +400,9 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W {
         unsafe {
+            if P::VNNI {
+                return Self::bdot(sums, w, x);
+            }
             // The top bit by itself: two products of at most 128 · 127 fit 16 bits.
             let sums = Self::bdot(sums, Self::band(w, 0x7f), x);
             Self::bdot(sums, Self::band(w, 0x80), x)
@@ -343,9 +413,15 @@ impl Simd for Avx2 {
     unsafe fn dot_i8<const T: usize>(
         w: *const u8,
         x: *const i8,
-        _: *const i32,
+        sums: *const i32,
     ) -> [[Self::W; 2]; T] {
         unsafe {
+            if P::VNNI {
+                // The weights are stored plus 128.
+                return unsigned_dots!(128, x, sums, |group, half| {
+                    _mm256_loadu_si256(w.add(QUAD * group + half * QUAD / 2).cast())
+                });
+            }
             let ones = _mm256_set1_epi16(1);
             let offset = _mm256_set1_epi8(-128);
             let mut dots = [[_mm256_setzero_si256(); 2]; T];
@@ -378,6 +454,16 @@ impl Simd for Avx2 {
         sums: *const i32,
     ) -> [[Self::W; 2]; T] {
         unsafe {
+            if P::VNNI {
+                return unsigned_dots!(8, x, sums, |group, half| {
+                    let bytes = w.add(QUAD * (group / 2) + half * QUAD / 2);
+                    let mut bytes = _mm256_loadu_si256(bytes.cast());
+                    if group % 2 == 1 {
+                        bytes = _mm256_srli_epi16::<4>(bytes);
+                    }
+                    _mm256_and_si256(bytes, _mm256_set1_epi8(15))
+                });
+            }
             // Eight sums of two products, each at most 15 · 127, fit 16 bits; they are widened once.
             let mut pairs = [[_mm256_setzero_si256(); 2]; T];
             for g in 0..4 {

@@ -3,7 +3,10 @@
 #[allow(clippy::wildcard_imports)] // thirty intrinsics
 use std::arch::x86_64::*;
 
-use super::{Avx2, PANEL, QUAD, Simd, pairs_are_sums};
+use super::{Avx2, Maddubs, PANEL, QUAD, Simd, pairs_are_sums};
+
+/// What has eight lanes.
+type Eight = Avx2<Maddubs>;
 
 /// AVX-512 F, BW, DQ, VL and VNNI.
 #[derive(Clone, Copy)]
@@ -26,83 +29,83 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
-        unsafe { Avx2::prefetch(p) }
+        unsafe { Eight::prefetch(p) }
     }
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::F {
-        unsafe { Avx2::splat(x) }
+        unsafe { Eight::splat(x) }
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self::F {
-        unsafe { Avx2::load(p) }
+        unsafe { Eight::load(p) }
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> Self::F {
-        unsafe { Avx2::load_f16(p) }
+        unsafe { Eight::load_f16(p) }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, x: Self::F) {
-        unsafe { Avx2::store(p, x) }
+        unsafe { Eight::store(p, x) }
     }
     #[inline(always)]
     unsafe fn store_f16(p: *mut u16, x: Self::F) {
-        unsafe { Avx2::store_f16(p, x) }
+        unsafe { Eight::store_f16(p, x) }
     }
     #[inline(always)]
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { Avx2::add(a, b) }
+        unsafe { Eight::add(a, b) }
     }
     #[inline(always)]
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { Avx2::sub(a, b) }
+        unsafe { Eight::sub(a, b) }
     }
     #[inline(always)]
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { Avx2::mul(a, b) }
+        unsafe { Eight::mul(a, b) }
     }
     #[inline(always)]
     unsafe fn div(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { Avx2::div(a, b) }
+        unsafe { Eight::div(a, b) }
     }
     #[inline(always)]
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        unsafe { Avx2::fma(a, b, c) }
+        unsafe { Eight::fma(a, b, c) }
     }
     #[inline(always)]
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { Avx2::max(a, b) }
+        unsafe { Eight::max(a, b) }
     }
     #[inline(always)]
     unsafe fn min(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { Avx2::min(a, b) }
+        unsafe { Eight::min(a, b) }
     }
     #[inline(always)]
     unsafe fn to_int(x: Self::F) -> Self::I {
-        unsafe { Avx2::to_int(x) }
+        unsafe { Eight::to_int(x) }
     }
     #[inline(always)]
     unsafe fn to_float(x: Self::I) -> Self::F {
-        unsafe { Avx2::to_float(x) }
+        unsafe { Eight::to_float(x) }
     }
     #[inline(always)]
     unsafe fn exp2_int(n: Self::I) -> Self::F {
-        unsafe { Avx2::exp2_int(n) }
+        unsafe { Eight::exp2_int(n) }
     }
     #[inline(always)]
     unsafe fn store_i8(p: *mut i8, x: Self::I) {
-        unsafe { Avx2::store_i8(p, x) }
+        unsafe { Eight::store_i8(p, x) }
     }
     #[inline(always)]
     unsafe fn int_sum(x: Self::I) -> i32 {
-        unsafe { Avx2::int_sum(x) }
+        unsafe { Eight::int_sum(x) }
     }
     #[inline(always)]
     unsafe fn int_add(a: Self::I, b: Self::I) -> Self::I {
-        unsafe { Avx2::int_add(a, b) }
+        unsafe { Eight::int_add(a, b) }
     }
     #[inline(always)]
     unsafe fn int_zero() -> Self::I {
-        unsafe { Avx2::int_zero() }
+        unsafe { Eight::int_zero() }
     }
 
     #[inline(always)]

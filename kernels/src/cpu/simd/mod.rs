@@ -18,7 +18,7 @@ mod scalar;
 mod tests;
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use avx2::Avx2;
+pub(crate) use avx2::{Avx2, Maddubs, Vnni};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
 #[cfg(target_arch = "aarch64")]
@@ -39,6 +39,8 @@ pub enum Isa {
     Scalar,
     /// AVX2, FMA and F16C.
     Avx2,
+    /// The same with AVX-VNNI's products of bytes: what has no AVX-512 may have it.
+    AvxVnni,
     /// AVX-512 F, BW, VL and VNNI.
     Avx512,
     /// NEON, as all 64-bit ARM processors have it.
@@ -49,8 +51,9 @@ pub enum Isa {
 
 impl Isa {
     /// All of them, best first.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Avx512,
+        Self::AvxVnni,
         Self::Avx2,
         Self::NeonDotprod,
         Self::Neon,
@@ -76,6 +79,8 @@ impl Isa {
                     && is_x86_feature_detected!("f16c")
             }
             #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => Self::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 Self::Avx2.is_available()
                     && is_x86_feature_detected!("avx512f")
@@ -85,7 +90,7 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vnni")
             }
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => false,
+            Self::Avx2 | Self::AvxVnni | Self::Avx512 => false,
             #[cfg(target_arch = "aarch64")]
             Self::Neon => true,
             #[cfg(target_arch = "aarch64")]
@@ -100,6 +105,7 @@ impl Isa {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "AVX2+FMA+F16C",
+            Self::AvxVnni => "AVX2+FMA+F16C+VNNI",
             Self::Avx512 => "AVX-512+VNNI",
             Self::Neon => "NEON",
             Self::NeonDotprod => "NEON+dotprod",
@@ -274,7 +280,14 @@ macro_rules! dispatch {
         #[allow(clippy::too_many_arguments)]
         unsafe fn with_avx2($($arg: $ty),*) {
             // SAFETY: the instructions are enabled here; the arguments are the caller's promise.
-            unsafe { $f::<$crate::cpu::simd::Avx2>($($arg),*) }
+            unsafe { $f::<$crate::cpu::simd::Avx2<$crate::cpu::simd::Maddubs>>($($arg),*) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+        #[allow(clippy::too_many_arguments)]
+        unsafe fn with_avx_vnni($($arg: $ty),*) {
+            // SAFETY: the instructions are enabled here; the arguments are the caller's promise.
+            unsafe { $f::<$crate::cpu::simd::Avx2<$crate::cpu::simd::Vnni>>($($arg),*) }
         }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -297,6 +310,9 @@ macro_rules! dispatch {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a backend with this instruction set is only made where the processor has it.
             $crate::cpu::simd::Isa::Avx2 => unsafe { with_avx2($($arg),*) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a backend with this instruction set is only made where the processor has it.
+            $crate::cpu::simd::Isa::AvxVnni => unsafe { with_avx_vnni($($arg),*) },
             #[cfg(target_arch = "aarch64")]
             // SAFETY: a backend with this instruction set is only made where the processor has it.
             $crate::cpu::simd::Isa::NeonDotprod => unsafe { with_dotprod($($arg),*) },
