@@ -237,7 +237,7 @@ unsafe fn one_head<S: Simd, E: Element>(
                     2 => pass::<S, E, 2>(work, &span, next, &batch, maxima, sums),
                     4 => pass::<S, E, 4>(work, &span, next, &batch, maxima, sums),
                     6 if S::QUERIES == 6 => {
-                        pass::<S, E, 6>(work, &span, next, &batch, maxima, sums)
+                        pass::<S, E, 6>(work, &span, next, &batch, maxima, sums);
                     }
                     _ => pass::<S, E, 8>(work, &span, next, &batch, maxima, sums),
                 }
