@@ -2,58 +2,133 @@
 # On a machine with a GPU: checks every kernel and whole models on it, times decoders of well-known shapes, and prints a table last.
 # Builds nothing: `pack.sh` made target/gpu elsewhere. Leaves clocks and settings alone. Logs go to $OUT, or target/gpu/out.
 #
-#   benches/gpu/check.sh          everything: about eight minutes on an H100
+#   benches/gpu/check.sh          everything: ten minutes at most
 #   benches/gpu/check.sh quick    correctness alone
+#
+# What matters most comes first, each part has a limit of its own, and no part begins when the time is over (QUIRE_CHECK_SECONDS, 560 by default, all
+# together). What a part found is printed when it ends, and all of it again at the end, also when somebody ends the script.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
-bin=target/gpu
-out=${OUT:-$bin/out}
+to=target/gpu
+bin=$to/bin
+out=${OUT:-$to/out}
+all=${QUIRE_CHECK_SECONDS:-560}
 mkdir -p "$out"
+rm -f "$out/summary.txt" "$out/table.md" "$out/deterministic.md"
 export QUIRE_TEST_GPU=1 RUST_BACKTRACE=1
 failed=0
+running=
+
+say() { echo "$1" | tee -a "$out/summary.txt"; }
+
+finish() {
+    [ -z "$running" ] || kill "$running" 2>/dev/null
+    printf '\n=== %d s, %d parts failed\n' "$SECONDS" "$failed"
+    cat "$out/summary.txt"
+    [ ! -s "$out/deterministic.md" ] || { printf '\nwith --deterministic:\n'; cat "$out/deterministic.md"; }
+    [ ! -s "$out/table.md" ] || { echo; cat "$out/table.md"; }
+    exit "$failed"
+}
+trap finish EXIT
+trap 'failed=$((failed + 1)); say "ENDED     from outside"; exit' INT TERM HUP
+
+# part NAME SECONDS COMMAND…: runs it, keeps its output, says how it ended.
+part() {
+    local name=$1 limit=$2 begin=$SECONDS left=$((all - SECONDS)) log=$out/$1.log status how
+    shift 2
+    if [ "$left" -lt 10 ]; then
+        failed=$((failed + 1))
+        say "LEFT OUT  $name: the $all s are over"
+        return 1
+    fi
+    [ "$limit" -le "$left" ] || limit=$left
+    # In the background, since a signal interrupts `wait` and nothing else.
+    timeout --kill-after 5 "$limit" "$@" >"$log" 2>&1 &
+    running=$!
+    wait "$running"
+    status=$?
+    running=
+    how=$(grep -E '^test result|ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -n 1)
+    if [ "$status" = 0 ]; then
+        say "ok        $name ($((SECONDS - begin)) s)${how:+: $how}"
+        return 0
+    fi
+    failed=$((failed + 1))
+    case $status in
+        124 | 137) say "TOO LONG  $name: ended after $limit s" ;;
+        *) say "FAILED    $name ($((SECONDS - begin)) s, status $status)${how:+: $how}" ;;
+    esac
+    echo "the end of $log:"
+    tail -n 25 "$log"
+    return 1
+}
+
+# tests NAME SECONDS COMMAND…: as `part`; what fails runs once more in a process of its own, since a fault in a kernel fails everything after it.
+tests() {
+    local name=$1 again until
+    part "$@" && return
+    shift 2
+    until=$((SECONDS + 40))
+    awk '/^failures:$/ { names = 1 } names && /^    [a-z0-9_:]+$/ { print $1 }' "$out/$name.log" | sort -u >"$out/$name.failed"
+    while read -r again; do
+        [ $SECONDS -lt $until ] || break
+        if timeout --kill-after 5 20 "$@" --exact "$again" >"$out/again.log" 2>&1; then
+            say "          $again: ok by itself"
+        else
+            say "          $again: $(grep -A1 'panicked at' "$out/again.log" | tr '\n' ' ' | cut -c1-240)"
+        fi
+        { echo "=== $again"; cat "$out/again.log"; } >>"$out/$name.log"
+    done <"$out/$name.failed"
+    rm -f "$out/again.log" "$out/$name.failed"
+}
+
+if [ -f "$to/packed.tar.xz" ] && [ ! "$bin" -nt "$to/packed.tar.xz" ]; then
+    mkdir -p "$bin"
+    tar -xJf "$to/packed.tar.xz" -C "$bin" 2>/dev/null || python3 -m tarfile -e "$to/packed.tar.xz" "$bin" ||
+        { failed=1; say "FAILED    cannot unpack $to/packed.tar.xz: neither tar with xz nor python3"; exit; }
+    touch "$bin"
+fi
+[ -x "$bin/quire" ] || { failed=1; say "FAILED    $bin is not there: run benches/gpu/pack.sh where Rust is, and bring $to"; exit; }
 
 # cuBLASLt is found by its name: the toolkit's, or one that came with a Python package.
-for folder in /usr/local/cuda/lib64 $(python3 -c 'import glob, site
+for folder in /usr/local/cuda/lib64 $(timeout 20 python3 -c 'import glob, site
 for root in site.getsitepackages():
     for name in glob.glob(root + "/nvidia/**/libcublasLt.so.1?", recursive=True):
         print(name.rsplit("/", 1)[0])' 2>/dev/null); do
     [ -d "$folder" ] && LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$folder
 done
-export LD_LIBRARY_PATH
+export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}
 
-nvidia-smi --query-gpu=name,driver_version,memory.total,memory.free,clocks.sm --format=csv,noheader | tee "$out/gpu.txt"
+query=name,driver_version,memory.total,memory.free,clocks.sm
+say "$(timeout 20 nvidia-smi --query-gpu=$query --format=csv,noheader 2>/dev/null || echo 'nvidia-smi is not there, or does not answer')"
 
-# check NAME COMMAND…: runs it, keeps its output, says how it ended.
-check() {
-    local name=$1 begin=$SECONDS
-    shift
-    if "$@" >"$out/$name.log" 2>&1; then
-        echo "ok      $name ($((SECONDS - begin)) s): $(grep -E '^test result|ERROR SUMMARY' "$out/$name.log" | tail -n 1)"
-    else
-        failed=$((failed + 1))
-        echo "FAILED  $name ($((SECONDS - begin)) s), the end of $out/$name.log:"
-        tail -n 25 "$out/$name.log"
-    fi
-}
+# The question comes first, since every part would say the same.
+part serve 30 "$bin/quire" run --device cuda --max-tokens 40 'What does `Vec::push` do?'
+if why=$(grep -E 'no CUDA driver|CUDA driver does not start|there is no GPU' "$out/serve.log"); then
+    say "no GPU found: $why"
+    exit
+fi
+tail -n 3 "$out/serve.log"
 
-# One thread: tests share the GPU, and a fault in a kernel ends everything on it.
-check kernels "$bin/test-kernels" --test-threads 1
-CARGO_MANIFEST_DIR=$PWD/engine check models "$bin/test-engine" --test-threads 1 --nocapture
-check serve "$bin/quire" run --device cuda --max-tokens 40 'What does `Vec::push` do?'
+# One thread: tests share the GPU.
+tests kernels 110 "$bin/test-kernels" --test-threads 1
+tests models 110 env CARGO_MANIFEST_DIR="$PWD/engine" "$bin/test-engine" --test-threads 1 --nocapture
+grep -h 'largest error' "$out/models.log" | tee -a "$out/summary.txt"
+
+if [ "${1:-}" != quick ]; then
+    # It ends by itself, with a table of what it came to.
+    part speed 180 "$bin/quire-bench" gpu --time-limit 140 --json "$out/gpu.json" --table "$out/table.md"
+    cat "$out/table.md" 2>/dev/null
+    part deterministic 50 "$bin/quire-bench" gpu --deterministic --shapes qwen3-8b --context 1024 --batch 1,64 --time-limit 30 --table "$out/deterministic.md"
+fi
 
 if command -v compute-sanitizer >/dev/null; then
     # Slow: a part of the tests that touches every kernel.
     for tool in memcheck racecheck; do
-        check "$tool" timeout 150 compute-sanitizer --tool "$tool" --error-exitcode 1 "$bin/test-kernels" --test-threads 1 \
+        part "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 1 "$bin/test-kernels" --test-threads 1 \
             heads_of_every_size a_product_is_added embeddings logits experts_is_as gates norms rotary copied
     done
+else
+    say "left out  memcheck, racecheck: there is no compute-sanitizer"
 fi
-
-if [ "${1:-}" != quick ]; then
-    timeout 400 "$bin/quire-bench" gpu --json "$out/gpu.json" 2>"$out/bench.log" | tee "$out/table.md"
-    [ "${PIPESTATUS[0]}" = 0 ] || { failed=$((failed + 1)); tail -n 15 "$out/bench.log"; }
-    timeout 100 "$bin/quire-bench" gpu --deterministic --shapes qwen3-8b --context 1024 --batch 1,64 2>>"$out/bench.log" | tee "$out/deterministic.md"
-fi
-echo "$failed checks failed"
-exit "$failed"

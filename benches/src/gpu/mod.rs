@@ -4,8 +4,9 @@
 
 mod model;
 
-use std::path::PathBuf;
-use std::time::Instant;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
@@ -63,6 +64,15 @@ pub struct Arguments {
     #[arg(long)]
     deterministic: bool,
 
+    /// Begin nothing after so many seconds; the table says what was left out
+    #[arg(long, value_name = "SECONDS")]
+    time_limit: Option<u64>,
+
+    /// Write the table to this file, too
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    table: Option<PathBuf>,
+
     /// Write limits and results to this file as JSON
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
@@ -83,46 +93,101 @@ struct Line {
     share: Option<f64>,
 }
 
+/// What was timed, and what was not.
+struct Timings {
+    until: Option<Instant>,
+    lines: Vec<Line>,
+    left_out: Vec<String>,
+}
+
+impl Timings {
+    /// Whether there is time for more; if there is none, `what` is noted.
+    fn begins(&mut self, what: impl FnOnce() -> String) -> bool {
+        let late = self.until.is_some_and(|until| Instant::now() >= until);
+        if late {
+            self.left_out.push(format!("{}: no time", what()));
+        }
+        !late
+    }
+
+    /// Keeps a line, and shows it at once: whoever ends this has seen what there was.
+    fn add(&mut self, line: Line) {
+        eprintln!(
+            "{} in {}: {} of {} × {}: {:.2} ms",
+            line.shape, line.weights, line.what, line.sequences, line.tokens, line.milliseconds
+        );
+        self.lines.push(line);
+    }
+}
+
 /// Runs the benchmark.
 ///
 /// # Errors
 /// There is no GPU, or it fails.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let began = Instant::now();
     let options = CudaOptions {
         ordinal: 0,
         deterministic: arguments.deterministic,
     };
-    let mut lines = Vec::new();
-    let limits = CudaBackend::new(options)?.limits()?;
+    let mut shapes = Vec::new();
     for name in &arguments.shapes {
         let shape = model::SHAPES.iter().find(|shape| shape.name == name);
-        let shape = shape.with_context(|| {
+        shapes.push(shape.with_context(|| {
             let known: Vec<_> = model::SHAPES.iter().map(|shape| shape.name).collect();
             format!("no shape {name}; there are {}", known.join(", "))
-        })?;
-        for (format, weights) in [(Format::Bf16, "bf16"), (Format::Q4_0, "q4_0")] {
-            let backend = CudaBackend::new(options)?;
-            time_shape(
-                arguments,
-                shape,
-                (format, weights),
-                backend,
-                limits,
-                &mut lines,
-            )
-            .with_context(|| format!("{name} in {weights}"))?;
-        }
+        })?);
     }
-    print(&lines, limits);
+    let limits = CudaBackend::new(options)?.limits()?;
+    let mut timings = Timings {
+        // None, too, where it is beyond what a clock can count.
+        until: arguments
+            .time_limit
+            .and_then(|seconds| began.checked_add(Duration::from_secs(seconds))),
+        lines: Vec::new(),
+        left_out: Vec::new(),
+    };
+    let ended = time_all(arguments, options, &shapes, limits, &mut timings);
+    // What was timed before something failed is worth as much as without the failure.
+    let table = table(&timings, limits);
+    println!("{table}");
+    if let Some(path) = &arguments.table {
+        write(path, table + "\n")?;
+    }
     if let Some(path) = &arguments.json {
         let all = serde_json::json!({
             "arguments": arguments,
             "bandwidth": limits.bandwidth,
             "matrix": limits.matrix,
-            "lines": lines,
+            "lines": timings.lines,
+            "left_out": timings.left_out,
         });
-        std::fs::write(path, serde_json::to_vec_pretty(&all)?)
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        write(path, serde_json::to_vec_pretty(&all)?)?;
+    }
+    ended
+}
+
+fn write(path: &Path, what: impl AsRef<[u8]>) -> anyhow::Result<()> {
+    std::fs::write(path, what).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn time_all(
+    arguments: &Arguments,
+    options: CudaOptions,
+    shapes: &[&'static Shape],
+    limits: Limits,
+    timings: &mut Timings,
+) -> anyhow::Result<()> {
+    for shape in shapes {
+        for (format, weights) in [(Format::Bf16, "bf16"), (Format::Q4_0, "q4_0")] {
+            let what = || format!("{} in {weights}", shape.name);
+            if !timings.begins(what) {
+                continue;
+            }
+            let backend = CudaBackend::new(options)?;
+            let format = (format, weights);
+            time_shape(arguments, shape, format, backend, limits, timings).with_context(what)?;
+        }
     }
     Ok(())
 }
@@ -133,53 +198,49 @@ fn time_shape(
     (format, weights): (Format, &'static str),
     backend: CudaBackend,
     limits: Limits,
-    lines: &mut Vec<Line>,
+    timings: &mut Timings,
 ) -> anyhow::Result<()> {
     let most = arguments.batch.iter().copied().max().unwrap_or(1);
     let rows = most.max(arguments.prompt);
     let mut model = Model::new(backend, shape, format, rows)?;
-    let mut line = |what, sequences, tokens, computed: usize, seconds: f64, share| {
-        lines.push(Line {
-            shape: shape.name,
-            weights,
-            what,
-            sequences,
-            tokens,
-            milliseconds: seconds * 1e3,
-            tokens_per_second: computed as f64 / seconds,
-            share,
-        });
+    let line = |what, sequences, tokens, computed: usize, seconds: f64, share| Line {
+        shape: shape.name,
+        weights,
+        what,
+        sequences,
+        tokens,
+        milliseconds: seconds * 1e3,
+        tokens_per_second: computed as f64 / seconds,
+        share,
     };
     for &context in &arguments.context {
         for &batch in &arguments.batch {
-            // What does not fit the GPU is not timed, and the table says so by leaving it out.
+            let what = || format!("{} in {weights}, decode of {batch} × {context}", shape.name);
+            if !timings.begins(what) {
+                continue;
+            }
             let Ok(mut kv) = model.cache(batch, context + 1) else {
-                eprintln!(
-                    "{} in {weights}: no memory for {batch} × {context} tokens",
-                    shape.name
-                );
+                timings.left_out.push(format!("{}: no memory", what()));
                 continue;
             };
             let step = model::step(batch, context, 1);
             let seconds = median(arguments.repeat, || model.forward(&step, &mut kv))?;
             let bytes = model.weight_bytes() + batch * shape.kv_bytes(context);
             let share = bytes as f64 / seconds / limits.bandwidth;
-            line("decode", batch, context, batch, seconds, Some(share));
+            timings.add(line("decode", batch, context, batch, seconds, Some(share)));
         }
     }
-    let mut kv = model.cache(1, arguments.prompt)?;
-    let step = model::step(1, 0, arguments.prompt);
+    let prompt = arguments.prompt;
+    if !timings.begins(|| format!("{} in {weights}, a prompt of {prompt}", shape.name)) {
+        return Ok(());
+    }
+    let mut kv = model.cache(1, prompt)?;
+    let step = model::step(1, 0, prompt);
     let seconds = median(arguments.repeat.min(5), || model.forward(&step, &mut kv))?;
-    let operations = shape.operations(arguments.prompt);
-    let share = limits.matrix.map(|rate| operations / seconds / rate);
-    line(
-        "prefill",
-        1,
-        arguments.prompt,
-        arguments.prompt,
-        seconds,
-        share,
-    );
+    let share = limits
+        .matrix
+        .map(|rate| shape.operations(prompt) / seconds / rate);
+    timings.add(line("prefill", 1, prompt, prompt, seconds, share));
     Ok(())
 }
 
@@ -200,7 +261,8 @@ fn median(
     Ok(seconds[seconds.len() / 2])
 }
 
-fn print(lines: &[Line], limits: Limits) {
+/// What was timed, the limits it is a share of, and what is missing.
+fn table(timings: &Timings, limits: Limits) -> String {
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN);
     table.set_header([
@@ -213,7 +275,7 @@ fn print(lines: &[Line], limits: Limits) {
         "tokens/s",
         "share of limit",
     ]);
-    for line in lines {
+    for line in &timings.lines {
         table.add_row([
             line.shape.to_owned(),
             line.weights.to_owned(),
@@ -231,14 +293,18 @@ fn print(lines: &[Line], limits: Limits) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    println!("{table}");
     let matrix = limits
         .matrix
         .map_or("no cuBLASLt to measure it with".to_owned(), |rate| {
             format!("{:.0} TFLOP/s", rate / 1e12)
         });
-    println!(
-        "limits: memory {:.0} GB/s (copy, read and written), bf16 matrix {matrix}",
+    let mut text = format!(
+        "{table}\nlimits: memory {:.0} GB/s (copy, read and written), bf16 matrix {matrix}",
         limits.bandwidth / 1e9
     );
+    for what in &timings.left_out {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "\nleft out: {what}");
+    }
+    text
 }
