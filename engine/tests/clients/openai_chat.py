@@ -167,6 +167,8 @@ def a_wrong_parameter_is_named(server: Server) -> None:
             expect.contains(str(error.value), param, "message")
             with expect.raises(openai.BadRequestError, param=param):
                 client.chat.completions.create(**GREEDY | {param: value}, stream=True)
+        with expect.raises(openai.BadRequestError, param="prompt_logprobs"):
+            client.chat.completions.create(**GREEDY, extra_body={"prompt_logprobs": 1})
 
 
 def an_unknown_model_is_not_found(server: Server) -> None:

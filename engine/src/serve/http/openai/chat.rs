@@ -24,6 +24,7 @@ struct Body {
     max_completion_tokens: Option<u32>,
     logprobs: Option<bool>,
     top_logprobs: Option<u32>,
+    prompt_logprobs: Option<Value>,
     tools: Option<Vec<Value>>,
     tool_choice: Option<Value>,
     functions: Option<Value>,
@@ -71,6 +72,12 @@ pub(in super::super) async fn chat_completions(
 }
 
 fn logprobs(body: &Body) -> Result<Option<u32>, ApiError> {
+    if body.prompt_logprobs.as_ref().is_some_and(|p| !p.is_null()) {
+        return Err(ApiError::param(
+            "prompt_logprobs",
+            "prompt_logprobs is not supported; /v1/completions reports those of its prompt, with echo and logprobs",
+        ));
+    }
     match (body.logprobs.unwrap_or(false), body.top_logprobs) {
         (true, count) => Ok(Some(count.unwrap_or(0))),
         (false, None | Some(0)) => Ok(None),
