@@ -121,6 +121,7 @@ if [ "${1:-}" != quick ]; then
     part speed 180 "$bin/quire-bench" gpu --time-limit 140 --json "$out/gpu.json" --table "$out/table.md"
     cat "$out/table.md" 2>/dev/null
     part deterministic 50 "$bin/quire-bench" gpu --deterministic --shapes qwen3-8b --context 1024 --batch 1,64 --time-limit 30 --table "$out/deterministic.md"
+    part fp8 50 "$bin/quire-bench" gpu --kv-cache-dtype fp8 --shapes qwen3-8b --context 8192 --batch 1,64 --time-limit 30 --table "$out/fp8.md"
 fi
 
 if command -v compute-sanitizer >/dev/null; then

@@ -24,7 +24,7 @@ const BLOCK: usize = 16;
 struct Args {
     /// A GGUF file, or a directory with config.json, safetensors and tokenizer.json
     model: PathBuf,
-    /// Precision of the KV cache: f16 or f32
+    /// Precision of the KV cache: f16, bf16, f32 or q8
     #[arg(long, default_value = "f16")]
     kv: String,
     /// Threads that compute
@@ -58,9 +58,10 @@ fn main() -> anyhow::Result<()> {
     let longest = sequences.iter().map(Vec::len).max().unwrap_or(0).max(1);
     let kv_dtype = match args.kv.as_str() {
         "f16" => KvDtype::F16,
+        "bf16" => KvDtype::Bf16,
         "f32" => KvDtype::F32,
         "q8" => KvDtype::Q8,
-        other => bail!("--kv is {other}, expected f16, f32 or q8"),
+        other => bail!("--kv is {other}, expected f16, bf16, f32 or q8"),
     };
     let backend = CpuBackend::new(CpuOptions {
         threads: args.threads,

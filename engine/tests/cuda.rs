@@ -73,26 +73,23 @@ fn distance(ours: &[f32], theirs: &[f32]) -> f64 {
     (difference / whole).sqrt()
 }
 
-/// Prompt in chunks, then steps of one token; the logits of each against transformers'.
-fn equals_transformers(name: &str) {
+/// Prompt in chunks, then steps of one token; the logits of each against transformers', for chunks of several sizes with keys and values kept as
+/// the cache says and no error above what goes with it.
+fn equals_transformers(name: &str, caches: &[(usize, KvDtype, f64)]) {
     let (checkpoint, prompt, tokens, expected) = golden(name);
     let vocab = expected.len() / tokens.len();
     // Beyond a rotary switch everything is computed anew; the steps must reach it.
     let steps = if on_a_gpu() { tokens.len() } else { 4 };
     let mut worst: f64 = 0.0;
-    for (chunk, dtype) in [
-        (prompt.len(), KvDtype::F16),
-        (11, KvDtype::F16),
-        (29, KvDtype::F32),
-    ] {
+    for &(chunk, dtype, tolerance) in caches {
         let mut sequence = Sequence::on(gpu(false), &checkpoint, None, dtype);
-        let mut logits = sequence.read(&prompt, chunk);
+        let mut logits = sequence.read(&prompt, chunk.min(prompt.len()));
         for (row, &token) in tokens.iter().take(steps).enumerate() {
             let theirs = &expected[row * vocab..][..vocab];
             let error = distance(&logits, theirs);
             assert!(
-                error < TOLERANCE,
-                "{name}, chunks of {chunk}, {row}: {error}"
+                error < tolerance,
+                "{name}, {dtype:?}, chunks of {chunk}, {row}: {error}"
             );
             worst = worst.max(error);
             // Greedy, unless two tokens are nearer to each other than the error allowed.
@@ -100,8 +97,8 @@ fn equals_transformers(name: &str) {
             let scale = theirs.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
             let missed = theirs[token as usize] - theirs[ours];
             assert!(
-                missed <= TOLERANCE as f32 * scale,
-                "{name}, {row}: {missed}"
+                missed <= tolerance as f32 * scale,
+                "{name}, {dtype:?}, {row}: {missed}"
             );
             logits = sequence.read(&[token], 1);
         }
@@ -113,7 +110,11 @@ macro_rules! families {
     ($($test:ident: $name:literal,)*) => {$(
         #[test]
         fn $test() {
-            equals_transformers($name);
+            equals_transformers($name, &[
+                (usize::MAX, KvDtype::F16, TOLERANCE),
+                (11, KvDtype::F16, TOLERANCE),
+                (29, KvDtype::F32, TOLERANCE),
+            ]);
         }
     )*};
 }
@@ -134,6 +135,85 @@ families! {
     smollm3: "smollm3",
     granite: "granite",
     olmo2: "olmo2",
+}
+
+/// As [`TOLERANCE`], with keys and values of three bits behind the leading one.
+const FP8_TOLERANCE: f64 = 8e-2;
+
+#[test]
+fn every_precision_of_the_cache_gives_transformers_logits() {
+    // Plain attention, and windows with page groups.
+    for name in ["qwen3", "gemma3"] {
+        equals_transformers(
+            name,
+            &[
+                (usize::MAX, KvDtype::Bf16, TOLERANCE),
+                (11, KvDtype::Bf16, TOLERANCE),
+                (usize::MAX, KvDtype::Fp8, FP8_TOLERANCE),
+                (11, KvDtype::Fp8, FP8_TOLERANCE),
+            ],
+        );
+    }
+}
+
+/// As `cache_precision.rs` has it for the CPU.
+#[test]
+fn fewer_bits_in_the_cache_hardly_move_the_next_tokens_probabilities() {
+    let checkpoint = common::demo_checkpoint();
+    let (count, length) = if on_a_gpu() { (6, 240) } else { (1, 96) };
+    let text = include_str!("../../docs/use.md");
+    let texts: Vec<Vec<u32>> = checkpoint
+        .tokenizer
+        .encode(text, false)
+        .unwrap()
+        .chunks_exact(length)
+        .take(count)
+        .map(|text| text.iter().map(|token| token.0).collect())
+        .collect();
+    let vocab = checkpoint.config.vocab_size;
+    let logits = |dtype| -> Vec<f32> {
+        let read = |text: &Vec<u32>| -> Vec<f32> {
+            let mut sequence = Sequence::on(gpu(false), &checkpoint, None, dtype);
+            // Chunks, so that most of what a token sees comes from the cache by way of other steps.
+            text.chunks(24)
+                .flat_map(|chunk| sequence.rows(chunk, chunk.len()))
+                .collect()
+        };
+        texts.iter().flat_map(read).collect()
+    };
+    let exact = logits(KvDtype::F32);
+    for (dtype, limit) in [
+        (KvDtype::F16, 1e-4),
+        (KvDtype::Bf16, 1e-4),
+        (KvDtype::Fp8, 1e-2),
+    ] {
+        let rounded = logits(dtype);
+        let rows = || exact.chunks(vocab).zip(rounded.chunks(vocab));
+        let mean = rows().map(|(p, q)| common::divergence(p, q)).sum::<f64>();
+        let mean = mean / rows().count() as f64;
+        let same = rows().filter(|(p, q)| argmax(p) == argmax(q)).count();
+        println!(
+            "{}: mean KL divergence {mean:.1e} from f32, the same greedy token after {same} of {}",
+            dtype.name(),
+            rows().count()
+        );
+        assert!(mean > 0.0, "{dtype:?} was to round");
+        assert!(mean <= limit, "{dtype:?}: {mean}");
+    }
+}
+
+#[test]
+fn a_cache_that_a_gpu_lacks_is_refused_with_those_it_has() {
+    let (checkpoint, ..) = golden("qwen3");
+    let config = EngineConfig {
+        kv_dtype: KvDtype::Q8,
+        ..EngineConfig::default()
+    };
+    let refused = Engine::start(&checkpoint, gpu(false), &config, None, &mut |_| {});
+    let refused = refused.unwrap_err().to_string();
+    for part in ["--kv-cache-dtype is q8", "f16, bf16, f32, fp8"] {
+        assert!(refused.contains(part), "{refused}");
+    }
 }
 
 /// Requests for `tokens` greedy tokens after a few prompts of the demo model's questions.

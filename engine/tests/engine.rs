@@ -12,6 +12,7 @@ use quire::core::{
     Engine, EngineConfig, Event, FinishReason, KvEvents, KvNews, Request, SubmitError,
 };
 use quire::sampling::SamplingParams;
+use quire_kernels::KvDtype;
 use quire_scheduler::{AddError, KvEvent, TokenId};
 
 fn start(config: &EngineConfig) -> Engine {
@@ -277,6 +278,14 @@ fn settings_outside_their_range_are_named() {
         ..defaults()
     });
     assert!(text.contains("--max-batch-tokens"), "{text}");
+    let text = try_start(&EngineConfig {
+        kv_dtype: KvDtype::Fp8,
+        ..defaults()
+    });
+    assert!(
+        text.contains("--kv-cache-dtype is fp8") && text.contains("f16, bf16, f32, q8"),
+        "{text}"
+    );
     let text = try_start(&EngineConfig {
         max_model_len: Some(5000),
         ..defaults()

@@ -77,11 +77,15 @@ pub struct MatrixPart<'a> {
 pub enum KvDtype {
     /// 16-bit IEEE float.
     F16,
+    /// bfloat16: the range of f32, three bits less than f16.
+    Bf16,
     /// 32-bit IEEE float.
     F32,
     /// Signed bytes under bfloat16 scales: one for every [`KvDtype::KEY_GROUP`] elements of a key, whose channels differ much in size, and one
     /// for a value.
     Q8,
+    /// OCP E4M3 floats under bfloat16 scales: one for a key of a head, and one for a value.
+    Fp8,
 }
 
 impl KvDtype {
@@ -92,17 +96,26 @@ impl KvDtype {
     pub fn name(self) -> &'static str {
         match self {
             Self::F16 => "f16",
+            Self::Bf16 => "bf16",
             Self::F32 => "f32",
             Self::Q8 => "q8",
+            Self::Fp8 => "fp8",
         }
+    }
+
+    /// Several of them, as a list for messages.
+    pub fn names(dtypes: &[Self]) -> String {
+        let names: Vec<_> = dtypes.iter().map(|dtype| dtype.name()).collect();
+        names.join(", ")
     }
 
     /// Bytes of `positions` keys and values of one head, scales included.
     pub fn head_bytes(self, positions: usize, head_dim: usize) -> usize {
         let elements = 2 * positions * head_dim;
         match self {
-            Self::F16 => 2 * elements,
+            Self::F16 | Self::Bf16 => 2 * elements,
             Self::F32 => 4 * elements,
+            Self::Fp8 => elements + 2 * positions * size_of::<u16>(),
             Self::Q8 => elements + 2 * positions * (head_dim.div_ceil(Self::KEY_GROUP) + 1),
         }
     }
@@ -419,10 +432,13 @@ pub trait Backend: Send + 'static {
     /// No memory.
     fn activations(&self, rows: usize, cols: usize) -> Result<Self::Activations, Error>;
 
+    /// What keys and values may be kept as.
+    fn kv_dtypes(&self) -> &'static [KvDtype];
+
     /// Makes an empty KV cache.
     ///
     /// # Errors
-    /// No memory, or a shape the device's kernels do not support.
+    /// No memory, or a shape or precision that the device's kernels do not support.
     fn kv_cache(&self, shape: &KvShape) -> Result<Self::KvCache, Error>;
 
     /// Starts a step; every operation until the next call works on its rows.

@@ -1,6 +1,6 @@
 //! What a step, its block tables and a layer must be for the kernels to rely on it.
 
-use crate::{AttentionShape, Error, KvLayer, KvShape, Span, Step};
+use crate::{AttentionShape, Error, KvDtype, KvLayer, KvShape, Span, Step};
 
 /// Positions that kernels walk a KV cache in; blocks are a multiple of it.
 pub(crate) const KV_TILE: usize = 16;
@@ -110,11 +110,18 @@ pub(crate) fn check_rotary(cols: usize, head_dim: usize) -> Result<(), Error> {
     )))
 }
 
-/// The bytes of a KV cache of this shape.
+/// The bytes of a KV cache of this shape, on a device that has caches of these `dtypes`.
 ///
 /// # Errors
-/// It is empty, has blocks that kernels do not walk, or is larger than any memory.
-pub(crate) fn kv_bytes(shape: &KvShape) -> Result<usize, Error> {
+/// It has another one, is empty, has blocks that kernels do not walk, or is larger than any memory.
+pub(crate) fn kv_bytes(shape: &KvShape, dtypes: &[KvDtype], device: &str) -> Result<usize, Error> {
+    if !dtypes.contains(&shape.dtype) {
+        return Err(Error::Shape(format!(
+            "a KV cache in {}: {device} has {}",
+            shape.dtype.name(),
+            KvDtype::names(dtypes)
+        )));
+    }
     if !shape.block_size.is_multiple_of(KV_TILE) {
         return Err(Error::Shape(format!(
             "KV blocks of {} positions, expected a multiple of {KV_TILE}",

@@ -210,6 +210,11 @@ impl Case {
                     .into_iter()
                     .map(|v| f64::from(f16::from_f64(v).to_f32()))
                     .collect(),
+                KvDtype::Bf16 => x
+                    .into_iter()
+                    .map(|v| f64::from(bf16::from_f64(v).to_f32()))
+                    .collect(),
+                KvDtype::Fp8 => panic!("no CPU keeps it"),
                 KvDtype::Q8 => x
                     .chunks(group)
                     .flat_map(|group| {
@@ -293,7 +298,7 @@ fn rule(frequencies: &<CpuBackend as Backend>::Vector) -> Rotary<'_, CpuBackend>
 #[test]
 fn attention_equals_the_definition() {
     let mut random = Random(1);
-    for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Q8] {
+    for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Q8] {
         for _ in 0..40 {
             let case = Case::random(&mut random, dtype);
             let got = case.run(&mut backend(2, None), &[case.tokens]);
@@ -301,7 +306,8 @@ fn attention_equals_the_definition() {
             let allowed = match dtype {
                 KvDtype::F32 => 1e-5,
                 KvDtype::F16 => 2e-3,
-                KvDtype::Q8 => 1e-2,
+                KvDtype::Bf16 => 4e-3,
+                KvDtype::Q8 | KvDtype::Fp8 => 1e-2,
             };
             let error = error(&got, &case.reference());
             assert!(error < allowed, "{:?} {dtype:?}: {error}", case.shape);
@@ -312,7 +318,7 @@ fn attention_equals_the_definition() {
 #[test]
 fn a_sequence_cut_into_steps_gives_the_same_bits_on_any_backend() {
     let mut random = Random(2);
-    for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Q8] {
+    for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Q8] {
         for _ in 0..40 {
             let case = Case::random(&mut random, dtype);
             let whole = bits(&case.run(&mut backend(1, None), &[case.tokens]));
@@ -377,6 +383,7 @@ fn many_short_sequences_whose_heads_share_tasks_get_the_bits_each_gets_alone() {
         (KvDtype::F32, 20, None),
         (KvDtype::F16, 128, Some(24)),
         (KvDtype::F16, 64, None),
+        (KvDtype::Bf16, 72, Some(40)),
         (KvDtype::Q8, 64, Some(70)),
     ] {
         // Heads that no task's share divides.
@@ -515,4 +522,19 @@ fn block_tables_that_leave_the_cache_are_refused() {
             })
             .is_err()
     );
+}
+
+#[test]
+fn a_precision_that_no_cpu_has_is_refused_with_those_it_has() {
+    let shape = KvShape {
+        layers: 1,
+        blocks: 2,
+        block_size: 16,
+        kv_heads: 1,
+        head_dim: 16,
+        dtype: KvDtype::Fp8,
+    };
+    let refused = backend(1, None).kv_cache(&shape).unwrap_err().to_string();
+    assert!(refused.contains("fp8"), "{refused}");
+    assert!(refused.contains("f16, bf16, f32, q8"), "{refused}");
 }

@@ -168,6 +168,8 @@ impl InstructionSet {
 enum KvCacheDtype {
     /// 16-bit float
     F16,
+    /// 16-bit float with the range of f32
+    Bf16,
     /// 32-bit float
     F32,
     /// 8-bit integers under scales: half the memory of f16
@@ -239,6 +241,7 @@ fn measure(arguments: &Arguments, threads: usize) -> anyhow::Result<Round> {
         }),
         kv_dtype: match arguments.kv_cache_dtype {
             KvCacheDtype::F16 => KvDtype::F16,
+            KvCacheDtype::Bf16 => KvDtype::Bf16,
             KvCacheDtype::F32 => KvDtype::F32,
             KvCacheDtype::Q8 => KvDtype::Q8,
         },

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
-use quire_kernels::Format;
 use quire_kernels::cuda::{CudaBackend, CudaOptions, Limits};
+use quire_kernels::{Format, KvDtype};
 use serde::Serialize;
 
 use model::{Model, Shape};
@@ -56,6 +56,10 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 8192)]
     prompt: usize,
 
+    /// Precision of the KV cache
+    #[arg(long, value_name = "DTYPE", default_value = "f16")]
+    kv_cache_dtype: KvCacheDtype,
+
     /// Steps of each line
     #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeat: u32,
@@ -77,6 +81,18 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     json: Option<PathBuf>,
+}
+
+/// Precision of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum KvCacheDtype {
+    /// 16-bit float
+    F16,
+    /// 16-bit float with the range of f32
+    Bf16,
+    /// 8-bit floats (E4M3) under scales: half the memory of f16
+    Fp8,
 }
 
 /// One line of the table.
@@ -202,6 +218,11 @@ fn time_shape(
 ) -> anyhow::Result<()> {
     let most = arguments.batch.iter().copied().max().unwrap_or(1);
     let rows = most.max(arguments.prompt);
+    let dtype = match arguments.kv_cache_dtype {
+        KvCacheDtype::F16 => KvDtype::F16,
+        KvCacheDtype::Bf16 => KvDtype::Bf16,
+        KvCacheDtype::Fp8 => KvDtype::Fp8,
+    };
     let mut model = Model::new(backend, shape, format, rows)?;
     let line = |what, sequences, tokens, computed: usize, seconds: f64, share| Line {
         shape: shape.name,
@@ -219,13 +240,13 @@ fn time_shape(
             if !timings.begins(what) {
                 continue;
             }
-            let Ok(mut kv) = model.cache(batch, context + 1) else {
+            let Ok(mut kv) = model.cache(batch, context + 1, dtype) else {
                 timings.left_out.push(format!("{}: no memory", what()));
                 continue;
             };
             let step = model::step(batch, context, 1);
             let seconds = median(arguments.repeat, || model.forward(&step, &mut kv))?;
-            let bytes = model.weight_bytes() + batch * shape.kv_bytes(context);
+            let bytes = model.weight_bytes() + batch * shape.kv_bytes(context, dtype);
             let share = bytes as f64 / seconds / limits.bandwidth;
             timings.add(line("decode", batch, context, batch, seconds, Some(share)));
         }
@@ -234,7 +255,7 @@ fn time_shape(
     if !timings.begins(|| format!("{} in {weights}, a prompt of {prompt}", shape.name)) {
         return Ok(());
     }
-    let mut kv = model.cache(1, prompt)?;
+    let mut kv = model.cache(1, prompt, dtype)?;
     let step = model::step(1, 0, prompt);
     let seconds = median(arguments.repeat.min(5), || model.forward(&step, &mut kv))?;
     let share = limits

@@ -73,8 +73,8 @@ impl Shape {
     }
 
     /// Bytes of `tokens` keys and values.
-    pub fn kv_bytes(&self, tokens: usize) -> usize {
-        tokens * self.layers * 2 * self.kv_heads * self.head_dim * size_of::<u16>()
+    pub fn kv_bytes(&self, tokens: usize, dtype: KvDtype) -> usize {
+        self.layers * self.kv_heads * dtype.head_bytes(tokens, self.head_dim)
     }
 
     /// Multiplications and additions of reading a prompt: of its layers, of causal attention, and of the last row's head.
@@ -161,14 +161,14 @@ impl Model {
     }
 
     /// A cache of random keys and values for `sequences` of `tokens`.
-    pub fn cache(&self, sequences: usize, tokens: usize) -> Result<KvCache, Error> {
+    pub fn cache(&self, sequences: usize, tokens: usize, dtype: KvDtype) -> Result<KvCache, Error> {
         let kv = self.backend.kv_cache(&KvShape {
             layers: self.shape.layers,
             blocks: sequences * tokens.div_ceil(BLOCK),
             block_size: BLOCK,
             kv_heads: self.shape.kv_heads,
             head_dim: self.shape.head_dim,
-            dtype: KvDtype::F16,
+            dtype,
         })?;
         self.backend.randomise(&kv)?;
         Ok(kv)

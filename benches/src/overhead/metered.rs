@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use quire_kernels::{
-    Activation, AttentionShape, Backend, Error, Experts, Format, KvLayer, KvShape, LogitsRule,
-    MatrixPart, Norm, QkvLayer, Rotary, Step,
+    Activation, AttentionShape, Backend, Error, Experts, Format, KvDtype, KvLayer, KvShape,
+    LogitsRule, MatrixPart, Norm, QkvLayer, Rotary, Step,
 };
 
 /// How long the device worked on the last step, for who asks from the engine thread.
@@ -74,6 +74,10 @@ impl<B: Backend> Backend for Metered<B> {
 
     fn activations(&self, rows: usize, cols: usize) -> Result<Self::Activations, Error> {
         self.inner.activations(rows, cols)
+    }
+
+    fn kv_dtypes(&self) -> &'static [KvDtype] {
+        self.inner.kv_dtypes()
     }
 
     fn kv_cache(&self, shape: &KvShape) -> Result<Self::KvCache, Error> {

@@ -4,8 +4,8 @@
 
 use quire::core::EngineConfig;
 use quire_kernels::{
-    Activation, AttentionShape, Backend, Error, Experts, Format, KvLayer, KvShape, LogitsRule,
-    MatrixPart, Norm, QkvLayer, Rotary, Step,
+    Activation, AttentionShape, Backend, Error, Experts, Format, KvDtype, KvLayer, KvShape,
+    LogitsRule, MatrixPart, Norm, QkvLayer, Rotary, Step,
 };
 
 /// What comes out of it: rows of logits that are 0 but for one place.
@@ -63,6 +63,10 @@ impl Backend for NullBackend {
 
     fn activations(&self, _: usize, _: usize) -> Result<(), Error> {
         Ok(())
+    }
+
+    fn kv_dtypes(&self) -> &'static [KvDtype] {
+        &[KvDtype::F16]
     }
 
     fn kv_cache(&self, _: &KvShape) -> Result<(), Error> {

@@ -75,7 +75,7 @@ pub(super) struct ModelArgs {
     #[arg(long, env = "QUIRE_BLOCK_SIZE", value_name = "N", default_value_t = EngineConfig::default().block_size)]
     pub block_size: u32,
 
-    /// Precision of the KV cache
+    /// Precision of the KV cache. A CPU has f16, bf16, f32 and q8, a GPU f16, bf16, f32 and fp8
     #[arg(
         long,
         env = "QUIRE_KV_CACHE_DTYPE",
@@ -118,10 +118,16 @@ pub(super) enum DeviceArg {
 pub(super) enum KvCacheDtype {
     /// 16-bit float
     F16,
-    /// 32-bit float
+    /// 16-bit float with the range of f32, less exact than f16: for models whose keys or values leave f16's range (±65,504)
+    #[value(alias = "bfloat16")]
+    Bf16,
+    /// 32-bit float: for comparisons
     F32,
-    /// 8-bit integers under scales: half the memory of f16, a little less exact
+    /// 8-bit integers under scales: half the memory of f16, a little less exact; on a CPU
     Q8,
+    /// 8-bit floats (E4M3) under scales: half the memory of f16, less exact; on a GPU
+    #[value(alias = "fp8_e4m3")]
+    Fp8,
 }
 
 /// What weights may be quantised to.
@@ -162,8 +168,10 @@ impl ModelArgs {
             block_size: self.block_size,
             kv_dtype: match self.kv_cache_dtype {
                 KvCacheDtype::F16 => KvDtype::F16,
+                KvCacheDtype::Bf16 => KvDtype::Bf16,
                 KvCacheDtype::F32 => KvDtype::F32,
                 KvCacheDtype::Q8 => KvDtype::Q8,
+                KvCacheDtype::Fp8 => KvDtype::Fp8,
             },
             kv_cache_memory: self.kv_cache_memory,
             gpu_memory_utilization: self.gpu_memory_utilization,

@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
 
-use quire_kernels::Backend;
+use quire_kernels::{Backend, KvDtype};
 use quire_scheduler::{Config, Scheduler};
 
 use crate::checkpoint::Checkpoint;
@@ -52,6 +52,7 @@ impl Engine {
         };
         let utilization = config.gpu_memory_utilization;
         for backend in &backends {
+            check_dtype(config.kv_dtype, backend)?;
             if let Some(memory) = backend.memory().map_err(StartError::Backend)?
                 && config.quantize.is_none()
             {
@@ -150,6 +151,23 @@ const FEWEST_PROMPT_LOGITS: usize = 32;
 fn max_prompt_logits(vocab_size: usize) -> u32 {
     let rows = PROMPT_LOGITS / (vocab_size * size_of::<f32>());
     u32::try_from(rows.max(FEWEST_PROMPT_LOGITS)).unwrap_or(u32::MAX)
+}
+
+/// Refuses a precision of the KV cache that the device lacks, before the weights are loaded.
+fn check_dtype<B: Backend>(dtype: KvDtype, backend: &B) -> Result<(), StartError> {
+    let dtypes = backend.kv_dtypes();
+    if dtypes.contains(&dtype) {
+        return Ok(());
+    }
+    Err(StartError::Setting {
+        name: "--kv-cache-dtype",
+        value: dtype.name().to_owned(),
+        expected: format!(
+            "what the device has ({}): {}",
+            backend.description(),
+            KvDtype::names(dtypes)
+        ),
+    })
 }
 
 /// Refuses what would only fail later and less clearly.

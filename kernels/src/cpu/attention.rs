@@ -12,7 +12,7 @@ mod span;
 
 use span::{Batch, Element, KeysAndValues, SPAN, TILES, pass};
 
-use super::kv::{KvCache, SCALE, TILE};
+use super::kv::{Bf16, KvCache, SCALE, TILE};
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
 use super::simd::{Isa, Simd, dispatch};
@@ -142,7 +142,9 @@ unsafe fn attend<S: Simd>(work: &Work<'_>, floats: &mut [f32]) {
         match work.attention.kv.shape.dtype {
             KvDtype::F32 => attend_over::<S, f32>(work, floats),
             KvDtype::F16 => attend_over::<S, u16>(work, floats),
+            KvDtype::Bf16 => attend_over::<S, Bf16>(work, floats),
             KvDtype::Q8 => attend_over::<S, i8>(work, floats),
+            KvDtype::Fp8 => unreachable!("`KvCache::new` refuses it"),
         }
     }
 }

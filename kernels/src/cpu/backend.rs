@@ -15,8 +15,8 @@ use super::simd::{Isa, dispatch};
 use super::topology::{self, Topology};
 use crate::checks::{check_layer, check_rotary, check_step, check_tables};
 use crate::{
-    Activation, AttentionShape, Backend, Collective, Error, Experts, Format, KvLayer, KvShape,
-    LogitsRule, MatrixPart, Norm, QkvLayer, Rank, Rotary, Shard, Step,
+    Activation, AttentionShape, Backend, Collective, Error, Experts, Format, KvDtype, KvLayer,
+    KvShape, LogitsRule, MatrixPart, Norm, QkvLayer, Rank, Rotary, Shard, Step,
 };
 
 /// How a [`CpuBackend`] is made.
@@ -239,6 +239,10 @@ impl Backend for CpuBackend {
 
     fn activations(&self, rows: usize, cols: usize) -> Result<Activations, Error> {
         Activations::new(rows, cols)
+    }
+
+    fn kv_dtypes(&self) -> &'static [KvDtype] {
+        KvCache::DTYPES
     }
 
     fn kv_cache(&self, shape: &KvShape) -> Result<KvCache, Error> {

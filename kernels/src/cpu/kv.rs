@@ -40,9 +40,12 @@ impl std::fmt::Debug for KvCache {
 }
 
 impl KvCache {
+    /// What keys and values may be kept as.
+    pub(crate) const DTYPES: &[KvDtype] = &[KvDtype::F16, KvDtype::Bf16, KvDtype::F32, KvDtype::Q8];
+
     /// For the threads of `pool`.
     pub(crate) fn new(shape: &KvShape, pool: &Pool) -> Result<Self, Error> {
-        let bytes = kv_bytes(shape)?;
+        let bytes = kv_bytes(shape, Self::DTYPES, "a CPU")?;
         let nodes: Vec<_> = (0..pool.nodes())
             .map(|node| pool.share(shape.kv_heads, node))
             .collect();
@@ -137,9 +140,10 @@ pub(crate) struct HeadLayout {
 impl HeadLayout {
     fn of(shape: &KvShape) -> Self {
         let (size, key_groups) = match shape.dtype {
-            KvDtype::F16 => (2, 0),
+            KvDtype::F16 | KvDtype::Bf16 => (2, 0),
             KvDtype::F32 => (4, 0),
             KvDtype::Q8 => (1, shape.head_dim.div_ceil(KvDtype::KEY_GROUP)),
+            KvDtype::Fp8 => unreachable!("`KvCache::new` refuses it"),
         };
         let elements = shape.block_size * shape.head_dim * size;
         let values = elements + shape.block_size * key_groups * SCALE;
@@ -206,6 +210,18 @@ pub(crate) unsafe fn store<S: Simd>(slot: &mut Slot<'_>, key: &[f32], value: &[f
                     values[i * LANES..][..eight.len()].copy_from_slice(&halves[..eight.len()]);
                 }
             }
+            KvDtype::Bf16 => {
+                let keys: &mut [Bf16] = elements(keys);
+                let to = keys[lane..].iter_mut().step_by(TILE);
+                for (to, &x) in to.zip(key) {
+                    *to = Bf16::of(x);
+                }
+                let values: &mut [Bf16] = elements(values);
+                for (to, &x) in values.iter_mut().zip(value) {
+                    *to = Bf16::of(x);
+                }
+            }
+            KvDtype::Fp8 => unreachable!("`KvCache::new` refuses it"),
             KvDtype::Q8 => {
                 let mut bytes = [0_i8; KvDtype::KEY_GROUP];
                 let scales: &mut [u16] = elements(key_scales);
@@ -244,6 +260,28 @@ trait Number: Copy {}
 impl Number for f32 {}
 impl Number for u16 {}
 impl Number for i8 {}
+impl Number for Bf16 {}
+
+/// The bits of a bfloat16.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct Bf16(u16);
+
+impl Bf16 {
+    /// The nearest, ties to even.
+    #[inline(always)]
+    fn of(x: f32) -> Self {
+        let bits = x.to_bits();
+        // Rounding must not carry a NaN's bits into those of infinity.
+        let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+        Self(if x.is_nan() { 0x7fc0 } else { rounded })
+    }
+
+    #[inline(always)]
+    pub fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.0) << 16)
+    }
+}
 
 /// Puts elements of one position among those of the others: every sixteenth.
 #[inline(always)]

@@ -9,25 +9,39 @@
 //
 // A query's result depends on its position and its sequence alone, whatever else is in the block: each row of a tensor-core
 // product is by itself, and where tiles and splits begin is a function of positions.
+//
+// Keys and values come to shared memory as they are in the cache. Of 16 bits they are what tensor cores multiply; FP8 is widened in the
+// registers of the warp that multiplies it, and its scales are factors of scores and of weights (`cache.cuh`).
 #include "attention.cuh"
 
 constexpr int ATTENTION_THREADS = 128;
 constexpr int ATTENTION_WARPS = ATTENTION_THREADS / 32;
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// Where chunk `chunk` (8 elements) of a row of D elements is: chunks change places so that eight rows' are in different banks.
-template <int D> DEVICE int place_of(int row, int chunk) { return row * D + (chunk ^ (row & 7)) * 8; }
+// Where 16 bytes, the `chunk`th of a row of ROW bytes, are: chunks change places so that eight rows' are in different banks.
+template <int ROW> DEVICE int place_of(int row, int chunk) { return row * ROW + 16 * (chunk ^ (ROW < 128 ? row / 2 & 3 : row & 7)); }
 
-// `D`: the head's size, rounded up to what is compiled; elements from `d` on are zero.
-template <int D, bool SPLIT> struct Attend {
+// `D`: the head's size, rounded up to what is compiled; elements from `d` on are zero. `Cache`: what keys and values are kept as.
+template <int D, bool SPLIT, class Cache> struct Attend {
+    // Bytes of a row of keys, or values, and of queries.
+    static constexpr int ROW = D * Cache::WIDTH;
+    static constexpr int QUERY = 2 * D;
     // Larger heads leave room for fewer positions.
     static constexpr int POSITIONS = !SPLIT && D > 128 ? 32 : 64;
-    static constexpr int STAGES = SPLIT && D > 128 ? 1 : 2;
+    static constexpr int STAGES = SPLIT && ROW > 256 ? 1 : 2;
     static constexpr int QUERIES = SPLIT ? 16 : 16 * ATTENTION_WARPS;
     // Positions of a tile that one warp looks at, in eights.
     static constexpr int EIGHTS = (SPLIT ? POSITIONS / ATTENTION_WARPS : POSITIONS) / 8;
-    static constexpr int CHUNKS = D / 8;
-    static constexpr int TILE = POSITIONS * D;
+    static constexpr int CHUNKS = ROW / 16;
+    static constexpr int TILE = POSITIONS * ROW;
+    // Scales of a tile: of keys, then of values.
+    static constexpr int SCALES = Cache::SCALED ? 2 * POSITIONS : 0;
+
+    // A block's shared memory: queries as pairs, then of each stage keys, values and scales.
+    struct Shared {
+        char *queries, *keys, *values;
+        uint16_t *scales;
+    };
 
     struct State {
         // Of rows `group` and `group + 8`: the maximum so far and, of this lane's columns, the sum.
@@ -35,73 +49,110 @@ template <int D, bool SPLIT> struct Attend {
         float out[D / 8][4];
     };
 
-    // The queries as f16.
-    static DEVICE void load_queries(const AttentionParams &p, const Item &item, int kv_head, uint16_t *shared) {
+    static DEVICE Shared memory(int stage) {
+        char *queries = shared_memory(), *keys = queries + QUERIES * QUERY, *values = keys + STAGES * TILE;
+        uint16_t *scales = reinterpret_cast<uint16_t *>(values + STAGES * TILE);
+        return Shared{queries, keys + stage * TILE, values + stage * TILE, scales + stage * SCALES};
+    }
+
+    static DEVICE void load_queries(const AttentionParams &p, const Item &item, int kv_head, char *shared) {
         int group = p.heads / p.kv_heads;
-        for (int at = thread(); at < QUERIES * CHUNKS; at += ATTENTION_THREADS) {
-            int query = at / CHUNKS, chunk = at % CHUNKS;
+        for (int at = thread(); at < QUERIES * (D / 8); at += ATTENTION_THREADS) {
+            int query = at / (D / 8), eight = at % (D / 8);
             uint32_t pairs[4] = {0, 0, 0, 0};
-            if (query < static_cast<int>(item.count) && 8 * chunk < p.d) {
+            if (query < static_cast<int>(item.count) && Cache::element(eight, 0) < p.d) {
                 int f = static_cast<int>(item.first) + query;
-                const float *q = query_of(p, static_cast<int>(item.row) + f / group, kv_head * group + f % group) + 8 * chunk;
-                for (int i = 0; i < 4; i++) pairs[i] = pack_f16(q[2 * i], q[2 * i + 1]);
+                const float *q = query_of(p, static_cast<int>(item.row) + f / group, kv_head * group + f % group);
+                for (int i = 0; i < 4; i++) pairs[i] = Cache::pack(q[Cache::element(eight, 2 * i)], q[Cache::element(eight, 2 * i + 1)]);
             }
-            *reinterpret_cast<uint4 *>(shared + place_of<D>(query, chunk)) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+            *reinterpret_cast<uint4 *>(shared + place_of<QUERY>(query, eight)) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
         }
     }
 
-    // Asks for a tile's keys and values; zeroes stand where there is nothing to see.
-    static DEVICE void load_tile(const AttentionParams &p, const Item &item, int kv_head, int begin, int oldest, uint16_t *keys, uint16_t *values) {
+    // Where a KV head's part of the block that holds a position begins.
+    static DEVICE const uint8_t *part_of(const AttentionParams &p, const Item &item, int kv_head, const HeadPart &part, int position) {
         const uint32_t *table = words(p.step, p.step->tables) + item.table;
-        const uint16_t *cache = static_cast<const uint16_t *>(p.cache);
-        size_t d = static_cast<size_t>(p.d), tile = static_cast<size_t>(p.block_size) * d;
+        size_t block = table[position / p.block_size * p.page_groups + p.page_group];
+        return static_cast<const uint8_t *>(p.cache) + (block * static_cast<size_t>(p.kv_heads) + static_cast<size_t>(kv_head)) * part.bytes;
+    }
+
+    // Asks for a tile's keys and values; zeroes stand where there is nothing to see.
+    static DEVICE void load_tile(const AttentionParams &p, const Item &item, int kv_head, int begin, int oldest, const Shared &to) {
+        HeadPart part = head_part(static_cast<CacheDtype>(p.dtype), p.block_size, p.d);
+        const uint8_t *cache = static_cast<const uint8_t *>(p.cache);
         for (int at = thread(); at < POSITIONS * CHUNKS; at += ATTENTION_THREADS) {
             int row = at / CHUNKS, chunk = at % CHUNKS, position = begin + row;
-            bool there = position >= oldest && position < static_cast<int>(item.end) && 8 * chunk < p.d;
-            const uint16_t *from = cache;
+            bool there = position >= oldest && position < static_cast<int>(item.end) && 16 * chunk < static_cast<int>(part.row);
+            const uint8_t *from = cache;
             if (there) {
-                size_t block = table[position / p.block_size * p.page_groups + p.page_group];
-                from += (block * static_cast<size_t>(p.kv_heads) + static_cast<size_t>(kv_head)) * 2 * tile;
-                from += static_cast<size_t>(position % p.block_size) * d + static_cast<size_t>(8 * chunk);
+                from = part_of(p, item, kv_head, part, position);
+                from += static_cast<size_t>(position % p.block_size) * part.row + static_cast<size_t>(16 * chunk);
             }
-            copy_async(keys + place_of<D>(row, chunk), from, there);
-            copy_async(values + place_of<D>(row, chunk), there ? from + tile : cache, there);
+            copy_async(to.keys + place_of<ROW>(row, chunk), from, there);
+            copy_async(to.values + place_of<ROW>(row, chunk), there ? from + part.keys : cache, there);
+        }
+        if (Cache::SCALED) {
+            // Eight positions' scales at a time: those of positions that nobody sees are numbers, too.
+            for (int at = thread(); at < SCALES / 8; at += ATTENTION_THREADS) {
+                bool value = at >= POSITIONS / 8;
+                int position = begin + at % (POSITIONS / 8) * 8;
+                bool there = position + 8 > oldest && position < static_cast<int>(item.end);
+                const uint8_t *from = cache;
+                if (there) {
+                    int place = (value ? p.block_size : 0) + position % p.block_size;
+                    from = part_of(p, item, kv_head, part, position) + part.both + static_cast<size_t>(2 * place);
+                }
+                copy_async(to.scales + 8 * at, from, there);
+            }
         }
         copy_async_commit();
     }
 
-    // One tile: `first` is the first of the warp's positions in it, `queries` its sixteen.
-    static DEVICE void attend(const AttentionParams &p, const Item &item, const uint16_t *queries, const uint16_t *keys, const uint16_t *values,
-                              int begin, int first, int first_query, State &state) {
+    // Multiplies what belongs to positions by their scales.
+    static DEVICE void scale(const uint16_t *scales, float (&scores)[EIGHTS][4]) {
+#pragma unroll
+        for (int n = 0; n < EIGHTS; n++) {
+            uint32_t pair = *reinterpret_cast<const uint32_t *>(scales + 8 * n + lane() % 4 * 2);
+#pragma unroll
+            for (int i = 0; i < 4; i++) scores[n][i] *= i % 2 == 0 ? low_bf16(pair) : high_bf16(pair);
+        }
+    }
+
+    // One tile: `first` is the first of the warp's positions in it, `first_query` of its sixteen queries.
+    static DEVICE void attend(const AttentionParams &p, const Item &item, const Shared &at, int begin, int first, int first_query, State &state) {
         int which = lane() / 8, in = lane() % 8;
         float scores[EIGHTS][4] = {};
+        // 32 bytes of a row of keys at a time.
 #pragma unroll
-        for (int step = 0; step < D / 16; step++) {
-            uint32_t a[4];
-            load_matrices(a, queries + place_of<D>(first_query + in + which % 2 * 8, 2 * step + which / 2));
+        for (int chunk = 0; chunk < CHUNKS; chunk += 2) {
+            uint32_t a[Cache::STEPS][4];
+#pragma unroll
+            for (int step = 0; step < Cache::STEPS; step++) {
+                int eight = 2 * (chunk / 2 * Cache::STEPS + step);
+                load_matrices(a[step], at.queries + place_of<QUERY>(first_query + in + which % 2 * 8, eight + which / 2));
+            }
 #pragma unroll
             for (int n = 0; n < EIGHTS; n += 2) {
+                // Matrices: the first 16 bytes of positions 0-7, then the next; and of positions 8-15.
                 uint32_t b[4];
-                load_matrices(b, keys + place_of<D>(first + 8 * n + in + which / 2 * 8, 2 * step + which % 2));
-                uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-                mma_f16(scores[n], a, low);
-                mma_f16(scores[n + 1], a, high);
+                load_matrices(b, at.keys + place_of<ROW>(first + 8 * n + in + which / 2 * 8, chunk + which % 2));
+                Cache::scores(scores[n], scores[n + 1], a, b);
             }
         }
+        if (Cache::SCALED) scale(at.scales + first, scores);
         soften(p, item, begin + first, first_query, scores, state);
+        if (Cache::SCALED) scale(at.scales + POSITIONS + first, scores);
         // Scores stand in the registers as the left operand wants them.
 #pragma unroll
         for (int n = 0; n < EIGHTS; n += 2) {
-            uint32_t a[4] = {pack_f16(scores[n][0], scores[n][1]), pack_f16(scores[n][2], scores[n][3]),
-                             pack_f16(scores[n + 1][0], scores[n + 1][1]), pack_f16(scores[n + 1][2], scores[n + 1][3])};
+            uint32_t a[4] = {Cache::pack(scores[n][0], scores[n][1]), Cache::pack(scores[n][2], scores[n][3]),
+                             Cache::pack(scores[n + 1][0], scores[n + 1][1]), Cache::pack(scores[n + 1][2], scores[n + 1][3])};
 #pragma unroll
             for (int chunk = 0; chunk < CHUNKS; chunk += 2) {
-                // Matrices: positions 0-7 and 8-15 of the first eight elements, then of the next.
+                // Matrices: positions 0-7 and 8-15 of the first 16 bytes, then of the next.
                 uint32_t b[4];
-                load_matrices_transposed(b, values + place_of<D>(first + 8 * n + in + which % 2 * 8, chunk + which / 2));
-                uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-                mma_f16(state.out[chunk], a, low);
-                mma_f16(state.out[chunk + 1], a, high);
+                load_matrices_transposed(b, at.values + place_of<ROW>(first + 8 * n + in + which % 2 * 8, chunk + which / 2));
+                Cache::weigh(&state.out[chunk * Cache::STEPS], a, b);
             }
         }
     }
@@ -145,9 +196,9 @@ template <int D, bool SPLIT> struct Attend {
                 }
             }
 #pragma unroll
-            for (int chunk = 0; chunk < CHUNKS; chunk++) {
-                state.out[chunk][2 * half] *= shrink;
-                state.out[chunk][2 * half + 1] *= shrink;
+            for (int eight = 0; eight < D / 8; eight++) {
+                state.out[eight][2 * half] *= shrink;
+                state.out[eight][2 * half + 1] *= shrink;
             }
             state.most[half] = most;
             state.sum[half] = sum;
@@ -158,9 +209,7 @@ template <int D, bool SPLIT> struct Attend {
         if (static_cast<uint32_t>(block_x()) >= p.step->list_lengths[p.list]) return;
         Item item = items(p)[block_x()];
         int kv_head = block_y(), group = p.heads / p.kv_heads;
-        uint16_t *queries = reinterpret_cast<uint16_t *>(shared_memory());
-        uint16_t *keys = queries + QUERIES * D, *values = keys + STAGES * TILE;
-        load_queries(p, item, kv_head, queries);
+        load_queries(p, item, kv_head, shared_memory());
         State state = {};
         int first_query = SPLIT ? 0 : 16 * warp();
         for (int half = 0; half < 2; half++) {
@@ -176,22 +225,21 @@ template <int D, bool SPLIT> struct Attend {
         int oldest = oldest_seen(p, static_cast<int>(item.start + item.first / static_cast<uint32_t>(group)));
         if (oldest < static_cast<int>(item.begin)) oldest = static_cast<int>(item.begin);
         int begin = oldest / POSITIONS * POSITIONS, end = static_cast<int>(item.end);
-        if (begin < end) load_tile(p, item, kv_head, begin, oldest, keys, values);
+        if (begin < end) load_tile(p, item, kv_head, begin, oldest, memory(0));
         for (int stage = 0; begin < end; begin += POSITIONS) {
             bool more = begin + POSITIONS < end;
             if (more && STAGES == 2) {
-                int next = stage ^ 1;
-                load_tile(p, item, kv_head, begin + POSITIONS, oldest, keys + next * TILE, values + next * TILE);
+                load_tile(p, item, kv_head, begin + POSITIONS, oldest, memory(stage ^ 1));
                 copy_async_wait<1>();
             } else {
                 copy_async_wait<0>();
             }
             block_barrier();
             int first = SPLIT ? warp() * (POSITIONS / ATTENTION_WARPS) : 0;
-            attend(p, item, queries, keys + stage * TILE, values + stage * TILE, begin, first, first_query, state);
+            attend(p, item, memory(stage), begin, first, first_query, state);
             // Nobody overwrites what others still read.
             block_barrier();
-            if (more && STAGES == 1) load_tile(p, item, kv_head, begin + POSITIONS, oldest, keys, values);
+            if (more && STAGES == 1) load_tile(p, item, kv_head, begin + POSITIONS, oldest, memory(0));
             if (STAGES == 2) stage ^= 1;
         }
         for (int half = 0; half < 2; half++) {
@@ -217,10 +265,10 @@ template <int D, bool SPLIT> struct Attend {
             int head = kv_head * group + f % group;
             float inverse = 1.0f / state.sum[half];
 #pragma unroll
-            for (int chunk = 0; chunk < CHUNKS; chunk++) {
-                int k = 8 * chunk + lane() % 4 * 2;
+            for (int eight = 0; eight < D / 8; eight++) {
                 for (int i = 0; i < 2; i++) {
-                    if (k + i < p.d) put(p.out, row, head * p.d + k + i, state.out[chunk][2 * half + i] * inverse);
+                    int k = Cache::element(eight, lane() % 4 * 2 + i);
+                    if (k < p.d) put(p.out, row, head * p.d + k, state.out[eight][2 * half + i] * inverse);
                 }
             }
         }
@@ -238,10 +286,9 @@ template <int D, bool SPLIT> struct Attend {
                 sums[warp() * 16 + query] = state.sum[half];
             }
 #pragma unroll
-            for (int chunk = 0; chunk < CHUNKS; chunk++) {
-                float *to = out + (warp() * 16 + query) * D + 8 * chunk + lane() % 4 * 2;
-                to[0] = state.out[chunk][2 * half];
-                to[1] = state.out[chunk][2 * half + 1];
+            for (int eight = 0; eight < D / 8; eight++) {
+                float *to = out + (warp() * 16 + query) * D;
+                for (int i = 0; i < 2; i++) to[Cache::element(eight, lane() % 4 * 2 + i)] = state.out[eight][2 * half + i];
             }
         }
         block_barrier();
@@ -263,13 +310,17 @@ template <int D, bool SPLIT> struct Attend {
     }
 };
 
-#define ATTENTION(D)                                                                                                            \
-    KERNEL(attention_together_##D, AttentionParams, ATTENTION_THREADS) { Attend<D, false>::run(p); }                            \
-    KERNEL(attention_split_##D, AttentionParams, ATTENTION_THREADS) { Attend<D, true>::run(p); }
+#define ATTENTION_OF(D, name, Cache)                                                                                            \
+    KERNEL(attention_together_##D##_##name, AttentionParams, ATTENTION_THREADS) { Attend<D, false, Cache>::run(p); }            \
+    KERNEL(attention_split_##D##_##name, AttentionParams, ATTENTION_THREADS) { Attend<D, true, Cache>::run(p); }
+#define ATTENTION(name, Cache)                                                                                                  \
+    ATTENTION_OF(64, name, Cache)                                                                                               \
+    ATTENTION_OF(128, name, Cache)                                                                                              \
+    ATTENTION_OF(256, name, Cache)
 
-ATTENTION(64)
-ATTENTION(128)
-ATTENTION(256)
+ATTENTION(f16, F16Cache)
+ATTENTION(bf16, Bf16Cache)
+ATTENTION(fp8, Fp8Cache)
 
 // A block for the queries of a Merge and one KV head.
 KERNEL(attention_merge, AttentionParams, ATTENTION_THREADS) {

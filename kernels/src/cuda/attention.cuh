@@ -1,6 +1,6 @@
 // What the attention kernels share: the work list and a layer's parameters.
 #pragma once
-#include "params.cuh"
+#include "cache.cuh"
 
 // Queries of one sequence and the keys they walk. A query is a head of a KV head's group in one row: query f of a span is head f % group of
 // row f / group, so that all heads that share keys pass over them together.
@@ -24,7 +24,7 @@ struct AttentionParams {
     const Step *step;
     // [rows, qkv_stride]
     const float *qkv;
-    // The layer's part of the cache: [block][kv head][keys, values][block_size][d], f16 (or f32 where `wide`).
+    // The layer's part of the cache: `[block][kv head]`, each as `cache.cuh` says.
     const void *cache;
     const float *sinks;
     // [rows, heads · d]
@@ -32,7 +32,9 @@ struct AttentionParams {
     // Of split work: sums of values [query, d] that are not divided yet, and [query] of (maximum, sum), in powers of two.
     float *partial;
     float2 *softmax;
-    int list, heads, kv_heads, d, qkv_stride, block_size, page_groups, page_group, wide;
+    int list, heads, kv_heads, d, qkv_stride, block_size, page_groups, page_group;
+    // A CacheDtype.
+    int dtype;
     // 0: none.
     int window;
     float scale;

@@ -5,7 +5,7 @@ use super::buffers::{Activations, KvCache, Vector};
 use super::params;
 use super::plan::{APART, Heads, List, TOGETHER};
 use super::scratch::Purpose;
-use crate::{AttentionShape, Error, KvLayer};
+use crate::{AttentionShape, Error, KvDtype, KvLayer};
 
 /// Heads of a block of the kernel without tensor cores, and the largest it takes.
 const PLAIN_HEADS: usize = 4;
@@ -14,12 +14,39 @@ const PLAIN_D: usize = 512;
 /// The head sizes that the tensor-core kernels are compiled for; others are padded to the next.
 const SIZES: [usize; 3] = [64, 128, 256];
 
+/// The kernels on tensor cores for heads of up to `size` elements: together, split. None for f32, which they do not multiply.
+fn kernels(dtype: KvDtype, size: usize) -> Option<(&'static str, &'static str)> {
+    Some(match (dtype, size) {
+        (KvDtype::F16, 64) => ("attention_together_64_f16", "attention_split_64_f16"),
+        (KvDtype::F16, 128) => ("attention_together_128_f16", "attention_split_128_f16"),
+        (KvDtype::F16, 256) => ("attention_together_256_f16", "attention_split_256_f16"),
+        (KvDtype::Bf16, 64) => ("attention_together_64_bf16", "attention_split_64_bf16"),
+        (KvDtype::Bf16, 128) => ("attention_together_128_bf16", "attention_split_128_bf16"),
+        (KvDtype::Bf16, 256) => ("attention_together_256_bf16", "attention_split_256_bf16"),
+        (KvDtype::Fp8, 64) => ("attention_together_64_fp8", "attention_split_64_fp8"),
+        (KvDtype::Fp8, 128) => ("attention_together_128_fp8", "attention_split_128_fp8"),
+        (KvDtype::Fp8, 256) => ("attention_together_256_fp8", "attention_split_256_fp8"),
+        _ => return None,
+    })
+}
+
+/// Whether rows of `d` elements can be copied 16 bytes at a time.
+fn has_whole_chunks(dtype: KvDtype, d: usize) -> bool {
+    match dtype {
+        KvDtype::Fp8 => d.is_multiple_of(16),
+        _ => d.is_multiple_of(8),
+    }
+}
+
 /// Shared memory of a block; as the kernels lay it out.
-fn shared(size: usize, split: bool) -> usize {
+fn shared(dtype: KvDtype, size: usize, split: bool) -> usize {
     let positions = if !split && size > 128 { 32 } else { 64 };
-    let stages = if split && size > 128 { 1 } else { 2 };
+    // Of a key and a value, scales included, and of a query.
+    let (both, query) = (dtype.head_bytes(1, size), size * size_of::<u16>());
+    let large = size > 128 && dtype != KvDtype::Fp8;
+    let stages = if split && large { 1 } else { 2 };
     let queries = if split { APART } else { TOGETHER } as usize;
-    let tiles = (queries + 2 * stages * positions) * size * size_of::<u16>();
+    let tiles = queries * query + stages * positions * both;
     if split {
         // The sums of four warps take their place.
         tiles.max(4 * 16 * (2 + size) * size_of::<f32>())
@@ -41,9 +68,11 @@ impl CudaBackend {
     ) -> Result<(), Error> {
         let (heads, kv_heads, d) = (shape.heads, shape.kv_heads, shape.head_dim);
         let (rows, columns) = (self.rows(), (heads + 2 * kv_heads) * d);
+        let dtype = kv.shape.dtype;
         let size = SIZES.into_iter().find(|&size| d <= size);
-        let size = size.filter(|_| d.is_multiple_of(8) && !kv.wide());
-        if size.is_none() && d > PLAIN_D {
+        let size = size.filter(|_| has_whole_chunks(dtype, d));
+        let tensor_cores = size.and_then(|size| Some((kernels(dtype, size)?, size)));
+        if tensor_cores.is_none() && d > PLAIN_D {
             return Err(Error::Shape(format!(
                 "heads of {d} elements, on a GPU there are kernels up to {PLAIN_D}"
             )));
@@ -51,7 +80,7 @@ impl CudaBackend {
         let of = Heads {
             group: (heads / kv_heads) as u32,
             of_kv: kv_heads as u32,
-            tensor_cores: size.is_some(),
+            tensor_cores: tensor_cores.is_some(),
         };
         if !self.plan.attention(&self.step, of, self.deterministic) {
             return Err(Error::Shape(
@@ -84,30 +113,26 @@ impl CudaBackend {
             block_size: kv.shape.block_size as i32,
             page_groups: self.step.groups as i32,
             page_group: layer.group as i32,
-            wide: i32::from(kv.wide()),
+            dtype: kv.dtype(),
             window: shape.window.map_or(0, |window| window.min(i32::MAX as u32)) as i32,
             scale: shape.scale,
             softcap: shape.softcap.unwrap_or(0.0),
         };
-        let lists: [(List, &'static str, usize, usize); 3] = match size {
-            None => {
-                let blocks = heads.div_ceil(PLAIN_HEADS);
-                self.attention_list(List::Rows, "attention_plain", blocks, 0, attention);
-                return Ok(());
-            }
-            Some(size) => {
-                let (together, split) = match size {
-                    64 => ("attention_together_64", "attention_split_64"),
-                    128 => ("attention_together_128", "attention_split_128"),
-                    _ => ("attention_together_256", "attention_split_256"),
-                };
-                [
-                    (List::Together, together, kv_heads, shared(size, false)),
-                    (List::Split, split, kv_heads, shared(size, true)),
-                    (List::Merge, "attention_merge", kv_heads, 0),
-                ]
-            }
+        let Some(((together, split), size)) = tensor_cores else {
+            let blocks = heads.div_ceil(PLAIN_HEADS);
+            self.attention_list(List::Rows, "attention_plain", blocks, 0, attention);
+            return Ok(());
         };
+        let lists = [
+            (
+                List::Together,
+                together,
+                kv_heads,
+                shared(dtype, size, false),
+            ),
+            (List::Split, split, kv_heads, shared(dtype, size, true)),
+            (List::Merge, "attention_merge", kv_heads, 0),
+        ];
         for (list, kernel, blocks, shared) in lists {
             self.attention_list(list, kernel, blocks, shared, attention);
         }
@@ -137,9 +162,11 @@ mod tests {
 
     #[test]
     fn a_block_of_attention_fits_the_shared_memory_of_every_gpu() {
-        for size in SIZES {
-            assert!(shared(size, true) <= 99 << 10, "{size}");
-            assert!(shared(size, false) <= 99 << 10, "{size}");
+        for dtype in [KvDtype::F16, KvDtype::Bf16, KvDtype::Fp8] {
+            for size in SIZES {
+                assert!(shared(dtype, size, true) <= 99 << 10, "{dtype:?} {size}");
+                assert!(shared(dtype, size, false) <= 99 << 10, "{dtype:?} {size}");
+            }
         }
     }
 }

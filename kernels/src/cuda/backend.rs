@@ -15,8 +15,8 @@ use crate::checks::{check_layer, check_rotary, check_step, check_tables};
 use crate::cpu::pool::Pool;
 use crate::cpu::topology::Topology;
 use crate::{
-    Activation, AttentionShape, Backend, DeviceMemory, Error, Experts, Format, KvLayer, KvShape,
-    LogitsRule, MatrixPart, Norm, QkvLayer, Rotary, Step,
+    Activation, AttentionShape, Backend, DeviceMemory, Error, Experts, Format, KvDtype, KvLayer,
+    KvShape, LogitsRule, MatrixPart, Norm, QkvLayer, Rotary, Step,
 };
 
 /// Threads of the kernels that have a block for each row.
@@ -220,6 +220,10 @@ impl Backend for CudaBackend {
         self.max_rows
             .fetch_max(rows, std::sync::atomic::Ordering::Relaxed);
         Activations::new(&self.device, rows, cols)
+    }
+
+    fn kv_dtypes(&self) -> &'static [KvDtype] {
+        KvCache::DTYPES
     }
 
     fn kv_cache(&self, shape: &KvShape) -> Result<KvCache, Error> {
@@ -467,7 +471,7 @@ impl Backend for CudaBackend {
             pairs: pairs as i32,
             block_size: kv.shape.block_size as i32,
             page_group: layer.layer.group as i32,
-            wide: i32::from(kv.wide()),
+            dtype: kv.dtype(),
             eps: layer.eps,
             pad: 0,
         };

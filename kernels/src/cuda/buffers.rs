@@ -131,7 +131,8 @@ impl Vector {
     }
 }
 
-/// Paged keys and values: `[layer][block][kv head][keys, values][block_size][head_dim]`.
+/// Paged keys and values: `[layer][block][kv head]`, and of each the keys, `[block_size][head_dim]`, the values alike, and of FP8 their scales,
+/// bfloat16, `[2][block_size]`; see `cache.cuh`.
 #[derive(Debug)]
 pub struct KvCache {
     pub(super) shape: KvShape,
@@ -139,14 +140,12 @@ pub struct KvCache {
 }
 
 impl KvCache {
+    /// What keys and values may be kept as.
+    pub(super) const DTYPES: &[KvDtype] =
+        &[KvDtype::F16, KvDtype::Bf16, KvDtype::F32, KvDtype::Fp8];
+
     pub(super) fn new(device: &Arc<dyn Device>, shape: &KvShape) -> Result<Self, Error> {
-        if shape.dtype == KvDtype::Q8 {
-            return Err(Error::Device(format!(
-                "a GPU keeps keys and values as f16 or f32, and not as {}",
-                shape.dtype.name()
-            )));
-        }
-        let bytes = kv_bytes(shape)?;
+        let bytes = kv_bytes(shape, Self::DTYPES, "a GPU")?;
         Ok(Self {
             shape: *shape,
             // Zeroes, because a masked position is multiplied with what is there.
@@ -164,8 +163,14 @@ impl KvCache {
         self.buffer.at() + (layer * bytes) as u64
     }
 
-    /// Whether elements are f32.
-    pub(super) fn wide(&self) -> bool {
-        self.shape.dtype == KvDtype::F32
+    /// `CacheDtype` of `cache.cuh`.
+    pub(super) fn dtype(&self) -> i32 {
+        match self.shape.dtype {
+            KvDtype::F16 => 0,
+            KvDtype::F32 => 1,
+            KvDtype::Bf16 => 2,
+            KvDtype::Fp8 => 3,
+            KvDtype::Q8 => unreachable!("`new` refuses it"),
+        }
     }
 }

@@ -20,12 +20,14 @@
 
 // Which floats tensor cores multiply.
 struct MultipliesBf16 {
+    static DEVICE uint32_t pack(float low, float high) { return pack_bf16(low, high); }
     static DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_bf16(c, a, b); }
     static DEVICE uint32_t activations(uint32_t pair) { return pair; }
     static DEVICE float low(uint32_t pair) { return low_bf16(pair); }
     static DEVICE float high(uint32_t pair) { return high_bf16(pair); }
 };
 struct MultipliesF16 {
+    static DEVICE uint32_t pack(float low, float high) { return pack_f16(low, high); }
     static DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_f16(c, a, b); }
     // A bf16 pair as f16, within its range.
     static DEVICE float clamp(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }

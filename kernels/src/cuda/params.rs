@@ -57,11 +57,11 @@ params! {
     struct Gate { gate_up: Pointer, out: Rows, n: i32, kind: i32, alpha: f32, limit: f32 }
     struct NormRopeStore {
         step: Pointer, qkv: Pointer, q_norm: Pointer, k_norm: Pointer, rotary: Pointer, cache: Pointer,
-        bucket: i32, heads: i32, kv_heads: i32, d: i32, pairs: i32, block_size: i32, page_group: i32, wide: i32, eps: f32, pad: i32,
+        bucket: i32, heads: i32, kv_heads: i32, d: i32, pairs: i32, block_size: i32, page_group: i32, dtype: i32, eps: f32, pad: i32,
     }
     struct Attention {
         step: Pointer, qkv: Pointer, cache: Pointer, sinks: Pointer, out: Rows, partial: Pointer, softmax: Pointer,
-        list: i32, heads: i32, kv_heads: i32, d: i32, qkv_stride: i32, block_size: i32, page_groups: i32, page_group: i32, wide: i32,
+        list: i32, heads: i32, kv_heads: i32, d: i32, qkv_stride: i32, block_size: i32, page_groups: i32, page_group: i32, dtype: i32,
         window: i32, scale: f32, softcap: f32,
     }
     struct Route {

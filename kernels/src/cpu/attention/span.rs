@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use super::super::kv::TILE;
+use super::super::kv::{Bf16, TILE};
 use super::super::simd::{LANES, Simd, exp, largest, sum, vexp, vtanh};
 use super::Work;
 use crate::{AttentionShape, KvDtype};
@@ -494,6 +494,19 @@ impl Element for u16 {
     unsafe fn load<S: Simd>(p: *const Self) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { S::vload_f16(p) }
+    }
+}
+
+impl Element for Bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        Self::widen(self)
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V {
+        // SAFETY: the caller's promise; it is as its bits.
+        unsafe { S::vload_bf16(p.cast()) }
     }
 }
 
