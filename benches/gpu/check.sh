@@ -15,7 +15,7 @@ bin=$to/bin
 out=${OUT:-$to/out}
 all=${QUIRE_CHECK_SECONDS:-560}
 mkdir -p "$out"
-rm -f "$out/summary.txt" "$out/table.md" "$out/deterministic.md"
+rm -f "$out/summary.txt" "$out/table.md" "$out/deterministic.md" "$out/fp8.md"
 export QUIRE_TEST_GPU=1 RUST_BACKTRACE=1
 failed=0
 running=
@@ -26,6 +26,7 @@ finish() {
     [ -z "$running" ] || kill "$running" 2>/dev/null
     printf '\n=== %d s, %d parts failed\n' "$SECONDS" "$failed"
     cat "$out/summary.txt"
+    [ ! -s "$out/fp8.md" ] || { printf '\nwith an FP8 cache:\n'; cat "$out/fp8.md"; }
     [ ! -s "$out/deterministic.md" ] || { printf '\nwith --deterministic:\n'; cat "$out/deterministic.md"; }
     [ ! -s "$out/table.md" ] || { echo; cat "$out/table.md"; }
     exit "$failed"

@@ -193,7 +193,11 @@ impl Case {
             };
             let tokens = 0..self.tokens[sequence];
             let kept = |of: &dyn Fn(usize, usize) -> Vec<f64>| -> Vec<Vec<Vec<f64>>> {
-                let of_head = |head| tokens.clone().map(move |t| rounded(self.dtype, of(t, head)));
+                let of_head = |head| {
+                    tokens
+                        .clone()
+                        .map(move |t| rounded(self.dtype, of(t, head)))
+                };
                 (0..kv_heads).map(|head| of_head(head).collect()).collect()
             };
             let keys = kept(&|token, head| self.prepared(sequence, token, heads + head));
