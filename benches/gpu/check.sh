@@ -77,7 +77,7 @@ tests() {
         if timeout --kill-after 5 20 "$@" --exact "$again" >"$out/again.log" 2>&1; then
             say "          $again: ok by itself"
         else
-            say "          $again: $(grep -A1 'panicked at' "$out/again.log" | tr '\n' ' ' | cut -c1-240)"
+            say "          $again: $(grep -A1 'panicked at' "$out/again.log" | tr '\n' ' ' | sed 's/.* panicked at //' | cut -c1-160)"
         fi
         { echo "=== $again"; cat "$out/again.log"; } >>"$out/$name.log"
     done <"$out/$name.failed"
