@@ -333,19 +333,18 @@ fn case(
     }
 }
 
-/// What tensor cores multiply, and how far they may be from f64, keys and values being rounded alike: queries and weights are f16 or, of bf16
-/// and FP8, bf16; results are bf16.
-const CACHES: [(KvDtype, f64); 3] = [
-    (KvDtype::F16, 5e-3),
-    (KvDtype::Bf16, 1e-2),
-    (KvDtype::Fp8, 1e-2),
-];
+/// Caches that tensor cores read.
+const CACHES: [KvDtype; 3] = [KvDtype::F16, KvDtype::Bf16, KvDtype::Fp8];
+
+/// How far results may be from f64 and from the CPU, keys and values being rounded alike: tensor cores multiply queries and weights as f16 or, of
+/// bf16 and FP8, as bf16; results are bf16. (The largest distance seen is 2.4e-3.)
+const ALLOWED: f64 = 5e-3;
 
 #[test]
 fn heads_of_every_size_are_as_defined() {
     let mut random = Random(1);
     let mut gpu = gpu(false);
-    for (dtype, allowed) in CACHES {
+    for dtype in CACHES {
         for (heads, kv_heads, d) in [
             (2, 1, 16),
             (3, 1, 64),
@@ -358,7 +357,7 @@ fn heads_of_every_size_are_as_defined() {
         ] {
             let mut case = case(&mut random, heads, kv_heads, d, &[35, 1, 70], 2);
             case.dtype = dtype;
-            case.check(&mut gpu, allowed, "sizes");
+            case.check(&mut gpu, ALLOWED, "sizes");
         }
     }
 }
@@ -366,10 +365,10 @@ fn heads_of_every_size_are_as_defined() {
 #[test]
 fn more_heads_than_a_block_takes_are_divided() {
     let mut random = Random(2);
-    for (dtype, allowed) in CACHES {
+    for dtype in CACHES {
         let mut case = case(&mut random, 20, 1, 16, &[9, 3], 2);
         case.dtype = dtype;
-        case.check(&mut gpu(false), allowed, "many heads");
+        case.check(&mut gpu(false), ALLOWED, "many heads");
     }
 }
 
@@ -378,7 +377,7 @@ fn windows_caps_sinks_norms_and_page_groups_are_as_defined() {
     let mut random = Random(3);
     let mut gpu = gpu(false);
     for i in 0..36 {
-        let (dtype, allowed) = CACHES[i % CACHES.len()];
+        let dtype = CACHES[i % CACHES.len()];
         let kv_heads = 1 + random.below(2);
         let heads = kv_heads * (1 + random.below(4));
         let d = 8 * (1 + random.below(10));
@@ -402,7 +401,7 @@ fn windows_caps_sinks_norms_and_page_groups_are_as_defined() {
             case.groups = 1 + random.below(3);
             case.group = random.below(case.groups);
         }
-        case.check(&mut gpu, allowed, &format!("case {i}"));
+        case.check(&mut gpu, ALLOWED, &format!("case {i}"));
     }
 }
 
@@ -417,9 +416,9 @@ fn prompts_in_chunks_beside_sequences_that_generate_are_as_defined() {
         vec![(0, 1), (1, 1), (2, 1)],
         vec![(2, 3), (0, 3), (1, 1)],
     ];
-    for (dtype, allowed) in CACHES {
+    for dtype in CACHES {
         case.dtype = dtype;
-        case.check(&mut gpu(false), allowed, "chunks");
+        case.check(&mut gpu(false), ALLOWED, "chunks");
     }
 }
 
@@ -427,12 +426,12 @@ fn prompts_in_chunks_beside_sequences_that_generate_are_as_defined() {
 fn positions_beyond_a_split_are_as_defined() {
     let mut random = Random(5);
     let mut gpu = gpu(false);
-    for (dtype, allowed) in CACHES {
+    for dtype in CACHES {
         for window in [None, Some(100), Some(300)] {
             let mut case = case(&mut random, 2, 1, 16, &[600, 255], 2);
             case.dtype = dtype;
             case.shape.window = window;
-            case.check(&mut gpu, allowed, "splits");
+            case.check(&mut gpu, ALLOWED, "splits");
         }
     }
 }
@@ -448,7 +447,7 @@ fn caches_of_f32_and_odd_heads_go_without_tensor_cores() {
     wide.sinks = Some(random.floats(4));
     wide.rotated = 24;
     wide.check(&mut gpu, 4e-3, "f32");
-    for (dtype, _) in CACHES {
+    for dtype in CACHES {
         let mut odd = case(&mut random, 2, 1, 10, &[30, 5], 2);
         odd.dtype = dtype;
         odd.rotated = 10;
@@ -463,10 +462,10 @@ fn a_sequence_has_the_same_bits_however_it_is_cut_when_deterministic() {
     let mut case = case(&mut random, 4, 2, 32, &[300, 40], 0);
     case.sinks = Some(random.floats(4));
     case.rotated = 32;
-    for (dtype, allowed) in CACHES {
+    for dtype in CACHES {
         case.dtype = dtype;
         case.steps = vec![vec![(0, 300), (1, 40)]];
-        case.check(&mut gpu, allowed, "deterministic");
+        case.check(&mut gpu, ALLOWED, "deterministic");
         let expected = case.run(&mut gpu);
         case.steps = vec![
             vec![(0, 40)],
@@ -481,18 +480,16 @@ fn a_sequence_has_the_same_bits_however_it_is_cut_when_deterministic() {
     }
 }
 
-/// A cache of one layer and one KV head, whose blocks are a sequence's.
-fn small_cache(gpu: &CudaBackend, dtype: KvDtype, d: usize) -> KvShape {
-    let shape = KvShape {
+/// A cache of one layer and one KV head.
+fn small_cache(dtype: KvDtype, d: usize) -> KvShape {
+    KvShape {
         layers: 1,
         blocks: 6,
         block_size: 16,
         kv_heads: 1,
         head_dim: d,
         dtype,
-    };
-    assert!(gpu.kv_dtypes().contains(&dtype));
-    shape
+    }
 }
 
 /// Stores and attends to rows from position `start` on.
@@ -532,13 +529,13 @@ fn one_span(
 #[test]
 fn what_another_sequence_left_in_a_block_has_no_influence() {
     let mut random = Random(10);
-    for (dtype, _) in CACHES {
+    for dtype in CACHES {
         // On tensor cores and without them.
         for d in [32, 20] {
             let mut gpu = gpu(false);
-            let shape = small_cache(&gpu, dtype, d);
+            let shape = small_cache(dtype, d);
             let rows = random.floats(21 * 4 * d);
-            let mut results = [false, true].map(|used| {
+            let results = [false, true].map(|used| {
                 let mut kv = gpu.kv_cache(&shape).unwrap();
                 if used {
                     let garbage = [f32::NAN, f32::INFINITY, -f32::MAX, f32::NEG_INFINITY, 1e30];
@@ -549,7 +546,6 @@ fn what_another_sequence_left_in_a_block_has_no_influence() {
                 all.extend(one_span(&mut gpu, &mut kv, d, 20, &rows[20 * 4 * d..]));
                 all
             });
-            results.sort_by_key(|x| bits(x));
             assert!(results[0].iter().all(|x| x.is_finite()));
             assert_eq!(bits(&results[0]), bits(&results[1]), "{dtype:?} {d}");
         }
@@ -570,9 +566,9 @@ fn rows_of_any_size_are_kept_to_three_bits() {
             }
             // Scores of the same size whatever the keys are.
             case.shape.scale /= size;
-            case.check(&mut gpu, 1e-2, &format!("size {size}"));
+            case.check(&mut gpu, ALLOWED, &format!("size {size}"));
         }
-        let kv = small_cache(&gpu, KvDtype::Fp8, d);
+        let kv = small_cache(KvDtype::Fp8, d);
         let mut kv = gpu.kv_cache(&kv).unwrap();
         let nothing = one_span(&mut gpu, &mut kv, d, 0, &vec![0.0; 3 * 4 * d]);
         assert!(nothing.iter().all(|&x| x == 0.0));
@@ -611,7 +607,7 @@ fn a_cache_takes_the_bytes_it_is_sized_by_and_others_are_refused() {
     }
     let q8 = KvShape {
         dtype: KvDtype::Q8,
-        ..small_cache(&gpu, KvDtype::F16, 64)
+        ..small_cache(KvDtype::F16, 64)
     };
     let refused = gpu.kv_cache(&q8).unwrap_err().to_string();
     assert!(refused.contains("f16, bf16, f32, fp8"), "{refused}");
@@ -675,13 +671,13 @@ fn copied_blocks_are_attended_to_as_the_originals() {
     }
     let qkv = Random(8).floats(21 * 64);
     let (mut gpu, mut cpu) = (gpu(false), cpu());
-    for (dtype, allowed) in CACHES {
+    for dtype in CACHES {
         let with = run(&mut gpu, dtype, true, &qkv);
         let without = run(&mut gpu, dtype, false, &qkv);
         assert_eq!(bits(&with), bits(&without), "{dtype:?}");
         if cpu.kv_dtypes().contains(&dtype) {
             let expected = run(&mut cpu, dtype, true, &qkv);
-            assert!(distance(&with, &wide(&expected)) < allowed, "{dtype:?}");
+            assert!(distance(&with, &wide(&expected)) < ALLOWED, "{dtype:?}");
         }
     }
 }
