@@ -363,7 +363,7 @@ mod tests {
         }
         assert!(split.next().is_none());
         assert!(plan.partials >= next as usize && plan.partials < 2 * next as usize);
-        assert_eq!(plan.count(List::Split), 16, "8 splits or a few more");
+        assert_eq!(plan.count(List::Split), 8, "4, 1, 1 and 2 splits");
     }
 
     #[test]
