@@ -112,6 +112,8 @@ mod emulation {
             // Fibers jump between stacks, which fortified `longjmp` takes for an attack.
             .flag("-U_FORTIFY_SOURCE")
             .flag("-Wno-unknown-pragmas")
+            // A sum of a product is rounded twice unless the kernel says otherwise; what nvcc makes of it is the kernel's affair.
+            .flag("-ffp-contract=off")
             .opt_level(2)
             .compile("quire_cuda_emulation");
     }

@@ -129,7 +129,7 @@ if command -v compute-sanitizer >/dev/null; then
     # Slow: a part of the tests that touches every kernel.
     for tool in memcheck racecheck; do
         part "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 1 "$bin/test-kernels" --test-threads 1 \
-            heads_of_every_size a_product_is_added embeddings logits experts_is_as gates norms rotary copied
+            heads_of_every_size a_product_is_added embeddings logits experts_is_as gates norms rotary copied drawn
     done
 else
     say "left out  memcheck, racecheck: there is no compute-sanitizer"

@@ -93,6 +93,7 @@ fn main() -> anyhow::Result<()> {
             block_tables: (0..blocks as u32).collect(),
             groups,
             logit_rows: (0..count).collect(),
+            ..Step::default()
         };
         decoder.forward(&step, &[], &mut kv, &mut logits)?;
         for logit in &logits {

@@ -353,3 +353,4 @@ extern "C" void quire_emulated_launch(const void *kernel, int x, int y, int thre
 #include "../src/cuda/products_float.cu"
 #include "../src/cuda/products_many.cu"
 #include "../src/cuda/rows.cu"
+#include "../src/cuda/sampling.cu"

@@ -145,6 +145,7 @@ template <class T> T exchange_of(T x, int mask) {
 }
 DEVICE float exchange(float x, int mask) { return exchange_of(x, mask); }
 DEVICE int exchange(int x, int mask) { return exchange_of(x, mask); }
+DEVICE uint64_t exchange(uint64_t x, int mask) { return exchange_of(x, mask); }
 DEVICE uint32_t vote(bool x) {
     const char *all = emulation::gather(&x, 1);
     uint32_t votes = 0;
@@ -159,6 +160,14 @@ DEVICE void warp_barrier() {
 DEVICE void block_barrier() { emulation::block_barrier(); }
 // No two fibers run at once.
 DEVICE void count_up(int *counter) { *counter += 1; }
+DEVICE uint32_t add_up(uint32_t *sum, uint32_t x) {
+    uint32_t before = *sum;
+    *sum += x;
+    return before;
+}
+
+// Compiled without contractions: see build.rs.
+DEVICE float product(float a, float b) { return a * b; }
 
 DEVICE float power_of_two(float x) { return exp2f(x); }
 

@@ -6,7 +6,7 @@
 //! loaded: no operation allocates in steady state.
 
 use crate::quantize::Grouped;
-use crate::{Error, Rank, Shard};
+use crate::{Change, Draw, Error, Rank, Shard};
 
 /// The number format of a stored matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -275,6 +275,10 @@ pub struct Step {
     pub block_tables: Vec<u32>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
+    /// Of those, the rows whose tokens are wanted instead; only for devices that draw ([`Backend::draws`]).
+    pub draws: Vec<Draw>,
+    /// What the draws change in their rows.
+    pub changes: Vec<Change>,
 }
 
 impl Default for Step {
@@ -287,6 +291,8 @@ impl Default for Step {
             groups: 1,
             block_tables: Vec::new(),
             logit_rows: Vec::new(),
+            draws: Vec::new(),
+            changes: Vec::new(),
         }
     }
 }
@@ -306,6 +312,8 @@ impl Clone for Step {
         self.groups = source.groups;
         self.block_tables.clone_from(&source.block_tables);
         self.logit_rows.clone_from(&source.logit_rows);
+        self.draws.clone_from(&source.draws);
+        self.changes.clone_from(&source.changes);
     }
 }
 
@@ -325,6 +333,8 @@ impl Step {
         self.spans.clear();
         self.block_tables.clear();
         self.logit_rows.clear();
+        self.draws.clear();
+        self.changes.clear();
     }
 }
 
@@ -589,9 +599,9 @@ pub trait Backend: Send + 'static {
         out: &mut Self::Activations,
     ) -> Result<(), Error>;
 
-    /// Final norm and output head for the step's `logit_rows` only, brought to the host.
+    /// Final norm and output head for the step's `logit_rows` only; what has no draw is brought to the host.
     ///
-    /// `x` [rows, hidden], `head` [vocabulary, hidden]; `logits` is filled with [logit rows, vocabulary].
+    /// `x` [rows, hidden], `head` [vocabulary, hidden]; `logits` is filled with [logit rows without a draw, vocabulary].
     ///
     /// # Errors
     /// The device failed.
@@ -603,6 +613,16 @@ pub trait Backend: Send + 'static {
         rule: LogitsRule,
         logits: &mut Vec<f32>,
     ) -> Result<(), Error>;
+
+    /// Whether the device does [`Step::draws`]. One that does not is given none.
+    fn draws(&self) -> bool {
+        false
+    }
+
+    /// The tokens of the step's draws, in their order, once [`Backend::logits`] is done.
+    fn drawn(&self) -> &[u32] {
+        &[]
+    }
 
     /// Runs host work on the device's compute threads: `task(i)` once for every `i < tasks`, in any order and at once; returns when all are done.
     ///

@@ -1,6 +1,6 @@
 //! What a step, its block tables and a layer must be for the kernels to rely on it.
 
-use crate::{AttentionShape, Error, KvDtype, KvLayer, KvShape, Span, Step};
+use crate::{AttentionShape, Draw, Error, KvDtype, KvLayer, KvShape, Span, Step};
 
 /// Positions that kernels walk a KV cache in; blocks are a multiple of it.
 pub(crate) const KV_TILE: usize = 16;
@@ -39,6 +39,54 @@ pub(crate) fn check_step(step: &Step) -> Result<(), Error> {
         return fault(format!("logits of rows beyond {rows} are asked for"));
     }
     Ok(())
+}
+
+/// Refuses draws that a kernel could not do: of rows that are not there, or with numbers outside their ranges.
+pub(crate) fn check_draws(step: &Step) -> Result<(), Error> {
+    let mut next = 0;
+    for draw in &step.draws {
+        let changes = draw
+            .changes
+            .iter()
+            .try_fold(draw.first_change, |end, &n| end.checked_add(n));
+        let there = changes.is_some_and(|end| end as usize <= step.changes.len());
+        if draw.row < next
+            || draw.row as usize >= step.logit_rows.len()
+            || !there
+            || !drawable(draw)
+        {
+            return Err(Error::Shape(format!(
+                "{draw:?} among {} rows of logits and {} changes",
+                step.logit_rows.len(),
+                step.changes.len()
+            )));
+        }
+        next = draw.row + 1;
+    }
+    Ok(())
+}
+
+/// Whether a draw's numbers are in their ranges.
+fn drawable(draw: &Draw) -> bool {
+    let scale = draw.inverse_temperature;
+    draw.greedy
+        || (scale.is_finite()
+            && scale > 0.0
+            && draw.top_p > 0.0
+            && draw.top_p <= 1.0
+            && draw.within >= 0.0
+            && (0.0..1.0).contains(&draw.place))
+}
+
+/// Refuses draws altogether, on behalf of a device that has none.
+pub(crate) fn check_no_draws(step: &Step) -> Result<(), Error> {
+    if step.draws.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Shape(format!(
+        "{} draws for a device that draws no tokens",
+        step.draws.len()
+    )))
 }
 
 /// Refuses block tables that leave the cache: entries of page group `group` that rows with this window see.

@@ -14,6 +14,7 @@ pub mod collective;
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub mod cuda;
+pub mod draws;
 pub mod quantize;
 pub mod ranks;
 
@@ -22,6 +23,7 @@ pub use backend::{
     LogitsRule, MatrixPart, Norm, QkvLayer, Rotary, Span, Step,
 };
 pub use collective::{Collective, InProcess};
+pub use draws::{Change, ChangeKind, Draw};
 pub use ranks::{Rank, Shard};
 
 /// Why a device could not do what was asked.

@@ -236,6 +236,14 @@ impl<B: Backend> Backend for Metered<B> {
         done
     }
 
+    fn draws(&self) -> bool {
+        self.inner.draws()
+    }
+
+    fn drawn(&self) -> &[u32] {
+        self.inner.drawn()
+    }
+
     fn each(&mut self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         self.inner.each(tasks, task);
     }

@@ -116,6 +116,7 @@ impl<B: Backend> Sequence<B> {
             block_tables,
             groups,
             logit_rows: ((count - rows) as u32..count as u32).collect(),
+            ..Step::default()
         };
         let mut logits = Vec::new();
         self.decoder

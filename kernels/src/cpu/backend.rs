@@ -13,7 +13,7 @@ use super::pool::Pool;
 use super::ranked::Ranked;
 use super::simd::{Isa, dispatch};
 use super::topology::{self, Topology};
-use crate::checks::{check_layer, check_rotary, check_step, check_tables};
+use crate::checks::{check_layer, check_no_draws, check_rotary, check_step, check_tables};
 use crate::{
     Activation, AttentionShape, Backend, Collective, Error, Experts, Format, KvDtype, KvLayer,
     KvShape, LogitsRule, MatrixPart, Norm, QkvLayer, Rank, Rotary, Shard, Step,
@@ -252,6 +252,7 @@ impl Backend for CpuBackend {
     fn begin(&mut self, step: &Step) -> Result<(), Error> {
         self.pool.settle();
         check_step(step)?;
+        check_no_draws(step)?;
         self.step.clone_from(step);
         self.checked.clear();
         self.attention.plan(&step.spans);

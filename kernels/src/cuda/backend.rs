@@ -1,6 +1,6 @@
 //! [`CudaBackend`]: checks shapes, then records kernels.
 //!
-//! Nothing runs while a step is recorded: its end, [`Backend::logits`], hands the list to the device and brings the logits back.
+//! Nothing runs while a step is recorded: its end, [`Backend::logits`], hands the list to the device and brings logits and tokens back.
 
 use std::sync::Arc;
 use std::thread;
@@ -11,7 +11,7 @@ use super::matrix::{Layout, Matrix};
 use super::params::{self, Header, Params, Pointer, Precision, Rows, bytes_of};
 use super::plan::Plan;
 use super::scratch::{Purpose, Scratch};
-use crate::checks::{check_layer, check_rotary, check_step, check_tables};
+use crate::checks::{check_draws, check_layer, check_rotary, check_step, check_tables};
 use crate::cpu::pool::Pool;
 use crate::cpu::topology::Topology;
 use crate::{
@@ -49,6 +49,8 @@ pub struct CudaBackend {
     pub(super) scratch: Scratch,
     /// The host's cores, for what is done with logits.
     host: Pool,
+    /// The tokens of the last step's draws.
+    pub(super) tokens: Vec<u32>,
     /// Page group, window and cache size of the layers whose block tables were checked in this step.
     checked: Vec<(usize, Option<u32>, usize)>,
 }
@@ -71,6 +73,7 @@ impl CudaBackend {
                 thread::available_parallelism().map_or(1, usize::from),
                 false,
             )),
+            tokens: Vec::new(),
             device,
             deterministic,
             step: Step::default(),
@@ -232,6 +235,7 @@ impl Backend for CudaBackend {
 
     fn begin(&mut self, step: &Step) -> Result<(), Error> {
         check_step(step)?;
+        check_draws(step)?;
         self.step.clone_from(step);
         self.checked.clear();
         self.list.clear();
@@ -533,7 +537,9 @@ impl Backend for CudaBackend {
                 head.cols
             )));
         }
-        logits.resize(wanted * head.rows, 0.0);
+        let drawn = self.step.draws.len();
+        logits.resize((wanted - drawn) * head.rows, 0.0);
+        self.tokens.resize(drawn, 0);
         if rows > 0 {
             let normed = Rows {
                 data: self
@@ -559,10 +565,21 @@ impl Backend for CudaBackend {
                 let blocks = head.rows.div_ceil(THREADS).min(BLOCKS_OF_ROW);
                 self.launch("logits_rule", (rows, blocks), 0, &rule);
             }
+            self.draw_from(out, head.rows)?;
         }
         self.submit()?;
         self.scratch
-            .read(Purpose::Logits, bytes_of_slice_mut(logits))
+            .read(Purpose::Logits, bytes_of_slice_mut(logits))?;
+        let tokens = bytes_of_slice_mut(&mut self.tokens);
+        self.scratch.read(Purpose::Tokens, tokens)
+    }
+
+    fn draws(&self) -> bool {
+        true
+    }
+
+    fn drawn(&self) -> &[u32] {
+        &self.tokens
     }
 
     fn each(&mut self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {

@@ -93,11 +93,17 @@ DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) { 
 
 DEVICE float exchange(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE int exchange(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE uint64_t exchange(uint64_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE uint32_t vote(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE int count_bits(uint32_t x) { return __popc(x); }
 DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE void count_up(int *counter) { atomicAdd(counter, 1); }
+// What was there before.
+DEVICE uint32_t add_up(uint32_t *sum, uint32_t x) { return atomicAdd(sum, x); }
+
+// a · b, rounded, whatever it is added to.
+DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 
 // 2^x, as fast as the hardware has it (2 ulp).
 DEVICE float power_of_two(float x) {

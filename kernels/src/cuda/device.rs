@@ -55,7 +55,9 @@ impl Launch {
 
 /// Threads of a kernel's blocks: what its source says, which the emulation compares.
 fn threads(kernel: &str) -> u32 {
-    if kernel.starts_with("attention") || matches!(kernel, "norm_rope_store" | "route") {
+    if kernel == "sample" {
+        1024
+    } else if kernel.starts_with("attention") || matches!(kernel, "norm_rope_store" | "route") {
         128
     } else {
         256

@@ -2,7 +2,7 @@
 //!
 //! Kernels are the `.cu` files beside this one, compiled ahead of time by nvcc and embedded (feature `cuda`; see `build.rs`), or by a C++ compiler
 //! for the emulation that tests run them in (feature `cuda-emulation`). What the host does is the same for both: `backend` checks and records, `plan` lays a step
-//! out, `matrix` lays weights out, `products`, `attention` and `experts` choose kernels, and a `device` runs the list: `driver` or `emulated`.
+//! out, `matrix` lays weights out, `products`, `attention`, `experts` and `sampling` choose kernels, and a `device` runs the list: `driver` or `emulated`.
 //!
 //! Activations are f32 in the residual stream and behind products, bf16 before them; sums are f32. The KV cache is f16 (f32 without tensor cores).
 //!
@@ -25,6 +25,7 @@ mod measure;
 mod params;
 mod plan;
 mod products;
+mod sampling;
 mod scratch;
 
 pub use backend::{CudaBackend, CudaOptions};

@@ -44,7 +44,9 @@ struct Step {
     // `[logit bucket]`
     uint32_t logits;
     // Pairs of blocks to be copied.
-    uint32_t copies, pad;
+    uint32_t copies;
+    // Of each draw a Draw of sampling.cu. `[draw bucket]`
+    uint32_t draws;
     // Lists of attention work: where they are and how long.
     uint32_t lists[4], list_lengths[4];
 };

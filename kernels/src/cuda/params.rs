@@ -71,11 +71,12 @@ params! {
         chosen: Pointer, places: Pointer, row_of: Pointer, tiles: Pointer, tile_count: Pointer,
         choices: i32, top_k: i32, experts: i32, tile_rows: i32,
     }
+    struct Sample { step: Pointer, logits: Pointer, tokens: Pointer, vocabulary: i32, one: f32 }
     struct Combine { answers: Pointer, places: Pointer, weights: Pointer, out: Pointer, cols: i32, top_k: i32 }
     /// `Step` of `params.cuh`: not a parameter but what parameters point to.
     struct Header {
         base: Pointer, rows: u32, logit_rows: u32, tokens: u32, positions: u32, beyond: u32, slots: u32, tables: u32, logits: u32,
-        copies: u32, pad: u32, lists: [u32; 4], list_lengths: [u32; 4],
+        copies: u32, draws: u32, lists: [u32; 4], list_lengths: [u32; 4],
     }
 }
 

@@ -4,7 +4,7 @@
 //! lists of launches occur and each is worth a graph. Padding computes rows nobody reads; it stores no keys and asks for no attention.
 
 use super::params::Header;
-use crate::{Span, Step};
+use crate::{Draw, Span, Step};
 
 /// Positions that one block walks when a sequence's positions are split. Fixed, so that a result does not depend on what else runs.
 pub(crate) const SPLIT: u32 = 256;
@@ -53,6 +53,10 @@ pub(crate) struct Heads {
 type Item = [u32; 8];
 /// `Merge` of `attention.cuh`.
 type Merge = [u32; 6];
+/// Words of a draw.
+const DRAW: usize = 13;
+/// The row of a draw that is padding.
+const NO_ROW: u32 = u32::MAX;
 
 /// A step, laid out for the device.
 #[derive(Debug)]
@@ -71,6 +75,8 @@ pub(crate) struct Plan {
     counts: [usize; 4],
     /// Queries whose partial results are kept, over all KV heads.
     pub partials: usize,
+    /// Draws that are launched, padding included.
+    pub draws: usize,
     items: [Vec<u32>; 4],
 }
 
@@ -85,7 +91,7 @@ const EMPTY: Header = Header {
     tables: 0,
     logits: 0,
     copies: 0,
-    pad: 0,
+    draws: 0,
     lists: [0; 4],
     list_lengths: [0; 4],
 };
@@ -102,6 +108,7 @@ impl Default for Plan {
             heads: None,
             counts: [0; 4],
             partials: 0,
+            draws: 0,
             items: Default::default(),
         }
     }
@@ -127,7 +134,7 @@ impl Plan {
         };
         self.header.tokens = self.padded(&step.tokens, self.rows);
         self.header.positions = self.padded(&step.positions, self.rows);
-        self.header.logits = self.padded(&step.logit_rows, self.logit_rows);
+        self.header.logits = self.logit_order(step);
         self.header.beyond = self.words.len() as u32;
         for span in &step.spans {
             let beyond = u32::from(span.beyond);
@@ -136,6 +143,48 @@ impl Plan {
         let end = self.header.beyond as usize + self.rows;
         self.words.resize(end, 0);
         self.header.tables = self.padded(&step.block_tables, step.block_tables.len());
+        self.draws(step);
+    }
+
+    /// Appends the rows whose logits are wanted: first those that go to the host, then those that are drawn from; where they begin.
+    fn logit_order(&mut self, step: &Step) -> u32 {
+        let at = self.words.len();
+        let mut draws = step.draws.iter().map(|draw| draw.row as usize).peekable();
+        let rows = step.logit_rows.iter().enumerate();
+        let undrawn = rows.filter(|(index, _)| draws.next_if_eq(index).is_none());
+        self.words.extend(undrawn.map(|(_, &row)| row));
+        let drawn = step
+            .draws
+            .iter()
+            .map(|draw| step.logit_rows[draw.row as usize]);
+        self.words.extend(drawn);
+        self.words.resize(at + self.logit_rows, 0);
+        at as u32
+    }
+
+    /// Appends the draws and what they change, once the rows of logits have their order.
+    fn draws(&mut self, step: &Step) {
+        let count = step.draws.len();
+        // As many as there may be, so that a bucket has two lists of launches: with draws and without.
+        self.draws = match count {
+            0 => 0,
+            _ if self.again => self.logit_rows,
+            _ => count,
+        };
+        let changes = self.words.len();
+        let words = step
+            .changes
+            .iter()
+            .flat_map(|change| [change.token, change.amount.to_bits()]);
+        self.words.extend(words);
+        self.header.draws = self.words.len() as u32;
+        let first = step.logit_rows.len() - count;
+        for (index, draw) in step.draws.iter().enumerate() {
+            let changes = changes + 2 * draw.first_change as usize;
+            self.words.extend(draw_words(draw, first + index, changes));
+        }
+        let end = self.header.draws as usize + self.draws * DRAW;
+        self.words.resize(end, NO_ROW);
     }
 
     /// Appends values and as many zeroes as are missing; where they begin.
@@ -250,6 +299,33 @@ impl Plan {
     }
 }
 
+/// `Draw` of `sampling.cu`: a draw from a row of the logits, whose changes begin at a word of the plan.
+fn draw_words(draw: &Draw, row: usize, changes: usize) -> [u32; DRAW] {
+    // Greedy logits are not multiplied.
+    let scale = if draw.greedy {
+        1.0
+    } else {
+        draw.inverse_temperature
+    };
+    let place = draw.place.to_bits();
+    let [repeated, lowered, biased, forbidden] = draw.changes;
+    [
+        row as u32,
+        u32::from(draw.greedy),
+        scale.to_bits(),
+        draw.top_k,
+        draw.top_p.to_bits(),
+        draw.within.to_bits(),
+        place as u32,
+        (place >> 32) as u32,
+        changes as u32,
+        repeated,
+        lowered,
+        biased,
+        forbidden,
+    ]
+}
+
 fn item(span: &Span, first: u32, count: u32, begin: u32, end: u32, partial: u32) -> Item {
     [
         span.row, span.start, span.table, first, count, begin, end, partial,
@@ -275,6 +351,7 @@ fn together(span: &Span, heads: Heads, items: &mut Vec<u32>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Change;
 
     const HEADS: Heads = Heads {
         group: 4,
@@ -329,6 +406,39 @@ mod tests {
         assert!(!plan.again && plan.rows == 21 && plan.logit_rows == 2);
         plan.begin(&step(&[(10, 1), (20, 1), (5, 1)]), 3);
         assert_eq!(plan.rows, 3, "no more rows than the buffers have");
+    }
+
+    #[test]
+    fn rows_that_are_drawn_from_come_last_and_draws_know_where() {
+        let mut plan = Plan::default();
+        let mut step = step(&[(10, 1), (20, 1), (5, 1), (7, 1), (9, 1)]);
+        let changes = [(3, 0.5), (4, 0.25)].map(|(token, amount)| Change { token, amount });
+        step.changes = changes.to_vec();
+        step.draws = [1, 3, 4]
+            .map(|row| Draw {
+                row,
+                greedy: row == 3,
+                inverse_temperature: 2.0,
+                top_k: 0,
+                top_p: 1.0,
+                within: f32::INFINITY,
+                place: 0.5,
+                first_change: u32::from(row == 4),
+                changes: [0, u32::from(row == 4), 0, 0],
+            })
+            .to_vec();
+        plan.begin(&step, 64);
+        let at = plan.header.logits as usize;
+        assert_eq!(plan.words[at..at + 8], [0, 2, 1, 3, 4, 0, 0, 0]);
+        let at = plan.header.draws as usize;
+        let draws: Vec<&[u32]> = plan.words[at..].chunks(DRAW).collect();
+        assert_eq!((draws.len(), plan.draws), (8, 8));
+        let rows: Vec<u32> = draws.iter().map(|draw| draw[0]).collect();
+        assert_eq!(rows[..4], [2, 3, 4, NO_ROW]);
+        let scales = [draws[0][2], draws[1][2]].map(f32::from_bits);
+        assert_eq!(scales, [2.0, 1.0], "greedy logits are as they are");
+        let change = &plan.words[draws[2][8] as usize..][..2];
+        assert_eq!((change[0], f32::from_bits(change[1])), (4, 0.25));
     }
 
     #[test]

@@ -14,6 +14,8 @@ pub(super) enum Purpose {
     HeadRows,
     /// `[rows, vocabulary]` f32.
     Logits,
+    /// The tokens that were drawn.
+    Tokens,
     /// Rows in the precision, or with their columns in the order, that a product wants.
     Operands,
     /// Rows as f16.

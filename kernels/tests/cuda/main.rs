@@ -12,3 +12,4 @@ mod experts;
 mod layers;
 mod machine;
 mod products;
+mod sampling;
