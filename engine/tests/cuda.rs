@@ -7,13 +7,14 @@
 mod common;
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 
 use common::sequence::{Sequence, argmax};
 use quire::checkpoint::{Checkpoint, ModelSource};
-use quire::core::{Engine, EngineConfig, Request};
-use quire::sampling::SamplingParams;
+use quire::core::{Engine, EngineConfig, Request, StepReport};
+use quire::sampling::{Sampler, SamplingParams, Scratch};
 use quire_kernels::cuda::{CudaBackend, CudaOptions};
-use quire_kernels::{Backend, KvDtype};
+use quire_kernels::{Backend, Format, KvDtype, LogitsRule, MatrixPart, Norm, Span, Step};
 use quire_scheduler::TokenId;
 use safetensors::SafeTensors;
 
@@ -281,6 +282,188 @@ fn the_demo_model_gives_the_greedy_tokens_of_the_cpu() {
         "{} of {count} differ",
         different.len()
     );
+}
+
+/// Ways to choose: greedy, plain, filtered, penalised, biased, several samples of a prompt.
+fn ways(tokens: u32) -> Vec<SamplingParams> {
+    let default = SamplingParams {
+        max_tokens: tokens,
+        seed: Some(7),
+        ..SamplingParams::default()
+    };
+    vec![
+        SamplingParams {
+            temperature: 0.0,
+            min_tokens: tokens,
+            ..default.clone()
+        },
+        default.clone(),
+        SamplingParams {
+            temperature: 1.3,
+            top_p: 0.9,
+            ..default.clone()
+        },
+        SamplingParams {
+            temperature: 0.8,
+            top_k: 20,
+            min_p: 0.02,
+            repetition_penalty: 1.2,
+            presence_penalty: 0.5,
+            frequency_penalty: 0.3,
+            ..default.clone()
+        },
+        SamplingParams {
+            temperature: 2.0,
+            logit_bias: vec![(TokenId(7), 4.0), (TokenId(9), -4.0)],
+            n: 2,
+            ..default
+        },
+    ]
+}
+
+/// The tokens of every sample of every request, and of each step the sequences and those whose tokens the device drew.
+fn sampled(checkpoint: &Checkpoint, requests: &[Request]) -> (Vec<Vec<TokenId>>, Vec<(u32, u32)>) {
+    let config = EngineConfig {
+        kv_cache_memory: Some(16 << 20),
+        ..EngineConfig::default()
+    };
+    let steps = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&steps);
+    let observer = Box::new(move |step: StepReport| {
+        seen.lock().unwrap().push((step.sequences, step.drawn));
+    });
+    let engine = Engine::start(checkpoint, gpu(true), &config, Some(observer), &mut |_| {});
+    let engine = engine.unwrap();
+    let streams: Vec<_> = requests
+        .iter()
+        .map(|request| common::submit(&engine, request))
+        .collect();
+    let tokens = streams
+        .into_iter()
+        .flat_map(common::answers)
+        .map(|answer| answer.tokens)
+        .collect();
+    let steps = steps.lock().unwrap().clone();
+    (tokens, steps)
+}
+
+/// Log-probabilities are the host's affair, so who asks for them is sampled there: from the same bits, by the CPU's sampler.
+#[test]
+fn tokens_drawn_on_the_device_are_those_the_sampler_chooses_on_the_host() {
+    let checkpoint = common::demo_checkpoint();
+    let tokens = if on_a_gpu() { 64 } else { 4 };
+    let mut drawn = requests(&checkpoint, 5, tokens);
+    for (request, sampling) in drawn.iter_mut().zip(ways(tokens)) {
+        request.sampling = sampling;
+    }
+    let on_the_host = |request: &mut Request| request.sampling.logprobs = Some(0);
+    let mut host = drawn.clone();
+    host.iter_mut().for_each(on_the_host);
+    let mut mixed = drawn.clone();
+    mixed.iter_mut().step_by(2).for_each(on_the_host);
+
+    let (expected, steps) = sampled(&checkpoint, &host);
+    assert!(steps.iter().all(|step| step.1 == 0), "{steps:?}");
+    assert!(expected.len() == 6 && expected[4] != expected[5]);
+    let (got, steps) = sampled(&checkpoint, &drawn);
+    assert_eq!(got, expected);
+    // The prompt of which there are two samples is read by the host.
+    let several = |step: &&(u32, u32)| step.0 > 1;
+    assert!(steps.iter().any(|step| step.0 == step.1), "{steps:?}");
+    assert!(
+        steps.iter().filter(several).any(|step| step.1 > 1),
+        "{steps:?}"
+    );
+    let (got, steps) = sampled(&checkpoint, &mixed);
+    assert_eq!(got, expected);
+    assert!(
+        steps.iter().any(|step| 0 < step.1 && step.1 < step.0),
+        "{steps:?}"
+    );
+}
+
+/// The sampler itself, and the kernel that does what it says, over rows of every kind.
+#[test]
+fn a_draw_of_the_sampler_gives_the_token_that_it_chooses() {
+    let mut gpu = gpu(false);
+    let (mut compared, mut different) = (0, Vec::new());
+    let draws = if on_a_gpu() { 500 } else { 8 };
+    for (vocabulary, scale) in [(300, 9.0), (1501, 2.0), (3001, 0.4)] {
+        let mut random = common::Random::new(vocabulary as u64);
+        let mut uniform = || (random.next() >> 40) as f32 / (1 << 24) as f32;
+        let logits: Vec<f32> = (0..vocabulary)
+            .map(|_| scale * (uniform().powi(3) - uniform()))
+            .collect();
+        for (way, params) in ways(4).into_iter().enumerate() {
+            let prompt: Vec<TokenId> = (0..40).map(|i| TokenId(i * 7 % 90)).collect();
+            let sampler = Sampler::new(params.into(), 3, 0, &prompt, &[TokenId(5)]);
+            let (mut host, mut device) = (sampler.clone(), sampler);
+            let mut scratch = Scratch::default();
+            for _ in 0..draws {
+                let token = host.sample(&logits, &mut scratch).token;
+                let drawn = draw(&mut gpu, &logits, &device);
+                compared += 1;
+                if drawn != token {
+                    different.push((vocabulary, way, host.generated()));
+                }
+                // Both go on alike.
+                device.take(token);
+            }
+        }
+    }
+    // A draw on the edge between two tokens may fall to either: of places with a spacing of 2^-53 about one in a million is as near to
+    // an edge as weights are uncertain.
+    assert!(
+        different.len() * 1000 < compared,
+        "{different:?} of {compared}"
+    );
+}
+
+/// The token that the GPU draws from a row as a sampler says.
+fn draw(gpu: &mut CudaBackend, logits: &[f32], sampler: &Sampler) -> TokenId {
+    let mut step = Step {
+        tokens: vec![0],
+        positions: vec![0],
+        spans: vec![Span {
+            row: 0,
+            rows: 1,
+            start: 0,
+            table: 0,
+            beyond: false,
+        }],
+        block_tables: vec![0],
+        logit_rows: vec![0],
+        ..Step::default()
+    };
+    let drawn = sampler.draw(0, logits.len(), &mut step.changes);
+    step.draws
+        .push(drawn.expect("nothing that only the host does"));
+    // A row of a single 1, whose norm it is, before a head of one column.
+    let mut x = gpu.activations(1, 1).unwrap();
+    x.write(&[1.0]).unwrap();
+    let weight = gpu.vector(&[1.0]).unwrap();
+    let norm = Norm {
+        weight: &weight,
+        eps: 0.0,
+    };
+    let data: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let part = MatrixPart {
+        rows: logits.len(),
+        cols: 1,
+        format: Format::F32,
+        data: &data,
+        order: None,
+    };
+    let head = gpu.matrix(&[part], None).unwrap();
+    let rule = LogitsRule {
+        scale: 1.0,
+        softcap: None,
+    };
+    gpu.begin(&step).unwrap();
+    let mut host = Vec::new();
+    gpu.logits(&x, &norm, &head, rule, &mut host).unwrap();
+    assert!(host.is_empty());
+    TokenId(gpu.drawn()[0])
 }
 
 #[test]

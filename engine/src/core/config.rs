@@ -69,6 +69,8 @@ pub struct StepReport {
     pub tokens: u32,
     /// Sequences they belonged to.
     pub sequences: u32,
+    /// Sequences whose next token the device drew, so that no row of logits came to the host for it.
+    pub drawn: u32,
     /// From the plan to the last token handed out.
     pub duration: Duration,
 }

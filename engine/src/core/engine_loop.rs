@@ -9,7 +9,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use flume::{Receiver, Selector, Sender};
 use quire_kernels::{Backend, Step};
-use quire_scheduler::{NewSequence, Sampled, Scheduled, Scheduler, SeqId, Time};
+use quire_scheduler::{NewSequence, Sampled, Scheduled, Scheduler, SeqId, Time, TokenId};
 
 use crate::sampling::{Choice, Sampler, Scratch};
 
@@ -21,6 +21,10 @@ use super::rows::{self, Job, Work};
 use super::sequence::{Limits, Sequence};
 use super::step;
 use super::stream::{Control, RequestKey, Ticket};
+
+/// Tokens of the vocabulary for each one whose logit a row may have changed on a device: it is told a token and an amount of each, and a row with
+/// more of them than this comes to the host as cheaply.
+const VOCABULARY_OF_CHANGE: usize = 8;
 
 /// Everything the engine thread owns.
 pub(super) struct EngineLoop<B: Backend> {
@@ -284,6 +288,9 @@ impl<B: Backend> EngineLoop<B> {
         }
         self.announce_admitted();
         step::fill(&self.scheduler, &mut self.step, &mut self.copies);
+        if self.ranks.draws() {
+            self.list_draws();
+        }
         let forward = self
             .ranks
             .forward(&self.step, &self.copies, &mut self.logits);
@@ -299,6 +306,7 @@ impl<B: Backend> EngineLoop<B> {
             observer(StepReport {
                 tokens: self.step.rows() as u32,
                 sequences: self.step.spans.len() as u32,
+                drawn: self.step.draws.len() as u32,
                 duration: began.elapsed(),
             });
         }
@@ -326,6 +334,27 @@ impl<B: Backend> EngineLoop<B> {
         }
     }
 
+    /// Leaves to the device the tokens of all sequences of which it is told how; the rows of the others are sampled here.
+    fn list_draws(&mut self) {
+        let most = self.ranks.vocab_size() / VOCABULARY_OF_CHANGE;
+        let mut row = 0;
+        for scheduled in &self.scheduler.batch().sequences {
+            row += scheduled.prompt_logits;
+            if scheduled.logits == 0 {
+                continue;
+            }
+            // Several samples begin with the row of a prompt that is to be forked.
+            if let Some(sequence) = &self.sequences[scheduled.seq.slot()]
+                && let Some(active) = self.active.get(&sequence.request)
+                && !active.samples.contains(&Sample::Pending)
+                && let Some(draw) = sequence.sampler.draw(row, most, &mut self.step.changes)
+            {
+                self.step.draws.push(draw);
+            }
+            row += 1;
+        }
+    }
+
     /// Chooses a token for every row of logits, forks the prompts that want several samples, notes what ended.
     fn sample(&mut self) {
         let mut jobs = std::mem::take(&mut self.jobs);
@@ -347,8 +376,8 @@ impl<B: Backend> EngineLoop<B> {
 
     /// What is asked of each row, in the order in which answers are published. Takes the sequences that get a token out of their slots.
     fn list_jobs(&mut self, jobs: &mut Vec<Job>) {
-        // The batch is the scheduler's, and forking changes the scheduler: walk it by index.
-        let mut row = 0;
+        // The batch is the scheduler's, and forking changes the scheduler: walk it by index. Rows that were drawn from are not among the logits.
+        let (mut row, mut drawn) = (0, 0);
         for at in 0..self.scheduler.batch().sequences.len() {
             let scheduled = self.scheduler.batch().sequences[at];
             if scheduled.prompt_logits > 0 {
@@ -356,6 +385,21 @@ impl<B: Backend> EngineLoop<B> {
                 row += scheduled.prompt_logits as usize;
             }
             if scheduled.logits == 0 {
+                continue;
+            }
+            let draw = self.step.draws.get(drawn);
+            if draw.is_some_and(|draw| draw.row as usize == row + drawn) {
+                let token = TokenId(self.ranks.drawn()[drawn]);
+                drawn += 1;
+                if let Some(mut sequence) = self.sequences[scheduled.seq.slot()].take() {
+                    let choice = Some(sequence.sampler.take(token));
+                    let work = Work::Choose {
+                        seq: scheduled.seq,
+                        sequence,
+                        choice,
+                    };
+                    jobs.push(Job { row, work });
+                }
                 continue;
             }
             // The forks' first tokens come from the row of their parent.

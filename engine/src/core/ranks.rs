@@ -154,6 +154,16 @@ impl<B: Backend> Ranks<B> {
         self.decoder.backend_mut()
     }
 
+    /// Whether the devices do a step's draws.
+    pub fn draws(&self) -> bool {
+        self.decoder.backend().draws()
+    }
+
+    /// The tokens that the last step drew.
+    pub fn drawn(&self) -> &[u32] {
+        self.decoder.backend().drawn()
+    }
+
     /// Runs a step on all ranks; see [`Decoder::forward`].
     ///
     /// # Errors

@@ -43,6 +43,17 @@ pub(super) enum Work {
 }
 
 impl Job {
+    /// Whether it has its answer: a token that the device drew.
+    fn is_done(&self) -> bool {
+        matches!(
+            self.work,
+            Work::Choose {
+                choice: Some(_),
+                ..
+            }
+        )
+    }
+
     fn run(&mut self, row: &[f32], scratch: &mut Scratch) {
         match &mut self.work {
             Work::Choose {
@@ -64,8 +75,8 @@ struct Desk<'a> {
     scratches: &'a mut Vec<Scratch>,
 }
 
-/// Does every job; `logits` [rows, vocab]. `scratches` are kept by the caller from step to step: as many as threads have worked at once, and not one a
-/// row, which would be gigabytes for large batches.
+/// Does every job that has no answer yet; `logits` [rows, vocab]. `scratches` are kept by the caller from step to step: as many as threads have worked at
+/// once, and not one a row, which would be gigabytes for large batches.
 pub(super) fn run(
     backend: &mut impl Backend,
     jobs: &mut [Job],
@@ -73,7 +84,10 @@ pub(super) fn run(
     logits: &[f32],
     vocab: usize,
 ) {
-    let tasks = jobs.len();
+    let tasks = jobs.iter().filter(|job| !job.is_done()).count();
+    if tasks == 0 {
+        return;
+    }
     let desk = Mutex::new(Desk {
         jobs: jobs.iter_mut(),
         scratches,
@@ -81,7 +95,7 @@ pub(super) fn run(
     backend.each(tasks, &|_| {
         let (job, mut scratch) = {
             let mut desk = lock(&desk);
-            let Some(job) = desk.jobs.next() else {
+            let Some(job) = desk.jobs.find(|job| !job.is_done()) else {
                 return;
             };
             (job, desk.scratches.pop().unwrap_or_default())

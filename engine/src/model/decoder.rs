@@ -184,7 +184,8 @@ impl<B: Backend> Decoder<B> {
             .kv_cache(&Self::kv_shape(&self.config, blocks, block_size, dtype))
     }
 
-    /// Runs one step: after it the keys and values of every row are in `kv` and `logits` holds `[logit rows, vocabulary]`.
+    /// Runs one step: after it the keys and values of every row are in `kv` and `logits` holds `[logit rows without a draw, vocabulary]`; what
+    /// was drawn is with the backend.
     ///
     /// `copies` are block copies `(from, to)` to be done first (copy-on-write of forked sequences).
     ///

@@ -3,6 +3,8 @@
 //! In go raw logits, out comes a [`Choice`]. The order is vLLM's: bias, penalties and forbidden tokens, then temperature, then min-p, top-k and
 //! top-p, then the draw. Log-probabilities are those of the raw row.
 //!
+//! A device may do it instead ([`Sampler::draw`]), up to log-probabilities.
+//!
 //! **Invariant:** a choice is a function of the row, the parameters, the tokens so far, and (seed, sample index, position) — never of what
 //! else is in the batch.
 

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use quire_kernels::{Change, ChangeKind};
 use quire_scheduler::TokenId;
 
 use super::SamplingParams;
@@ -80,6 +81,70 @@ impl Seen {
             }
         }
     }
+}
+
+/// What [`Seen::apply`] and [`forbid`] do to a row, for a device that does it: appended to `changes`, and how many there are of each kind. `None`, and
+/// nothing appended, if they are more than `most`, or one token has two changes of one kind.
+pub(super) fn changes(
+    seen: &Seen,
+    params: &SamplingParams,
+    forbidden: &[TokenId],
+    most: usize,
+    changes: &mut Vec<Change>,
+) -> Option<[u32; ChangeKind::COUNT]> {
+    let first = changes.len();
+    let repeated = if params.repetition_penalty == 1.0 {
+        0
+    } else {
+        seen.prompt.len() + seen.generated.len()
+    };
+    // As many as there may be: what is seen twice is counted twice.
+    let all = repeated + seen.generated.len() + params.logit_bias.len() + forbidden.len();
+    let unique = |mut tokens: Vec<TokenId>| {
+        tokens.sort_unstable();
+        tokens.windows(2).all(|two| two[0] != two[1])
+    };
+    if all > most || !unique(params.logit_bias.iter().map(|bias| bias.0).collect()) {
+        return None;
+    }
+    let mut counts = [0; ChangeKind::COUNT];
+    let mut begin = first;
+    let mut end_of = |kind: ChangeKind, changes: &Vec<Change>| {
+        counts[kind as usize] = (changes.len() - begin) as u32;
+        begin = changes.len();
+    };
+    let change = |token: TokenId, amount| Change {
+        token: token.0,
+        amount,
+    };
+    if repeated > 0 {
+        let amount = params.repetition_penalty;
+        changes.extend(seen.prompt.iter().map(|&token| change(token, amount)));
+        let generated = seen.generated.keys().copied();
+        let new = generated.filter(|token| seen.prompt.binary_search(token).is_err());
+        changes.extend(new.map(|token| change(token, amount)));
+    }
+    end_of(ChangeKind::Repeated, changes);
+    if params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
+        changes.extend(seen.generated.iter().map(|(&token, &count)| {
+            change(
+                token,
+                params.frequency_penalty * count as f32 + params.presence_penalty,
+            )
+        }));
+    }
+    end_of(ChangeKind::Lowered, changes);
+    changes.extend(
+        params
+            .logit_bias
+            .iter()
+            .map(|&(token, bias)| change(token, bias)),
+    );
+    end_of(ChangeKind::Biased, changes);
+    // Forbidding a token twice forbids it.
+    changes.extend(forbidden.iter().map(|&token| change(token, 0.0)));
+    end_of(ChangeKind::Forbidden, changes);
+    Some(counts)
 }
 
 /// Makes tokens impossible.

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use quire_kernels::cpu::rows;
+use quire_kernels::{Change, Draw};
 use quire_scheduler::TokenId;
 
 use super::filter::walk;
 use super::logprobs::{self, TokenLogprobs};
-use super::penalties::{Seen, forbid};
+use super::penalties::{self, Seen, forbid};
 use super::{SamplingParams, filter, random};
 
 /// Temperatures below this are greedy, as in vLLM.
@@ -93,19 +94,64 @@ impl Sampler {
             .params
             .logprobs
             .map(|count| logprobs::of(logits, token, count as usize, scratch));
+        self.record(token);
+        Choice { token, logprobs }
+    }
+
+    /// How a device chooses the next token from row `row` of a step's logits, its changes appended to `changes`; `None` for what only
+    /// [`Sampler::sample`] does: log-probabilities, and rows of which more than `most` logits are changed.
+    pub fn draw(&self, row: u32, most: usize, changes: &mut Vec<Change>) -> Option<Draw> {
+        let params = &*self.params;
+        if params.logprobs.is_some() {
+            return None;
+        }
+        let first_change = changes.len() as u32;
+        let greedy = params.temperature < GREEDY_BELOW;
+        let of_kinds = penalties::changes(&self.seen, params, self.forbidden(), most, changes)?;
+        Some(Draw {
+            row,
+            greedy,
+            inverse_temperature: if greedy {
+                1.0
+            } else {
+                1.0 / params.temperature
+            },
+            top_k: params.top_k,
+            top_p: params.top_p,
+            within: -params.min_p.ln(),
+            place: random::uniform(self.seed, self.index, self.generated),
+            first_change,
+            changes: of_kinds,
+        })
+    }
+
+    /// Takes the token that a device drew as [`Sampler::draw`] said.
+    pub fn take(&mut self, token: TokenId) -> Choice {
+        self.record(token);
+        Choice {
+            token,
+            logprobs: None,
+        }
+    }
+
+    fn record(&mut self, token: TokenId) {
         self.seen.record(&self.params, token);
         self.generated += 1;
-        Choice { token, logprobs }
+    }
+
+    /// What may not be chosen now.
+    fn forbidden(&self) -> &[TokenId] {
+        if self.generated < self.params.min_tokens {
+            &self.ends
+        } else {
+            &[]
+        }
     }
 
     /// The next token; `changed` is memory for the row where parameters change it.
     fn choose(&self, raw: &[f32], changed: &mut Vec<f32>, scratch: &mut Scratch) -> TokenId {
         let params = &*self.params;
-        let forbidden: &[TokenId] = if self.generated < params.min_tokens {
-            &self.ends
-        } else {
-            &[]
-        };
+        let forbidden = self.forbidden();
         let adjusted = Seen::changes(params) || !forbidden.is_empty();
         if adjusted {
             changed.clear();
