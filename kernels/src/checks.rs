@@ -1,6 +1,6 @@
 //! What a step, its block tables and a layer must be for the kernels to rely on it.
 
-use crate::{AttentionShape, Draw, Error, KvDtype, KvLayer, KvShape, Span, Step};
+use crate::{AttentionShape, Error, KvDtype, KvLayer, KvShape, Span, Step};
 
 /// Positions that kernels walk a KV cache in; blocks are a multiple of it.
 pub(crate) const KV_TILE: usize = 16;
@@ -42,6 +42,7 @@ pub(crate) fn check_step(step: &Step) -> Result<(), Error> {
 }
 
 /// Refuses draws that a kernel could not do: of rows that are not there, or with numbers outside their ranges.
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub(crate) fn check_draws(step: &Step) -> Result<(), Error> {
     let mut next = 0;
     for draw in &step.draws {
@@ -67,7 +68,8 @@ pub(crate) fn check_draws(step: &Step) -> Result<(), Error> {
 }
 
 /// Whether a draw's numbers are in their ranges.
-fn drawable(draw: &Draw) -> bool {
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+fn drawable(draw: &crate::Draw) -> bool {
     let scale = draw.inverse_temperature;
     draw.greedy
         || (scale.is_finite()
