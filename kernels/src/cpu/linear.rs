@@ -13,9 +13,12 @@ mod integers;
 mod parts;
 mod quants;
 mod rows;
+mod unpacked;
 
 pub(crate) use parts::{OfPart, PartProducts, Tasks};
 pub(crate) use rows::Rows;
+
+use std::ops::Range;
 
 use super::matrix::{Layout, Matrix, PANEL, Segment};
 use super::memory::Shared;
@@ -23,7 +26,8 @@ use super::pool::Pool;
 use super::simd::{Isa, Simd};
 use crate::{Error, Format};
 
-use rows::interleave;
+use rows::{Activations, interleave};
+use unpacked::Unpack;
 
 /// Panels a thread takes at a time, at least.
 const TASK_PANELS: usize = 4;
@@ -97,7 +101,7 @@ impl<'a> Linear<'a> {
                 _ => self.lay_out(layout, rows, pool, isa)?,
             };
             laid_out = Some((layout, interleave));
-            let rows = &*rows;
+            let (rows, unpacked) = rows.unpacked(self.matrix.cols);
             let panels = segment.rows.div_ceil(PANEL);
             let fair = panels / (TASKS * pool.threads());
             let at_once = if self.rows == 1 {
@@ -115,6 +119,7 @@ impl<'a> Linear<'a> {
                     weights: segment.panels(panels.clone()),
                     rows,
                     interleave,
+                    unpacked: unpacked.of(turn.thread),
                     y,
                     first: panels.start,
                     last: panels.end,
@@ -139,6 +144,9 @@ impl<'a> Linear<'a> {
         let k = self.matrix.cols;
         let order = self.matrix.order(layout);
         rows.reserve(padded, k, quantised, order.is_some())?;
+        if quantised {
+            rows.reserve_unpacked(self.rows, k, pool.threads(), isa)?;
+        }
         let target = rows.target(k, quantised);
         pool.each(padded / interleave, &|tile| {
             let at = tile * interleave;
@@ -158,6 +166,8 @@ struct Share<'a> {
     weights: &'a [u8],
     rows: &'a Rows,
     interleave: usize,
+    /// The thread's memory for a panel that is taken apart; see [`unpacked`].
+    unpacked: Shared<u8>,
     y: Shared<f32>,
     first: usize,
     last: usize,
@@ -171,7 +181,7 @@ impl<'a> Share<'a> {
         &self.weights[(first - self.first) * bytes..(last - self.first) * bytes]
     }
 
-    /// Writes the finished sums of a panel for one activation row.
+    /// Writes the finished sums of a panel for one activation row, whatever there is of it.
     #[inline(always)]
     fn finish(&self, row: usize, panel: usize, sums: &[f32; PANEL]) {
         let n = self.linear.features;
@@ -184,13 +194,6 @@ impl<'a> Share<'a> {
         };
         let bias = self.linear.bias.map(|bias| &bias[at..at + len]);
         let add = self.linear.output == Output::Add;
-        // The common case at a fixed length, which becomes a vector or two.
-        if let (Some(y), None) = (y.first_chunk_mut::<PANEL>(), bias) {
-            for (y, sum) in y.iter_mut().zip(sums) {
-                *y = if add { *y + sum } else { *sum };
-            }
-            return;
-        }
         for (i, y) in y.iter_mut().enumerate() {
             let sum = bias.map_or(sums[i], |bias| sums[i] + bias[i]);
             *y = if add { *y + sum } else { sum };
@@ -256,10 +259,7 @@ impl<'a> Next<'a> {
 // No closures in the kernels: a closure is a function of its own, and one that is not inlined does not have the instructions enabled.
 
 /// A kernel of integer products whose tiles [`panels`] walks.
-trait Tile {
-    /// What it needs to know of the format at run time.
-    type Format: Copy;
-
+trait Tile: Unpack {
     /// Integer products of `T` activation rows from `row` with `P` panels from `panel`.
     ///
     /// # Safety
@@ -291,23 +291,49 @@ unsafe fn panels<K: Tile, S: Simd>(share: &Share<'_>, format: K::Format) {
         let mut begin = 0;
         while begin < rows {
             let end = (begin + cached).min(rows);
-            for panel in share.first..share.last {
-                let mut next =
-                    Next::new(share, panel + 1, 1, (end - begin).div_ceil(S::QUANT_ROWS));
-                let mut row = begin;
-                while row < end {
-                    next.ask::<S>();
-                    match (end - row).min(S::QUANT_ROWS) {
-                        1 => K::tile::<S, 1, 1>(share, format, panel, row),
-                        2 => K::tile::<S, 1, 2>(share, format, panel, row),
-                        3 | 4 => K::tile::<S, 1, 4>(share, format, panel, row),
-                        _ if S::QUANT_ROWS > 4 => K::tile::<S, 1, 8>(share, format, panel, row),
-                        _ => unreachable!("tiles have 4 or 8 rows"),
-                    }
-                    row += S::QUANT_ROWS;
+            let mut panel = share.first;
+            while panel < share.last {
+                if S::QUANT_PANELS == 2 && share.last - panel >= 2 {
+                    rows_of::<K, S, 2>(share, format, panel, begin..end);
+                    panel += 2;
+                } else {
+                    rows_of::<K, S, 1>(share, format, panel, begin..end);
+                    panel += 1;
                 }
             }
             begin = end;
+        }
+    }
+}
+
+/// Multiplies `P` panels from `panel` with several rows, a tile at a time.
+///
+/// # Safety
+/// That of [`panels`].
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise
+unsafe fn rows_of<K: Tile, S: Simd, const P: usize>(
+    share: &Share<'_>,
+    format: K::Format,
+    panel: usize,
+    rows: Range<usize>,
+) {
+    unsafe {
+        let apart = unpacked::worthwhile::<K, S>(rows.len());
+        let tiles = rows.len().div_ceil(S::QUANT_ROWS);
+        let mut next = Next::new(share, panel + P, P, tiles);
+        if apart {
+            unpacked::unpack::<K, S, P>(share, format, panel);
+        }
+        for row in rows.clone().step_by(S::QUANT_ROWS) {
+            next.ask::<S>();
+            match rows.end - row {
+                _ if apart => unpacked::tile::<K, S, P, 4, true>(share, format, panel, row),
+                3.. if P > 1 => unpacked::tile::<K, S, P, 4, false>(share, format, panel, row),
+                1 => K::tile::<S, P, 1>(share, format, panel, row),
+                2 => K::tile::<S, P, 2>(share, format, panel, row),
+                _ => K::tile::<S, P, 4>(share, format, panel, row),
+            }
         }
     }
 }
@@ -332,6 +358,9 @@ unsafe fn store<S: Simd, const P: usize, const T: usize>(
 ) {
     // A tile may be larger than what is left.
     let rows = T.min(share.linear.rows - row);
+    if share.linear.bias.is_none() && (panel + P) * PANEL <= share.segment.rows {
+        return unsafe { store_whole::<S, P, T>(share, panel, row, rows, sums) };
+    }
     for (p, sums) in sums.iter().enumerate() {
         for (t, sums) in sums.iter().enumerate() {
             if t < rows {
@@ -340,6 +369,39 @@ unsafe fn store<S: Simd, const P: usize, const T: usize>(
                     unsafe { S::vstore(out.as_mut_ptr().add(half * S::WIDE), sums[half]) };
                 }
                 share.finish(row + t, panel + p, &out);
+            }
+        }
+    }
+}
+
+/// [`store`] where there is no bias and no panel ends early: straight from registers.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the promise of `store`
+unsafe fn store_whole<S: Simd, const P: usize, const T: usize>(
+    share: &Share<'_>,
+    panel: usize,
+    row: usize,
+    rows: usize,
+    sums: &[[[S::V; 2]; T]; P],
+) {
+    let n = share.linear.features;
+    let column = share.segment.first + panel * PANEL - share.linear.first;
+    let at = share.linear.y_at + row * n + column;
+    let add = share.linear.output == Output::Add;
+    for t in 0..T {
+        if t >= rows {
+            break;
+        }
+        unsafe {
+            // The panels of a share belong to one thread, so these elements do.
+            let y = share.y.range(at + t * n, P * PANEL).as_mut_ptr();
+            for p in 0..P {
+                for half in 0..S::HALVES {
+                    let y = y.add(p * PANEL + half * S::WIDE);
+                    let sum = sums[p][t][half];
+                    let sum = if add { S::vadd(S::vload(y), sum) } else { sum };
+                    S::vstore(y, sum);
+                }
             }
         }
     }

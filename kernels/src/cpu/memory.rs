@@ -243,6 +243,15 @@ impl<T> Shared<T> {
         }
     }
 
+    /// What there is of elements `start..start + len`, for somebody else.
+    pub fn part(&self, start: usize, len: usize) -> Self {
+        let start = start.min(self.len);
+        Self {
+            data: self.data.wrapping_add(start),
+            len: len.min(self.len - start),
+        }
+    }
+
     /// Elements `start..start + len`.
     ///
     /// # Safety

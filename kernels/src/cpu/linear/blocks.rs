@@ -8,7 +8,8 @@ use super::super::planes::{
     unit_bytes,
 };
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
-use super::{Share, Tile, ahead, panels, panels_at, store};
+use super::unpacked::{Beside, Packed, Unpack};
+use super::{Activations, Share, Tile, ahead, panels, panels_at, store};
 use crate::quantize::{
     BLOCK, BlockFormat, Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q3K, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Tq1_0,
     Tq2_0,
@@ -267,9 +268,54 @@ unsafe fn add_group<F: BlockFormat, S: Simd, const T: usize, const K: usize>(
 /// The kernel of a block format.
 struct Blocks<F: Scales>(std::marker::PhantomData<F>);
 
-impl<F: Scales> Tile for Blocks<F> {
+impl<F: Scales> Unpack for Blocks<F> {
     type Format = ();
 
+    const COSTLY: bool = true;
+    const WIDE: bool = F::OFFSET > 63;
+    const TOGETHER: usize = together::<F>();
+    const OFFSET: i32 = F::OFFSET;
+    const SUBS: usize = BLOCK.div_ceil(F::SUB);
+    const BESIDE: Beside = if F::MINIMA {
+        Beside::Minimum
+    } else {
+        Beside::Nothing
+    };
+
+    #[inline(always)]
+    unsafe fn codes<S: Simd>(panel: Packed<()>, block: usize, group: usize, lane: usize) -> S::B {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (unit, within) = unit::<F>(panel.at, block);
+            codes::<F, S>(unit.add(side_bytes::<F>() + 4 * lane), within, group)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn side<S: Simd>(
+        panel: Packed<()>,
+        block: usize,
+        sub: usize,
+        lane: usize,
+    ) -> (S::V, S::V) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (unit, within) = unit::<F>(panel.at, block);
+            F::scales::<S>(unit, (within * BLOCK + sub * 16) / F::SUB, lane)
+        }
+    }
+}
+
+/// The unit that block `block` of a panel is in, and which of its blocks that is.
+#[inline(always)]
+unsafe fn unit<F: BlockFormat>(panel: *const u8, block: usize) -> (*const u8, usize) {
+    let per_unit = F::SIZE / BLOCK;
+    // SAFETY: the caller's promise: the panel has the block.
+    let unit = unsafe { panel.add(block / per_unit * unit_bytes::<F>()) };
+    (unit, block % per_unit)
+}
+
+impl<F: Scales> Tile for Blocks<F> {
     #[inline(always)]
     unsafe fn tile<S: Simd, const P: usize, const T: usize>(
         share: &Share<'_>,
@@ -294,16 +340,14 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
         let blocks = share.segment.cols / BLOCK;
         let weights = panels_at::<P>(share, panel);
         let mut x = Activations::of(share, row, blocks);
-        let per_unit = F::SIZE / BLOCK;
         let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
         for block in 0..blocks {
-            let within = block % per_unit;
             if T == 1 {
-                let bytes = unit_bytes::<F>() / per_unit;
+                let bytes = unit_bytes::<F>() / (F::SIZE / BLOCK);
                 ahead::<S>(weights[0].add(block * bytes), bytes);
             }
             for p in 0..P {
-                let unit = weights[p].add(block / per_unit * unit_bytes::<F>());
+                let (unit, within) = unit::<F>(weights[p], block);
                 sub_block::<F, S, T, 0>(unit, within, &x, &mut sums[p]);
                 if F::SUB < BLOCK {
                     sub_block::<F, S, T, 1>(unit, within, &x, &mut sums[p]);
@@ -312,43 +356,6 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
             x = x.next(share.interleave);
         }
         store::<S, P, T>(share, panel, row, &sums);
-    }
-}
-
-/// Where a block of a tile's activations is; see [`super::rows::Rows`].
-#[derive(Clone, Copy)]
-struct Activations {
-    quants: *const i8,
-    scales: *const f32,
-    sums: *const i32,
-    first_sums: *const i32,
-    scaled_sums: *const f32,
-}
-
-impl Activations {
-    /// The first of a tile's `blocks`.
-    #[inline(always)]
-    fn of(share: &Share<'_>, row: usize, blocks: usize) -> Self {
-        let (rows, at) = (share.rows, (share.linear.at + row) * blocks);
-        Self {
-            quants: rows.quants.as_slice()[at * BLOCK..].as_ptr(),
-            scales: rows.scales.as_slice()[at..].as_ptr(),
-            sums: rows.sums.as_slice()[at..].as_ptr(),
-            first_sums: rows.first_sums.as_slice()[at..].as_ptr(),
-            scaled_sums: rows.scaled_sums.as_slice()[at..].as_ptr(),
-        }
-    }
-
-    /// The next of as many interleaved rows.
-    #[inline(always)]
-    fn next(self, rows: usize) -> Self {
-        Self {
-            quants: self.quants.wrapping_add(rows * BLOCK),
-            scales: self.scales.wrapping_add(rows),
-            sums: self.sums.wrapping_add(rows),
-            first_sums: self.first_sums.wrapping_add(rows),
-            scaled_sums: self.scaled_sums.wrapping_add(rows),
-        }
     }
 }
 

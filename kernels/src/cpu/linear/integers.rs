@@ -6,6 +6,7 @@
 use super::super::groups::{Q2_QUANTS, side_bytes, unit_bytes};
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
 use super::quants::{Q4_0, Q8_0, QuantFormat};
+use super::unpacked::{Beside, Packed, Unpack};
 use super::{Share, Tile, ahead, panels, panels_at, store};
 use crate::quantize::{BLOCK, Bits, Grouped, Scale, Zero};
 
@@ -15,6 +16,17 @@ struct Q2;
 impl QuantFormat for Q2 {
     const QUANTS: usize = Q2_QUANTS;
     const OFFSET: i32 = 1;
+    const BYTES: bool = false;
+    const TOGETHER: usize = 8;
+
+    #[inline(always)]
+    unsafe fn codes<S: Simd>(quants: *const u8, group: usize) -> S::B {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let four = S::bload(quants.add(group / 4 * QUAD));
+            S::band(S::bshr(four, 2 * (group % 4) as u32), 3)
+        }
+    }
 
     #[inline(always)]
     unsafe fn dots<S: Simd, const T: usize>(
@@ -66,9 +78,75 @@ unsafe fn floats<S: Simd>(at: *const u8, kind: Scale, lane: usize) -> S::V {
     }
 }
 
-impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
+/// Scales, and biases or zeros, of a unit's lanes from `lane`.
+#[inline(always)]
+unsafe fn side_of<F: QuantFormat, S: Simd, const BIAS: bool>(
+    unit: *const u8,
+    grouped: Grouped,
+    lane: usize,
+) -> (S::V, S::V) {
+    // SAFETY: the caller's promise: a unit begins there.
+    unsafe {
+        let zeros = unit.add(PANEL * grouped.scale.size());
+        let zero = if BIAS {
+            floats::<S>(zeros, grouped.scale, lane)
+        } else {
+            // What the dot product, which takes the offset for zero, has too much of.
+            let point = S::wload_u8(zeros.add(lane));
+            S::vto_float(S::wsub(S::wsplat(F::OFFSET), point))
+        };
+        (floats::<S>(unit, grouped.scale, lane), zero)
+    }
+}
+
+impl<F: QuantFormat, const BIAS: bool> Unpack for Groups<F, BIAS> {
     type Format = Grouped;
 
+    const COSTLY: bool = false;
+    const BYTES: bool = F::BYTES;
+    const WIDE: bool = F::BYTES;
+    const TOGETHER: usize = F::TOGETHER;
+    // A bias is that of the codes as they are.
+    const OFFSET: i32 = if BIAS { 0 } else { F::OFFSET };
+    const BESIDE: Beside = if BIAS { Beside::Minimum } else { Beside::Zero };
+
+    #[inline(always)]
+    unsafe fn codes<S: Simd>(
+        panel: Packed<Grouped>,
+        block: usize,
+        group: usize,
+        lane: usize,
+    ) -> S::B {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (unit, within) = unit(panel, block);
+            let quants = unit.add(side_bytes(panel.format) + within * F::QUANTS);
+            F::codes::<S>(quants.add(4 * lane), group)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn side<S: Simd>(
+        panel: Packed<Grouped>,
+        block: usize,
+        _: usize,
+        lane: usize,
+    ) -> (S::V, S::V) {
+        // SAFETY: the caller's promise.
+        unsafe { side_of::<F, S, BIAS>(unit(panel, block).0, panel.format, lane) }
+    }
+}
+
+/// The unit that block `block` of a panel is in, and which of its blocks that is.
+#[inline(always)]
+unsafe fn unit(panel: Packed<Grouped>, block: usize) -> (*const u8, usize) {
+    let per_unit = panel.format.group / BLOCK;
+    // SAFETY: the caller's promise: the panel has the block.
+    let unit = unsafe { panel.at.add(block / per_unit * unit_bytes(panel.format)) };
+    (unit, block % per_unit)
+}
+
+impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
     #[inline(always)]
     #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
     unsafe fn tile<S: Simd, const P: usize, const T: usize>(
@@ -94,17 +172,10 @@ impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
                 }
                 let mut side = [[[S::vsplat(0.0); 2]; 2]; P];
                 for p in 0..P {
-                    let zeros = units[p].add(PANEL * grouped.scale.size());
                     for half in 0..S::HALVES {
                         let lane = half * S::WIDE;
-                        side[p][half][0] = floats::<S>(units[p], grouped.scale, lane);
-                        side[p][half][1] = if BIAS {
-                            floats::<S>(zeros, grouped.scale, lane)
-                        } else {
-                            // What the dot product, which takes the offset for zero, has too much of.
-                            let point = S::wload_u8(zeros.add(lane));
-                            S::vto_float(S::wsub(S::wsplat(F::OFFSET), point))
-                        };
+                        let (scale, zero) = side_of::<F, S, BIAS>(units[p], grouped, lane);
+                        side[p][half] = [scale, zero];
                     }
                 }
                 for block in 0..per_unit {

@@ -85,6 +85,10 @@ impl PartProducts<'_> {
             });
             let sorted = tasks.layouts.iter().any(|layout| layout.order.is_some());
             rows.reserve(padded.sum(), k, quantised, sorted)?;
+            if quantised {
+                let most = self.groups.iter().map(|group| group.rows).max();
+                rows.reserve_unpacked(most.unwrap_or(0), k, pool.threads(), isa)?;
+            }
             let target = rows.target(k, quantised);
             let tasks = &*tasks;
             pool.each(tasks.lay_out.len(), &|task| {
@@ -98,7 +102,7 @@ impl PartProducts<'_> {
                 // SAFETY: each tile is written by one task.
                 unsafe { target.tile(x, order, at, interleave, isa) };
             });
-            let rows = &*rows;
+            let (rows, unpacked) = rows.unpacked(k);
             pool.near(&|node| tasks.multiply[node].len(), &|turn| {
                 let task = tasks.multiply[turn.node][turn.task];
                 let group = &self.groups[task.group];
@@ -120,6 +124,7 @@ impl PartProducts<'_> {
                     weights: segment.panels(task.first..task.last),
                     rows,
                     interleave: interleave(group.rows, quantised, isa),
+                    unpacked: unpacked.of(turn.thread),
                     y,
                     first: task.first,
                     last: task.last,

@@ -1,7 +1,8 @@
 //! Products with Q8_0 and Q4_0: a panel holds all its blocks' quants, then their scales.
 
 use super::super::matrix::{Q4_0_QUANTS, Q8_0_QUANTS, SCALES};
-use super::super::simd::{Isa, Simd, dispatch};
+use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
+use super::unpacked::{Beside, Packed, Unpack};
 use super::{Share, Tile, ahead, panels, panels_at, store};
 use crate::quantize::BLOCK;
 
@@ -11,6 +12,16 @@ pub(super) trait QuantFormat {
     const QUANTS: usize;
     /// What a quant is too large by.
     const OFFSET: i32;
+    /// Whether codes are bytes, and not packed.
+    const BYTES: bool;
+    /// How many groups' products can be added up in 16 bits.
+    const TOGETHER: usize;
+
+    /// The codes of group `group` of a block of a vector's rows.
+    ///
+    /// # Safety
+    /// That of [`QuantFormat::dots`].
+    unsafe fn codes<S: Simd>(quants: *const u8, group: usize) -> S::B;
 
     /// The exact dot products of a block of a vector's rows with `T` blocks of activations; see [`Simd::dot_i8`].
     ///
@@ -26,9 +37,39 @@ pub(super) trait QuantFormat {
 /// The kernel of a format whose blocks have an f16 scale and nothing else.
 struct Plain<F: QuantFormat>(std::marker::PhantomData<F>);
 
-impl<F: QuantFormat> Tile for Plain<F> {
+impl<F: QuantFormat> Unpack for Plain<F> {
     type Format = ();
 
+    const COSTLY: bool = false;
+    const BYTES: bool = F::BYTES;
+    const WIDE: bool = F::BYTES;
+    const TOGETHER: usize = F::TOGETHER;
+    const OFFSET: i32 = F::OFFSET;
+    const BESIDE: Beside = Beside::Nothing;
+
+    #[inline(always)]
+    unsafe fn codes<S: Simd>(panel: Packed<()>, block: usize, group: usize, lane: usize) -> S::B {
+        // SAFETY: the caller's promise.
+        unsafe { F::codes::<S>(panel.at.add(block * F::QUANTS + 4 * lane), group) }
+    }
+
+    #[inline(always)]
+    unsafe fn side<S: Simd>(
+        panel: Packed<()>,
+        block: usize,
+        _: usize,
+        lane: usize,
+    ) -> (S::V, S::V) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let scales = panel.at.add(panel.blocks * F::QUANTS + block * SCALES);
+            let scales = S::vload_f16(scales.add(2 * lane).cast());
+            (scales, scales)
+        }
+    }
+}
+
+impl<F: QuantFormat> Tile for Plain<F> {
     #[inline(always)]
     #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
     unsafe fn tile<S: Simd, const P: usize, const T: usize>(
@@ -75,14 +116,44 @@ impl<F: QuantFormat> Tile for Plain<F> {
     }
 }
 
+/// Bytes of group `group`.
+#[inline(always)]
+unsafe fn bytes<S: Simd>(quants: *const u8, group: usize) -> S::B {
+    // SAFETY: the promise of `QuantFormat::codes`.
+    unsafe { S::bload(quants.add(group * QUAD)) }
+}
+
+/// Nibbles of group `group`: two groups share their bytes.
+#[inline(always)]
+unsafe fn nibbles<S: Simd>(quants: *const u8, group: usize) -> S::B {
+    // SAFETY: the promise of `QuantFormat::codes`.
+    unsafe {
+        let both = S::bload(quants.add(group / 2 * QUAD));
+        let shifted = if group.is_multiple_of(2) {
+            both
+        } else {
+            S::bshr(both, 4)
+        };
+        S::band(shifted, 15)
+    }
+}
+
 /// Makes a format's entry point.
 macro_rules! kernels {
-    ($($name:ident: $format:ident, $quants:ident, $offset:literal, $dot:ident;)*) => {$(
+    ($($name:ident: $format:ident, $quants:ident, $offset:literal, $together:literal, $codes:ident, $dot:ident;)*) => {$(
         pub(super) struct $format;
 
         impl QuantFormat for $format {
             const QUANTS: usize = $quants;
             const OFFSET: i32 = $offset;
+            const BYTES: bool = $quants == BLOCK * PANEL;
+            const TOGETHER: usize = $together;
+
+            #[inline(always)]
+            unsafe fn codes<S: Simd>(quants: *const u8, group: usize) -> S::B {
+                // SAFETY: the caller's promise.
+                unsafe { $codes::<S>(quants, group) }
+            }
 
             #[inline(always)]
             unsafe fn dots<S: Simd, const T: usize>(
@@ -107,6 +178,6 @@ macro_rules! kernels {
 }
 
 kernels! {
-    q8_0: Q8_0, Q8_0_QUANTS, 128, dot_i8;
-    q4_0: Q4_0, Q4_0_QUANTS, 8, dot_q4;
+    q8_0: Q8_0, Q8_0_QUANTS, 128, 1, bytes, dot_i8;
+    q4_0: Q4_0, Q4_0_QUANTS, 8, 8, nibbles, dot_q4;
 }

@@ -2,6 +2,7 @@
 
 use super::super::memory::{Buffer, Shared};
 use super::super::simd::{self, Isa, LANES, Simd, dispatch};
+use super::{Share, unpacked};
 use crate::Error;
 use crate::quantize::BLOCK;
 
@@ -19,6 +20,8 @@ pub(crate) struct Rows {
     pub(super) first_sums: Buffer<i32>,
     /// The sum of each block's quants times their scale. `[rows / T][k / 32][T]`
     pub(super) scaled_sums: Buffer<f32>,
+    /// Integer products: a panel that was taken apart, for each thread; see [`super::unpacked`].
+    unpacked: Buffer<u8>,
 }
 
 impl Rows {
@@ -31,7 +34,45 @@ impl Rows {
             sums: Buffer::zeroed(0, what)?,
             first_sums: Buffer::zeroed(0, what)?,
             scaled_sums: Buffer::zeroed(0, what)?,
+            unpacked: Buffer::zeroed(0, what)?,
         })
+    }
+}
+
+/// Where a block of a tile's activations is; see [`Rows`].
+#[derive(Clone, Copy)]
+pub(super) struct Activations {
+    pub quants: *const i8,
+    pub scales: *const f32,
+    pub sums: *const i32,
+    pub first_sums: *const i32,
+    pub scaled_sums: *const f32,
+}
+
+impl Activations {
+    /// The first of a tile's `blocks`.
+    #[inline(always)]
+    pub fn of(share: &Share<'_>, row: usize, blocks: usize) -> Self {
+        let (rows, at) = (share.rows, (share.linear.at + row) * blocks);
+        Self {
+            quants: rows.quants.as_slice()[at * BLOCK..].as_ptr(),
+            scales: rows.scales.as_slice()[at..].as_ptr(),
+            sums: rows.sums.as_slice()[at..].as_ptr(),
+            first_sums: rows.first_sums.as_slice()[at..].as_ptr(),
+            scaled_sums: rows.scaled_sums.as_slice()[at..].as_ptr(),
+        }
+    }
+
+    /// The next of as many interleaved rows.
+    #[inline(always)]
+    pub fn next(self, rows: usize) -> Self {
+        Self {
+            quants: self.quants.wrapping_add(rows * BLOCK),
+            scales: self.scales.wrapping_add(rows),
+            sums: self.sums.wrapping_add(rows),
+            first_sums: self.first_sums.wrapping_add(rows),
+            scaled_sums: self.scaled_sums.wrapping_add(rows),
+        }
     }
 }
 
@@ -69,6 +110,28 @@ impl Rows {
         }
     }
 
+    /// Makes room for panels that are taken apart, where that is done for `rows` rows of `k`: one for each thread.
+    pub(super) fn reserve_unpacked(
+        &mut self,
+        rows: usize,
+        k: usize,
+        threads: usize,
+        isa: Isa,
+    ) -> Result<(), Error> {
+        if rows <= isa.quant_rows() {
+            return Ok(());
+        }
+        self.unpacked
+            .reserve(threads * unpacked::bytes(k), "activation rows")
+    }
+
+    /// The rows, to read, and the threads' memory for panels of `k` columns that are taken apart.
+    pub(super) fn unpacked(&mut self, k: usize) -> (&Self, UnpackedPanels) {
+        let all = Shared::new(self.unpacked.as_mut_slice());
+        let bytes = unpacked::bytes(k);
+        (self, UnpackedPanels { all, bytes })
+    }
+
     /// Where several threads write.
     pub(super) fn target(&mut self, k: usize, quantised: bool) -> Target {
         Target {
@@ -81,6 +144,20 @@ impl Rows {
             first_sums: Shared::new(self.first_sums.as_mut_slice()),
             scaled_sums: Shared::new(self.scaled_sums.as_mut_slice()),
         }
+    }
+}
+
+/// Memory for a panel that is taken apart, for each thread.
+#[derive(Clone, Copy)]
+pub(super) struct UnpackedPanels {
+    all: Shared<u8>,
+    bytes: usize,
+}
+
+impl UnpackedPanels {
+    /// That of `thread`; nothing, if none was reserved.
+    pub fn of(self, thread: usize) -> Shared<u8> {
+        self.all.part(thread * self.bytes, self.bytes)
     }
 }
 

@@ -124,6 +124,8 @@ impl<P: Products> Simd for Avx2<P> {
     const FLOAT_ROWS: usize = 6;
     const QUANT_ROWS: usize = 4;
     const QUERIES: usize = 6;
+    const PAIRS: bool = !P::VNNI;
+    const SIGNED: bool = !P::VNNI;
 
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
@@ -325,6 +327,10 @@ impl<P: Products> Simd for Avx2<P> {
         unsafe { _mm256_loadu_si256(p.cast()) }
     }
     #[inline(always)]
+    unsafe fn bstore(p: *mut u8, x: Self::B) {
+        unsafe { _mm256_storeu_si256(p.cast(), x) }
+    }
+    #[inline(always)]
     unsafe fn band(a: Self::B, mask: u8) -> Self::B {
         unsafe { _mm256_and_si256(a, _mm256_set1_epi8(mask.cast_signed())) }
     }
@@ -406,6 +412,24 @@ impl<P: Products> Simd for Avx2<P> {
             // The top bit by itself: two products of at most 128 · 127 fit 16 bits.
             let sums = Self::bdot(sums, Self::band(w, 0x7f), x);
             Self::bdot(sums, Self::band(w, 0x80), x)
+        }
+    }
+    #[inline(always)]
+    unsafe fn bsigned(w: Self::B) -> [Self::B; 2] {
+        unsafe {
+            let signed = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+            [signed, _mm256_abs_epi8(signed)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn bdot_signed(sums: Self::W, w: [Self::B; 2], x: i32) -> Self::W {
+        unsafe {
+            // |w| · sign(x, w): unsigned times signed, as `maddubs` wants. |w| <= 128 and |x| <= 127 cannot overflow 16 bits.
+            let [signed, magnitudes] = w;
+            let x = _mm256_sign_epi8(_mm256_set1_epi32(x), signed);
+            let pairs = _mm256_maddubs_epi16(magnitudes, x);
+            let four = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+            settled(_mm256_add_epi32(sums, four))
         }
     }
 

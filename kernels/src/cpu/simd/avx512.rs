@@ -24,7 +24,8 @@ impl Simd for Avx512 {
 
     const WIDE: usize = PANEL;
     const FLOAT_ROWS: usize = 12;
-    const QUANT_ROWS: usize = 8;
+    const QUANT_ROWS: usize = 4;
+    const QUANT_PANELS: usize = 2;
     const QUERIES: usize = 8;
 
     #[inline(always)]
@@ -214,6 +215,10 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn bload(p: *const u8) -> Self::B {
         unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn bstore(p: *mut u8, x: Self::B) {
+        unsafe { _mm512_storeu_si512(p.cast(), x) }
     }
     #[inline(always)]
     unsafe fn band(a: Self::B, mask: u8) -> Self::B {

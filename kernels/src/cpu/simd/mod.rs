@@ -142,6 +142,12 @@ pub(crate) trait Simd: Copy {
     const FLOAT_ROWS: usize;
     /// Activation rows multiplied at once by integer kernels.
     const QUANT_ROWS: usize;
+    /// Panels that tiles of [`Simd::QUANT_ROWS`] rows take at once: 1 or 2. More share what is read of the activations.
+    const QUANT_PANELS: usize = 1;
+    /// Products of bytes are added up in 16 bits first ([`Simd::P`]).
+    const PAIRS: bool;
+    /// Bytes of all eight bits are multiplied faster when they were brought into the form of [`Simd::bsigned`] first.
+    const SIGNED: bool = false;
     /// Queries that pass over a tile of keys and values at once.
     const QUERIES: usize;
 
@@ -206,6 +212,7 @@ pub(crate) trait Simd: Copy {
     unsafe fn wshr(a: Self::W, n: u32) -> Self::W;
 
     unsafe fn bload(p: *const u8) -> Self::B;
+    unsafe fn bstore(p: *mut u8, x: Self::B);
     unsafe fn band(a: Self::B, mask: u8) -> Self::B;
     unsafe fn bor(a: Self::B, b: Self::B) -> Self::B;
     /// Every byte shifted right by `n`, below garbage from its neighbour: mask it away. `n < 8`.
@@ -229,6 +236,22 @@ pub(crate) trait Simd: Copy {
     unsafe fn settle(_pairs: &mut Self::P) {}
     /// As [`Simd::bdot`] for any bytes `w`.
     unsafe fn bdot_wide(sums: Self::W, w: Self::B, x: i32) -> Self::W;
+    /// What [`Simd::bdot_signed`] wants of any bytes: as signed ones, 128 less, and their magnitudes, if it differs from the bytes.
+    #[inline(always)]
+    unsafe fn bsigned(w: Self::B) -> [Self::B; 2] {
+        [w; 2]
+    }
+    /// Adds to every lane the products of its four bytes, each less 128, with the four signed bytes of `x`, never -128; exactly.
+    #[inline(always)]
+    unsafe fn bdot_signed(sums: Self::W, w: [Self::B; 2], x: i32) -> Self::W {
+        let of_x: i32 = x
+            .to_ne_bytes()
+            .map(|x| i32::from(x.cast_signed()))
+            .iter()
+            .sum();
+        // SAFETY: the caller's promise.
+        unsafe { Self::wsub(Self::bdot_wide(sums, w[0], x), Self::wsplat(128 * of_x)) }
+    }
 
     /// Dot products of a panel's rows of 32 signed bytes with `T` vectors of 32 signed bytes, exactly: lane `r` of the first [`Simd::HALVES`] of result `t` is
     /// `Σ_k w[r][k] · x[t][k]`.
@@ -255,6 +278,7 @@ pub(crate) trait Simd: Copy {
 macro_rules! pairs_are_sums {
     () => {
         type P = Self::W;
+        const PAIRS: bool = false;
         #[inline(always)]
         unsafe fn pbegin(sums: Self::W) -> Self::P {
             sums

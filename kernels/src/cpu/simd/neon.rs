@@ -293,6 +293,13 @@ impl<P: Products> Simd for Neon<P> {
         unsafe { [vld1q_u8(p), vld1q_u8(p.add(4 * REGISTER))] }
     }
     #[inline(always)]
+    unsafe fn bstore(p: *mut u8, x: Self::B) {
+        unsafe {
+            vst1q_u8(p, x[0]);
+            vst1q_u8(p.add(4 * REGISTER), x[1]);
+        }
+    }
+    #[inline(always)]
     unsafe fn band(a: Self::B, mask: u8) -> Self::B {
         unsafe {
             let mask = [vdupq_n_u8(mask); REGISTERS];

@@ -210,6 +210,10 @@ impl Simd for Scalar {
         unsafe { p.cast::<Self::B>().read_unaligned() }
     }
     #[inline(always)]
+    unsafe fn bstore(p: *mut u8, x: Self::B) {
+        unsafe { p.cast::<Self::B>().write_unaligned(x) }
+    }
+    #[inline(always)]
     unsafe fn band(a: Self::B, mask: u8) -> Self::B {
         a.map(|a| a & mask)
     }

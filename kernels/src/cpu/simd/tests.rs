@@ -204,6 +204,11 @@ kernel! { quads(x: [u8; QUAD], out) {
     let x = x.as_ptr();
     let table = std::array::from_fn(|i| (255 - 13 * i) as u8);
     bytes!(out, |i| S::bload(x.add(4 * i)));
+    let mut stored = [0; QUAD];
+    for i in (0..PANEL).step_by(S::WIDE) {
+        S::bstore(stored.as_mut_ptr().add(4 * i), S::bload(x.add(4 * i)));
+    }
+    out.extend(stored.map(u32::from));
     bytes!(out, |i| S::bor(S::bload(x.add(4 * i)), S::band(S::bload(x.add(4 * i)), 0x5a)));
     bytes!(out, |i| S::blookup(S::band(S::bload(x.add(4 * i)), 15), &table));
     for n in 0..8 {
@@ -250,6 +255,7 @@ kernel! { products(factors: Factors, out) {
     let one = x.read_unaligned();
     integers!(out, |i| S::bdot(S::wsplat(-3), S::band(S::bload(w.add(4 * i)), 0x7f), one));
     integers!(out, |i| S::bdot_wide(S::wsplat(5), S::bload(w.add(4 * i)), one));
+    integers!(out, |i| S::bdot_signed(S::wsplat(5), S::bsigned(S::bload(w.add(4 * i))), one));
     // As large as so many together may be.
     integers!(out, |i| together::<S, 1>(w.add(4 * i), 127, x));
     integers!(out, |i| together::<S, 2>(w.add(4 * i), 63, x));
