@@ -1,6 +1,6 @@
 //! The operations between the products, a row at a time: RMS norm, rotary tables, rotation, gates, residuals.
 
-use super::simd::{LANES, Simd, exp, sum, tanh};
+use super::simd::{LANES, PANEL, Simd, sum, tanh, vexp};
 use crate::Activation;
 
 /// `1 / sqrt(mean(x²) + eps)`: eight partial sums, added pairwise, whatever the row's place.
@@ -68,12 +68,25 @@ pub(super) unsafe fn norm_head<S: Simd>(head: &mut [f32], weight: &[f32], eps: f
 /// # Safety
 /// The processor has the instructions of `S`.
 #[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
 pub(super) unsafe fn rotate<S: Simd>(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     let n = cos.len();
+    let sin = &sin[..n];
     let (low, high) = head[..2 * n].split_at_mut(n);
-    for i in 0..n {
+    let vectors = n / S::WIDE * S::WIDE;
+    for i in (0..vectors).step_by(S::WIDE) {
+        unsafe {
+            let (low, high) = (low.as_mut_ptr().add(i), high.as_mut_ptr().add(i));
+            let (a, b) = (S::vload(low), S::vload(high));
+            let (cos, sin) = (S::vload(cos.as_ptr().add(i)), S::vload(sin.as_ptr().add(i)));
+            let minus = S::vsub(S::vsplat(0.0), S::vmul(b, sin));
+            S::vstore(low, S::vfma(a, cos, minus));
+            S::vstore(high, S::vfma(b, cos, S::vmul(a, sin)));
+        }
+    }
+    for i in vectors..n {
         let (a, b) = (low[i], high[i]);
-        low[i] = a.mul_add(cos[i], -(b * sin[i]));
+        low[i] = a.mul_add(cos[i], 0.0 - b * sin[i]);
         high[i] = b.mul_add(cos[i], a * sin[i]);
     }
 }
@@ -113,32 +126,32 @@ pub(super) unsafe fn add_row<S: Simd>(
 /// The processor has the instructions of `S`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-unsafe fn activate<S: Simd>(activation: Activation, g: S::F, u: S::F) -> S::F {
+unsafe fn activate<S: Simd>(activation: Activation, g: S::V, u: S::V) -> S::V {
     unsafe {
-        let zero = S::splat(0.0);
-        let one = S::splat(1.0);
+        let zero = S::vsplat(0.0);
+        let one = S::vsplat(1.0);
         match activation {
             Activation::Silu => {
-                let e = exp::<S>(S::sub(zero, g));
-                S::mul(S::div(g, S::add(one, e)), u)
+                let e = vexp::<S>(S::vsub(zero, g));
+                S::vmul(S::vdiv(g, S::vadd(one, e)), u)
             }
             // (1 + tanh z) / 2 is the sigmoid of 2z.
             Activation::GeluTanh => {
                 const TWICE_ROOT: f32 = 2.0 * 0.797_884_6;
-                let square = S::mul(g, g);
-                let inner = S::mul(g, S::fma(square, S::splat(0.044_715), one));
-                let e = exp::<S>(S::mul(inner, S::splat(-TWICE_ROOT)));
-                S::mul(S::div(g, S::add(one, e)), u)
+                let square = S::vmul(g, g);
+                let inner = S::vmul(g, S::vfma(square, S::vsplat(0.044_715), one));
+                let e = vexp::<S>(S::vmul(inner, S::vsplat(-TWICE_ROOT)));
+                S::vmul(S::vdiv(g, S::vadd(one, e)), u)
             }
             Activation::Relu2 => {
-                let g = S::max(g, zero);
-                S::mul(S::mul(g, g), u)
+                let g = S::vmax(g, zero);
+                S::vmul(S::vmul(g, g), u)
             }
             Activation::ClampedSwiglu { alpha, limit } => {
-                let g = S::min(g, S::splat(limit));
-                let u = S::max(S::min(u, S::splat(limit)), S::splat(-limit));
-                let e = exp::<S>(S::mul(g, S::splat(-alpha)));
-                S::mul(S::div(g, S::add(one, e)), S::add(u, one))
+                let g = S::vmin(g, S::vsplat(limit));
+                let u = S::vmax(S::vmin(u, S::vsplat(limit)), S::vsplat(-limit));
+                let e = vexp::<S>(S::vmul(g, S::vsplat(-alpha)));
+                S::vmul(S::vdiv(g, S::vadd(one, e)), S::vadd(u, one))
             }
         }
     }
@@ -157,25 +170,25 @@ pub(super) unsafe fn gate_row<S: Simd>(
     out: &mut [f32],
 ) {
     assert!(gate.len() == up.len() && gate.len() == out.len());
-    let vectors = gate.len() / LANES * LANES;
+    let vectors = gate.len() / S::WIDE * S::WIDE;
     let mut i = 0;
     while i < vectors {
         unsafe {
-            let (g, u) = (S::load(gate.as_ptr().add(i)), S::load(up.as_ptr().add(i)));
-            S::store(out.as_mut_ptr().add(i), activate::<S>(activation, g, u));
+            let (g, u) = (S::vload(gate.as_ptr().add(i)), S::vload(up.as_ptr().add(i)));
+            S::vstore(out.as_mut_ptr().add(i), activate::<S>(activation, g, u));
         }
-        i += LANES;
+        i += S::WIDE;
     }
     if vectors < gate.len() {
-        let mut g = [0.0; LANES];
-        let mut u = [0.0; LANES];
+        let mut g = [0.0; PANEL];
+        let mut u = [0.0; PANEL];
         let tail = gate.len() - vectors;
         g[..tail].copy_from_slice(&gate[vectors..]);
         u[..tail].copy_from_slice(&up[vectors..]);
-        let mut y = [0.0; LANES];
+        let mut y = [0.0; PANEL];
         unsafe {
-            let (g, u) = (S::load(g.as_ptr()), S::load(u.as_ptr()));
-            S::store(y.as_mut_ptr(), activate::<S>(activation, g, u));
+            let (g, u) = (S::vload(g.as_ptr()), S::vload(u.as_ptr()));
+            S::vstore(y.as_mut_ptr(), activate::<S>(activation, g, u));
         };
         out[vectors..].copy_from_slice(&y[..tail]);
     }

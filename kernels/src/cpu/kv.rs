@@ -196,19 +196,23 @@ pub(crate) unsafe fn store<S: Simd>(slot: &mut Slot<'_>, key: &[f32], value: &[f
             }
             KvDtype::F16 => {
                 let mut halves = [0_u16; LANES];
-                for (i, eight) in key.chunks(LANES).enumerate() {
-                    to_f16::<S>(eight, &mut halves);
-                    scatter(
-                        elements(keys),
-                        i * LANES * TILE + lane,
-                        &halves[..eight.len()],
-                    );
+                let keys: &mut [u16] = elements(keys);
+                let (whole, tail) = key.as_chunks::<LANES>();
+                for (i, eight) in whole.iter().enumerate() {
+                    S::store_f16(halves.as_mut_ptr(), S::load(eight.as_ptr()));
+                    scatter(keys, i * LANES * TILE + lane, &halves);
                 }
-                let values: &mut [u16] = elements(values);
-                for (i, eight) in value.chunks(LANES).enumerate() {
-                    to_f16::<S>(eight, &mut halves);
-                    values[i * LANES..][..eight.len()].copy_from_slice(&halves[..eight.len()]);
+                to_f16::<S>(tail, &mut halves);
+                let first = whole.len() * LANES * TILE + lane;
+                scatter(keys, first, &halves[..tail.len()]);
+                let values: &mut [u16] = &mut elements(values)[..d];
+                let (whole, tail) = value.as_chunks::<LANES>();
+                let (to, rest) = values.as_chunks_mut::<LANES>();
+                for (to, eight) in to.iter_mut().zip(whole) {
+                    S::store_f16(to.as_mut_ptr(), S::load(eight.as_ptr()));
                 }
+                to_f16::<S>(tail, &mut halves);
+                rest.copy_from_slice(&halves[..tail.len()]);
             }
             KvDtype::Bf16 => {
                 let keys: &mut [Bf16] = elements(keys);
@@ -286,8 +290,11 @@ impl Bf16 {
 /// Puts elements of one position among those of the others: every sixteenth.
 #[inline(always)]
 fn scatter<T: Number>(keys: &mut [T], first: usize, elements: &[T]) {
-    let to = keys[first..].iter_mut().step_by(TILE);
-    for (to, &x) in to.zip(elements) {
+    if elements.is_empty() {
+        return;
+    }
+    let keys = &mut keys[first..=first + (elements.len() - 1) * TILE];
+    for (to, &x) in keys.iter_mut().step_by(TILE).zip(elements) {
         *to = x;
     }
 }

@@ -1,7 +1,7 @@
 //! [`Rows`]: activations as the tiles of a product want them, as floats or in 8 bits.
 
 use super::super::memory::{Buffer, Shared};
-use super::super::simd::{self, Isa, LANES, Simd, dispatch};
+use super::super::simd::{self, Isa, Simd, dispatch};
 use super::{Share, unpacked};
 use crate::Error;
 use crate::quantize::BLOCK;
@@ -280,30 +280,29 @@ unsafe fn quantize_tile<S: Simd>(x: &[f32], k: usize, out: Quantised<'_>) {
             let at = block * out.interleave + t;
             let quants = &mut out.quants[at * BLOCK..(at + 1) * BLOCK];
             unsafe {
-                let zero = S::splat(0.0);
+                let zero = S::vsplat(0.0);
                 let mut largest = zero;
-                for i in (0..BLOCK).step_by(LANES) {
-                    let v = S::load(x.as_ptr().add(i));
+                for i in (0..BLOCK).step_by(S::WIDE) {
+                    let v = S::vload(x.as_ptr().add(i));
                     // Not a number counts as nothing: `max` keeps its second operand then.
-                    largest = S::max(S::max(v, S::sub(zero, v)), largest);
+                    largest = S::vmax(S::vmax(v, S::vsub(zero, v)), largest);
                 }
-                let largest = simd::largest::<S>(largest);
-                let scale = largest / 127.0;
-                let inverse = S::splat(if scale == 0.0 { 0.0 } else { 1.0 / scale });
-                let mut sum = S::int_zero();
-                for i in (0..BLOCK).step_by(LANES) {
+                let scale = S::vlargest(largest) / 127.0;
+                let inverse = S::vsplat(if scale == 0.0 { 0.0 } else { 1.0 / scale });
+                let mut sum = S::wsplat(0);
+                for i in (0..BLOCK).step_by(S::WIDE) {
                     if i == BLOCK / 2 {
-                        out.first_sums[at] = S::int_sum(sum);
+                        out.first_sums[at] = S::wsum(sum);
                     }
-                    let scaled = S::mul(S::load(x.as_ptr().add(i)), inverse);
+                    let scaled = S::vmul(S::vload(x.as_ptr().add(i)), inverse);
                     // Clamped: an infinite activation must not become -128, which the integer products exclude.
-                    let scaled = S::min(S::max(scaled, S::splat(-127.0)), S::splat(127.0));
-                    let q = S::to_int(scaled);
-                    S::store_i8(quants.as_mut_ptr().add(i), q);
-                    sum = S::int_add(sum, q);
+                    let scaled = S::vmin(S::vmax(scaled, S::vsplat(-127.0)), S::vsplat(127.0));
+                    let q = S::vto_int(scaled);
+                    S::wstore_i8(quants.as_mut_ptr().add(i), q);
+                    sum = S::wadd(sum, q);
                 }
                 out.scales[at] = scale;
-                let sum = S::int_sum(sum);
+                let sum = S::wsum(sum);
                 out.sums[at] = sum;
                 out.scaled_sums[at] = scale * sum as f32;
             }

@@ -204,23 +204,6 @@ impl<P: Products> Simd for Avx2<P> {
             _mm_storel_epi64(p.cast(), _mm_packs_epi16(words, words));
         }
     }
-    #[inline(always)]
-    unsafe fn int_sum(x: Self::I) -> i32 {
-        unsafe {
-            let four = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
-            let two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
-            let one = _mm_add_epi32(two, _mm_shuffle_epi32::<1>(two));
-            _mm_cvtsi128_si32(one)
-        }
-    }
-    #[inline(always)]
-    unsafe fn int_add(a: Self::I, b: Self::I) -> Self::I {
-        unsafe { _mm256_add_epi32(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn int_zero() -> Self::I {
-        unsafe { _mm256_setzero_si256() }
-    }
 
     #[inline(always)]
     unsafe fn vsplat(x: f32) -> Self::V {
@@ -298,6 +281,32 @@ impl<P: Products> Simd for Avx2<P> {
         unsafe { Self::to_float(x) }
     }
 
+    #[inline(always)]
+    unsafe fn vlargest(x: Self::V) -> f32 {
+        unsafe {
+            let four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            let one = _mm_max_ss(two, _mm_movehdup_ps(two));
+            _mm_cvtss_f32(one)
+        }
+    }
+    #[inline(always)]
+    unsafe fn wadd(a: Self::W, b: Self::W) -> Self::W {
+        unsafe { _mm256_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn wsum(x: Self::W) -> i32 {
+        unsafe {
+            let four = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+            let two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+            let one = _mm_add_epi32(two, _mm_shuffle_epi32::<1>(two));
+            _mm_cvtsi128_si32(one)
+        }
+    }
+    #[inline(always)]
+    unsafe fn wstore_i8(p: *mut i8, x: Self::W) {
+        unsafe { Self::store_i8(p, x) }
+    }
     #[inline(always)]
     unsafe fn wsplat(x: i32) -> Self::W {
         unsafe { _mm256_set1_epi32(x) }

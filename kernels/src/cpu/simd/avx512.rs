@@ -96,18 +96,6 @@ impl Simd for Avx512 {
     unsafe fn store_i8(p: *mut i8, x: Self::I) {
         unsafe { Eight::store_i8(p, x) }
     }
-    #[inline(always)]
-    unsafe fn int_sum(x: Self::I) -> i32 {
-        unsafe { Eight::int_sum(x) }
-    }
-    #[inline(always)]
-    unsafe fn int_add(a: Self::I, b: Self::I) -> Self::I {
-        unsafe { Eight::int_add(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn int_zero() -> Self::I {
-        unsafe { Eight::int_zero() }
-    }
 
     #[inline(always)]
     unsafe fn vsplat(x: f32) -> Self::V {
@@ -188,6 +176,22 @@ impl Simd for Avx512 {
         unsafe { _mm512_cvtepi32_ps(x) }
     }
 
+    #[inline(always)]
+    unsafe fn vlargest(x: Self::V) -> f32 {
+        unsafe { _mm512_reduce_max_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn wadd(a: Self::W, b: Self::W) -> Self::W {
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn wsum(x: Self::W) -> i32 {
+        unsafe { _mm512_reduce_add_epi32(x) }
+    }
+    #[inline(always)]
+    unsafe fn wstore_i8(p: *mut i8, x: Self::W) {
+        unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(x)) }
+    }
     #[inline(always)]
     unsafe fn wsplat(x: i32) -> Self::W {
         unsafe { _mm512_set1_epi32(x) }

@@ -178,10 +178,6 @@ pub(crate) trait Simd: Copy {
     unsafe fn exp2_int(n: Self::I) -> Self::F;
     /// The low bytes of eight i32 that fit them.
     unsafe fn store_i8(p: *mut i8, x: Self::I);
-    /// The sum of eight lanes; exact, so in any order.
-    unsafe fn int_sum(x: Self::I) -> i32;
-    unsafe fn int_add(a: Self::I, b: Self::I) -> Self::I;
-    unsafe fn int_zero() -> Self::I;
 
     unsafe fn vsplat(x: f32) -> Self::V;
     unsafe fn vload(p: *const f32) -> Self::V;
@@ -201,7 +197,15 @@ pub(crate) trait Simd: Copy {
     unsafe fn vto_float(x: Self::W) -> Self::V;
     unsafe fn vexp2_int(n: Self::W) -> Self::V;
 
+    /// The largest lane; none is NaN.
+    unsafe fn vlargest(x: Self::V) -> f32;
+
     unsafe fn wsplat(x: i32) -> Self::W;
+    unsafe fn wadd(a: Self::W, b: Self::W) -> Self::W;
+    /// The sum of all lanes; exact, so in any order.
+    unsafe fn wsum(x: Self::W) -> i32;
+    /// The low bytes of [`Simd::WIDE`] i32 that fit them.
+    unsafe fn wstore_i8(p: *mut i8, x: Self::W);
     /// Widens [`Simd::WIDE`] bytes.
     unsafe fn wload_u8(p: *const u8) -> Self::W;
     /// Widens [`Simd::WIDE`] signed bytes.

@@ -154,18 +154,6 @@ impl<P: Products> Simd for Neon<P> {
             vst1_s8(p, vmovn_s16(words));
         }
     }
-    #[inline(always)]
-    unsafe fn int_sum(x: Self::I) -> i32 {
-        unsafe { vaddvq_s32(vaddq_s32(x[0], x[1])) }
-    }
-    #[inline(always)]
-    unsafe fn int_add(a: Self::I, b: Self::I) -> Self::I {
-        unsafe { each!(vaddq_s32, a, b) }
-    }
-    #[inline(always)]
-    unsafe fn int_zero() -> Self::I {
-        unsafe { [vdupq_n_s32(0); REGISTERS] }
-    }
 
     #[inline(always)]
     unsafe fn vsplat(x: f32) -> Self::V {
@@ -245,6 +233,22 @@ impl<P: Products> Simd for Neon<P> {
         unsafe { Self::exp2_int(n) }
     }
 
+    #[inline(always)]
+    unsafe fn vlargest(x: Self::V) -> f32 {
+        unsafe { super::largest::<Self>(x) }
+    }
+    #[inline(always)]
+    unsafe fn wadd(a: Self::W, b: Self::W) -> Self::W {
+        unsafe { each!(vaddq_s32, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn wsum(x: Self::W) -> i32 {
+        unsafe { vaddvq_s32(vaddq_s32(x[0], x[1])) }
+    }
+    #[inline(always)]
+    unsafe fn wstore_i8(p: *mut i8, x: Self::W) {
+        unsafe { Self::store_i8(p, x) }
+    }
     #[inline(always)]
     unsafe fn wsplat(x: i32) -> Self::W {
         unsafe { [vdupq_n_s32(x); REGISTERS] }
@@ -364,7 +368,7 @@ impl<P: Products> Simd for Neon<P> {
     ) -> [[Self::W; 2]; T] {
         unsafe {
             let offset = [vdupq_n_u8(128); REGISTERS];
-            let mut dots = [[Self::int_zero(); 2]; T];
+            let mut dots = [[Self::wsplat(0); 2]; T];
             // 16 of k: four groups.
             for part in 0..2 {
                 for half in 0..2 {
@@ -391,7 +395,7 @@ impl<P: Products> Simd for Neon<P> {
         sums: *const i32,
     ) -> [[Self::W; 2]; T] {
         unsafe {
-            let mut dots = [[Self::int_zero(); 2]; T];
+            let mut dots = [[Self::wsplat(0); 2]; T];
             for t in 0..T {
                 dots[t] = [Self::wsplat(-8 * *sums.add(t)); 2];
             }

@@ -98,18 +98,6 @@ impl Simd for Scalar {
             p.cast::<[i8; LANES]>().write_unaligned(x.map(|x| x as i8));
         }
     }
-    #[inline(always)]
-    unsafe fn int_sum(x: Self::I) -> i32 {
-        x.iter().sum()
-    }
-    #[inline(always)]
-    unsafe fn int_add(a: Self::I, b: Self::I) -> Self::I {
-        std::array::from_fn(|i| a[i] + b[i])
-    }
-    #[inline(always)]
-    unsafe fn int_zero() -> Self::I {
-        [0; LANES]
-    }
 
     #[inline(always)]
     unsafe fn vsplat(x: f32) -> Self::V {
@@ -179,6 +167,22 @@ impl Simd for Scalar {
         x.map(|x| x as f32)
     }
 
+    #[inline(always)]
+    unsafe fn vlargest(x: Self::V) -> f32 {
+        x.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
+    unsafe fn wadd(a: Self::W, b: Self::W) -> Self::W {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
+    unsafe fn wsum(x: Self::W) -> i32 {
+        x.into_iter().fold(0, i32::wrapping_add)
+    }
+    #[inline(always)]
+    unsafe fn wstore_i8(p: *mut i8, x: Self::W) {
+        unsafe { p.cast::<[i8; PANEL]>().write_unaligned(x.map(|x| x as i8)) }
+    }
     #[inline(always)]
     unsafe fn wsplat(x: i32) -> Self::W {
         [x; PANEL]
