@@ -39,7 +39,7 @@ def idle(quire, model, threads):
     """Peak and steady resident size of a server, in MiB."""
     port = 18471
     server = subprocess.Popen([quire, "serve", "--model", model, "--http", f"127.0.0.1:{port}", "--grpc", "127.0.0.1:18472", "--threads", threads,
-                               "--kv-cache-memory", str(KV)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                               "--kv-cache-memory", str(KV), "--claim-kv-cache", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while True:
             try:

@@ -451,6 +451,12 @@ pub trait Backend: Send + 'static {
     /// No memory, or a shape or precision that the device's kernels do not support.
     fn kv_cache(&self, shape: &KvShape) -> Result<Self::KvCache, Error>;
 
+    /// Claims part `part` of a cache's memory from the system, a few milliseconds' work; parts are in the order in which ascending blocks use them. Nothing in
+    /// the cache changes: whoever writes there first need not wait for pages. Returns the part's bytes; 0 where there is no such part, or nothing to claim.
+    fn claim(&mut self, _kv: &mut Self::KvCache, _part: usize) -> usize {
+        0
+    }
+
     /// Starts a step; every operation until the next call works on its rows.
     ///
     /// # Errors

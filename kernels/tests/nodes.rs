@@ -83,6 +83,22 @@ fn a_copied_block_holds_every_head_of_the_original() {
 }
 
 #[test]
+fn claiming_a_cache_s_memory_reaches_all_of_it_and_changes_nothing() {
+    for kv_heads in [1, 2, 5] {
+        let shape = shape(kv_heads);
+        let all = shape.layers * shape.blocks * kv_heads * shape.dtype.head_bytes(BLOCK, 8);
+        for mut backend in [backend(2, None), on_nodes(2, 2), on_nodes(4, 5)] {
+            let mut kv = backend.kv_cache(&shape).unwrap();
+            let expected = attend(&mut backend, &mut kv, kv_heads, &[(0, 5), (1, 3)], [0, 1]);
+            let claimed = (0..).map(|part| backend.claim(&mut kv, part));
+            assert_eq!(claimed.take_while(|&bytes| bytes > 0).sum::<usize>(), all);
+            let got = attend(&mut backend, &mut kv, kv_heads, &[], [5, 3]);
+            assert_eq!(got, expected, "{kv_heads} heads on {backend:?}");
+        }
+    }
+}
+
+#[test]
 fn there_may_be_fewer_rows_and_heads_than_nodes() {
     let mut random = Random(4);
     let (n, k) = (1, 64);

@@ -84,6 +84,10 @@ impl<B: Backend> Backend for Metered<B> {
         self.inner.kv_cache(shape)
     }
 
+    fn claim(&mut self, kv: &mut Self::KvCache, part: usize) -> usize {
+        self.inner.claim(kv, part)
+    }
+
     fn begin(&mut self, step: &Step) -> Result<(), Error> {
         self.began = Instant::now();
         self.inner.begin(step)

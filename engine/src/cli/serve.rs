@@ -10,6 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::logging::{self, LogFormat};
 use super::model_args::ModelArgs;
+use super::size;
 use crate::generation::Generator;
 use crate::serve::{Metrics, Server, TokenizerFiles, step_observer};
 
@@ -62,6 +63,10 @@ pub(super) struct ServeArgs {
     #[arg(long, env = "QUIRE_DRAIN_TIMEOUT", value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=86_400))]
     drain_timeout: Option<u32>,
 
+    /// Memory of the KV cache that is claimed from the system while nobody asks for anything yet, so that first requests need not wait for it; 0: none
+    #[arg(long, env = "QUIRE_CLAIM_KV_CACHE", value_name = "SIZE", default_value = "2GiB", value_parser = size::parse_or_none)]
+    claim_kv_cache: u64,
+
     /// How log lines look
     #[arg(
         long,
@@ -91,6 +96,7 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let checkpoint = args.model.open()?;
     let mut config = args.model.engine_config();
     config.served_name.clone_from(&args.served_model_name);
+    config.claimed_kv_cache = args.claim_kv_cache;
     let name = config.served_name.as_ref().unwrap_or(&checkpoint.name);
     let observer = step_observer(name);
     let engine = args.model.start(&checkpoint, &config, Some(observer))?;

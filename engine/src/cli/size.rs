@@ -31,6 +31,18 @@ pub(super) fn parse(text: &str) -> Result<u64, String> {
     Ok(bytes as u64)
 }
 
+/// Reads a size or `0`.
+///
+/// # Errors
+/// As [`parse`].
+pub(super) fn parse_or_none(text: &str) -> Result<u64, String> {
+    if text.trim() == "0" {
+        Ok(0)
+    } else {
+        parse(text)
+    }
+}
+
 /// Bytes for people: `1.2 GiB`.
 pub(super) fn show(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -63,6 +75,13 @@ mod tests {
         ] {
             assert_eq!(parse(text), Ok(bytes), "{text}");
         }
+    }
+
+    #[test]
+    fn nothing_is_a_size_where_it_may_be() {
+        assert_eq!(parse_or_none(" 0"), Ok(0));
+        assert_eq!(parse_or_none("2GiB"), Ok(2 << 30));
+        assert!(parse_or_none("-1").is_err());
     }
 
     #[test]

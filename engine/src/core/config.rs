@@ -29,6 +29,8 @@ pub struct EngineConfig {
     /// Bytes for the KV cache; `None`: half of what is available once the weights are loaded (on a GPU: what
     /// [`EngineConfig::gpu_memory_utilization`] leaves), but no more than could ever be used.
     pub kv_cache_memory: Option<u64>,
+    /// Bytes of the KV cache that are claimed from the system while nobody asks for anything, so that who asks first does not wait for pages.
+    pub claimed_kv_cache: u64,
     /// The share of a GPU's memory that weights and KV cache may take, in 0..=1; the rest is for activations and other programs.
     pub gpu_memory_utilization: f64,
     /// Keep the blocks of finished sequences for prompts that begin alike.
@@ -53,6 +55,7 @@ impl Default for EngineConfig {
             block_size: 16,
             kv_dtype: KvDtype::F16,
             kv_cache_memory: None,
+            claimed_kv_cache: 0,
             gpu_memory_utilization: 0.9,
             prefix_cache: true,
             policy: Policy::Priority,

@@ -47,6 +47,7 @@ pub(super) struct EngineLoop<B: Backend> {
     prompt_tokens: u64,
     generation_tokens: u64,
     blocks_used_peak: u32,
+    unclaimed: Unclaimed,
 
     // Kept from step to step for their memory.
     step: Step,
@@ -57,6 +58,12 @@ pub(super) struct EngineLoop<B: Backend> {
     sampled: Vec<Sampled>,
     outbox: Vec<(Sender<Event>, Event)>,
     ended: Vec<RequestKey>,
+}
+
+/// What of the KV cache's memory is still to be claimed from the system in idle moments.
+struct Unclaimed {
+    part: usize,
+    bytes: u64,
 }
 
 /// A request that has not ended.
@@ -98,6 +105,7 @@ impl<B: Backend> EngineLoop<B> {
         shared: Arc<Shared>,
         (requests, control): (Receiver<Submission>, Receiver<Control>),
         observer: Option<Box<dyn FnMut(StepReport) + Send>>,
+        claimed_kv_cache: u64,
     ) -> Self {
         let mut entropy = DefaultHasher::new();
         SystemTime::now()
@@ -121,6 +129,10 @@ impl<B: Backend> EngineLoop<B> {
             prompt_tokens: 0,
             generation_tokens: 0,
             blocks_used_peak: 0,
+            unclaimed: Unclaimed {
+                part: 0,
+                bytes: claimed_kv_cache,
+            },
             step: Step::default(),
             copies: Vec::new(),
             logits: Vec::new(),
@@ -145,6 +157,7 @@ impl<B: Backend> EngineLoop<B> {
     fn receive(&mut self) -> bool {
         if !self.scheduler.has_work() {
             self.publish();
+            self.claim_while_idle();
             let arrival = Selector::new()
                 .recv(&self.requests, |request| {
                     request.map_or(Arrival::Closed, Arrival::Request)
@@ -167,6 +180,22 @@ impl<B: Backend> EngineLoop<B> {
             self.obey(control);
         }
         true
+    }
+
+    /// Claims memory of the KV cache, a few milliseconds at a time, until somebody wants something or there is enough of it.
+    fn claim_while_idle(&mut self) {
+        let Unclaimed { part, bytes } = &mut self.unclaimed;
+        while *bytes > 0
+            && self.requests.is_empty()
+            && self.control.is_empty()
+            && !self.requests.is_disconnected()
+        {
+            match self.ranks.claim(*part) as u64 {
+                0 => *bytes = 0,
+                claimed => *bytes = bytes.saturating_sub(claimed),
+            }
+            *part += 1;
+        }
     }
 
     fn accept(&mut self, submission: Submission) {

@@ -164,6 +164,14 @@ impl<B: Backend> Ranks<B> {
         self.decoder.backend().drawn()
     }
 
+    /// Claims a part of the KV cache's memory; see [`Backend::claim`]. With several ranks there is none.
+    pub fn claim(&mut self, part: usize) -> usize {
+        if !self.followers.is_empty() {
+            return 0;
+        }
+        self.decoder.backend_mut().claim(&mut self.kv, part)
+    }
+
     /// Runs a step on all ranks; see [`Decoder::forward`].
     ///
     /// # Errors

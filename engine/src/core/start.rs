@@ -127,6 +127,7 @@ impl Engine {
             Arc::clone(&shared),
             (requests, control),
             observer,
+            config.claimed_kv_cache,
         );
         thread::Builder::new()
             .name("quire-engine".to_owned())

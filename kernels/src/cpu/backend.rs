@@ -259,6 +259,10 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn claim(&mut self, kv: &mut KvCache, part: usize) -> usize {
+        kv.claim(part, &self.pool)
+    }
+
     fn copy_blocks(&mut self, kv: &mut KvCache, copies: &[(u32, u32)]) -> Result<(), Error> {
         for &(from, to) in copies {
             let (from, to) = (from as usize, to as usize);

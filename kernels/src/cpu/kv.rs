@@ -39,6 +39,11 @@ impl std::fmt::Debug for KvCache {
     }
 }
 
+/// Bytes that are claimed at once, at least: a huge page.
+const CLAIMED: usize = 2 << 20;
+/// Bytes of the smallest pages there are.
+const PAGE: usize = 4 << 10;
+
 impl KvCache {
     /// What keys and values may be kept as.
     pub(crate) const DTYPES: &[KvDtype] = &[KvDtype::F16, KvDtype::Bf16, KvDtype::F32, KvDtype::Q8];
@@ -94,6 +99,35 @@ impl KvCache {
         let before = heads.start * self.shape.layers * self.shape.blocks;
         let block = (layer * self.shape.blocks + block) * heads.len();
         (before + block + head - heads.start) * self.layout().bytes
+    }
+
+    /// Writes to the pages of some blocks of a layer what is in them, each on its node: the `part`th of such parts, those of a few blocks in every layer
+    /// before those of the next blocks. Returns how many bytes they are; 0 if there are no more.
+    pub(crate) fn claim(&mut self, part: usize, pool: &Pool) -> usize {
+        let shape = self.shape;
+        let head_bytes = self.layout().bytes;
+        let block_bytes = shape.kv_heads * head_bytes;
+        let together = CLAIMED.div_ceil(block_bytes.max(1));
+        let first = part / shape.layers.max(1) * together;
+        if first >= shape.blocks || self.nodes.len() != pool.nodes() {
+            return 0;
+        }
+        let layer = part % shape.layers;
+        let blocks = first..(first + together).min(shape.blocks);
+        let data = Shared::new(self.data.as_mut_slice());
+        let this = &*self;
+        pool.at_home(&|node| blocks.len() * this.heads(node).len(), &|turn| {
+            let heads = this.heads(turn.node);
+            let block = blocks.start + turn.task / heads.len();
+            let at = this.offset(layer, block, heads.start + turn.task % heads.len());
+            // SAFETY: each head of a block belongs to one task.
+            let bytes = unsafe { data.range(at, head_bytes) };
+            for byte in bytes.iter_mut().step_by(PAGE) {
+                // SAFETY: a valid reference; volatile, since a write of what is there is otherwise none.
+                unsafe { std::ptr::write_volatile(byte, *byte) };
+            }
+        });
+        blocks.len() * block_bytes
     }
 
     /// Copies a block in every layer.

@@ -94,7 +94,7 @@ pub(super) fn worthwhile<U: Unpack, S: Simd>(rows: usize) -> bool {
     let gains = if S::PAIRS {
         rows > S::QUANT_ROWS
     } else {
-        rows >= 4 * S::QUANT_ROWS && U::COSTLY
+        rows >= 6 * S::QUANT_ROWS && U::COSTLY
     };
     gains && (!U::BYTES || S::SIGNED)
 }
