@@ -138,7 +138,7 @@ impl Mixture<'_> {
         s.scores.reserve(rows * self.experts, what)?;
         let router = Linear::new(self.router, x, rows, self.router_bias, Output::Set);
         router.run(s.scores.as_mut_slice(), laid_out, pool, isa)?;
-        self.choose(rows, s);
+        self.choose(rows, s, pool);
 
         let places = rows * self.top_k;
         s.x.reserve(places * hidden, what)?;
@@ -196,23 +196,19 @@ impl Mixture<'_> {
     }
 
     /// Picks each row's experts and sorts the rows by expert.
-    fn choose(&self, rows: usize, s: &mut Scratch) {
+    fn choose(&self, rows: usize, s: &mut Scratch, pool: &Pool) {
         let Self { experts, top_k, .. } = *self;
         s.chosen.clear();
-        for row in 0..rows {
-            let scores = &s.scores.as_slice()[row * experts..][..experts];
-            let begin = s.chosen.len();
-            for choice in scores.iter().copied().enumerate() {
-                // Best first, and of equal scores the first; what is not a number comes last.
-                let better = s.chosen[begin..]
-                    .partition_point(|other| other.1 >= choice.1 || choice.1.is_nan());
-                if better < top_k {
-                    s.chosen.truncate(begin + top_k - 1);
-                    s.chosen.insert(begin + better, choice);
-                }
-            }
-            weigh(&mut s.chosen[begin..], scores, self.normalised);
-        }
+        s.chosen.resize(rows * top_k, (0, 0.0));
+        let chosen = Shared::new(&mut s.chosen);
+        let scores = s.scores.as_slice();
+        pool.each(rows, &|row| {
+            let scores = &scores[row * experts..][..experts];
+            // SAFETY: each row is written by one task.
+            let chosen = unsafe { chosen.range(row * top_k, top_k) };
+            best(scores, chosen);
+            weigh(chosen, scores, self.normalised);
+        });
         // Counting sort: stable, so a group's rows are in order.
         s.groups.clear();
         s.groups.extend((0..experts).map(|part| OfPart {
@@ -242,6 +238,24 @@ impl Mixture<'_> {
     }
 }
 
+/// The highest scores and whose they are, as many as there is room for: best first, and of equal ones the first; what is not a number comes last.
+fn best(scores: &[f32], chosen: &mut [(usize, f32)]) {
+    let mut count = 0;
+    for choice in scores.iter().copied().enumerate() {
+        let behind = |other: &(usize, f32)| other.1 >= choice.1 || choice.1.is_nan();
+        if count == chosen.len() {
+            if behind(&chosen[count - 1]) {
+                continue;
+            }
+            count -= 1;
+        }
+        let at = chosen[..count].partition_point(behind);
+        chosen.copy_within(at..count, at + 1);
+        chosen[at] = choice;
+        count += 1;
+    }
+}
+
 /// Turns the scores of a row's chosen experts, best first, into what their answers are multiplied with.
 fn weigh(chosen: &mut [(usize, f32)], scores: &[f32], normalised: bool) {
     let most = chosen.first().map_or(0.0, |choice| choice.1);
@@ -253,5 +267,43 @@ fn weigh(chosen: &mut [(usize, f32)], scores: &[f32], normalised: bool) {
     };
     for choice in chosen {
         choice.1 = (f64::from(choice.1 - most).exp() / total) as f32;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_come_first_and_of_equal_ones_the_first() {
+        let mut random = 1_u64;
+        for experts in 1..40 {
+            let scores: Vec<f32> = (0..experts)
+                .map(|_| {
+                    random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+                    // Few different ones, and some that are no numbers.
+                    match random >> 60 {
+                        0 | 1 => f32::NAN,
+                        score => score as f32,
+                    }
+                })
+                .collect();
+            let mut sorted: Vec<usize> = (0..experts).collect();
+            let worth = |&expert: &usize| {
+                let score = scores[expert];
+                if score.is_nan() {
+                    f32::NEG_INFINITY
+                } else {
+                    score
+                }
+            };
+            sorted.sort_by(|a, b| worth(b).total_cmp(&worth(a)));
+            for top_k in 1..=experts {
+                let mut chosen = vec![(usize::MAX, 0.0); top_k];
+                best(&scores, &mut chosen);
+                let chosen: Vec<usize> = chosen.iter().map(|choice| choice.0).collect();
+                assert_eq!(chosen, sorted[..top_k], "{scores:?}");
+            }
+        }
     }
 }
