@@ -1,8 +1,11 @@
-//! Panels of integers taken apart for many rows.
+//! Integer products of many rows: panels taken apart for them, and one tile for all formats of integers.
 //!
 //! What a tile does to bring codes out of their planes, and scales out of theirs, it does for its few rows. Where a panel has several tiles, its codes are
 //! written out once instead, a byte each, with scales and what is beside them as floats, and the tiles read that: a third of the instructions of some formats
 //! goes, and the sums are those of the packed tile to the bit. It stays in the core's cache while the rows pass over it; memory is read as if it were not there.
+//!
+//! The tile reads packed panels, too ([`Source`]): that is how several panels are multiplied at once where taking them apart gains nothing. The formats' own
+//! tiles ([`super::Tile`]) are for a row or a few, where other things matter: chains that hide latencies, prefetching.
 
 use super::super::simd::{PANEL, QUAD, Simd};
 use super::{Activations, Share, store};
