@@ -117,7 +117,8 @@ impl Workload {
         )
     }
 
-    /// Makes room for sequences of another shape; what the old ones held is gone.
+    /// Makes room for sequences of another shape; what the old ones held is gone. The memory is claimed from the system before anything is timed, as a server
+    /// claims its own when it is idle, and other engines when they start.
     ///
     /// # Errors
     /// No memory.
@@ -126,9 +127,14 @@ impl Workload {
         // Before the next is made: both need not fit.
         self.kv = None;
         let blocks = shape.sequences as usize * self.blocks() as usize;
-        let kv = self
+        let mut kv = self
             .decoder
             .kv_cache(blocks, BLOCK as usize, self.kv_dtype)?;
+        let backend = self.decoder.backend_mut();
+        let mut part = 0;
+        while backend.claim(&mut kv, part) > 0 {
+            part += 1;
+        }
         self.kv = Some(kv);
         Ok(())
     }
