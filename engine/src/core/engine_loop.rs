@@ -15,7 +15,7 @@ use crate::sampling::{Choice, Sampler, Scratch};
 
 use super::config::StepReport;
 use super::handle::{EngineStats, Shared, Submission};
-use super::ranks::Ranks;
+use super::ranks::{Ranks, Unclaimed};
 use super::request::{Event, FinishReason};
 use super::rows::{self, Job, Work};
 use super::sequence::{Limits, Sequence};
@@ -60,12 +60,6 @@ pub(super) struct EngineLoop<B: Backend> {
     ended: Vec<RequestKey>,
 }
 
-/// What of the KV cache's memory is still to be claimed from the system in idle moments.
-struct Unclaimed {
-    part: usize,
-    bytes: u64,
-}
-
 /// A request that has not ended.
 struct Active {
     ticket: Arc<Ticket>,
@@ -105,7 +99,7 @@ impl<B: Backend> EngineLoop<B> {
         shared: Arc<Shared>,
         (requests, control): (Receiver<Submission>, Receiver<Control>),
         observer: Option<Box<dyn FnMut(StepReport) + Send>>,
-        claimed_kv_cache: u64,
+        unclaimed: Unclaimed,
     ) -> Self {
         let mut entropy = DefaultHasher::new();
         SystemTime::now()
@@ -129,10 +123,7 @@ impl<B: Backend> EngineLoop<B> {
             prompt_tokens: 0,
             generation_tokens: 0,
             blocks_used_peak: 0,
-            unclaimed: Unclaimed {
-                part: 0,
-                bytes: claimed_kv_cache,
-            },
+            unclaimed,
             step: Step::default(),
             copies: Vec::new(),
             logits: Vec::new(),
@@ -157,7 +148,12 @@ impl<B: Backend> EngineLoop<B> {
     fn receive(&mut self) -> bool {
         if !self.scheduler.has_work() {
             self.publish();
-            self.claim_while_idle();
+            // A few milliseconds at a time, until somebody wants something.
+            while self.requests.is_empty()
+                && self.control.is_empty()
+                && !self.requests.is_disconnected()
+                && self.unclaimed.claim(&mut self.ranks)
+            {}
             let arrival = Selector::new()
                 .recv(&self.requests, |request| {
                     request.map_or(Arrival::Closed, Arrival::Request)
@@ -180,22 +176,6 @@ impl<B: Backend> EngineLoop<B> {
             self.obey(control);
         }
         true
-    }
-
-    /// Claims memory of the KV cache, a few milliseconds at a time, until somebody wants something or there is enough of it.
-    fn claim_while_idle(&mut self) {
-        let Unclaimed { part, bytes } = &mut self.unclaimed;
-        while *bytes > 0
-            && self.requests.is_empty()
-            && self.control.is_empty()
-            && !self.requests.is_disconnected()
-        {
-            match self.ranks.claim(*part) as u64 {
-                0 => *bytes = 0,
-                claimed => *bytes = bytes.saturating_sub(claimed),
-            }
-            *part += 1;
-        }
     }
 
     fn accept(&mut self, submission: Submission) {

@@ -165,7 +165,7 @@ impl<B: Backend> Ranks<B> {
     }
 
     /// Claims a part of the KV cache's memory; see [`Backend::claim`]. With several ranks there is none.
-    pub fn claim(&mut self, part: usize) -> usize {
+    fn claim(&mut self, part: usize) -> usize {
         if !self.followers.is_empty() {
             return 0;
         }
@@ -201,6 +201,31 @@ impl<B: Backend> Ranks<B> {
             result = result.and(theirs.and_then(|done| done));
         }
         result
+    }
+}
+
+/// What of the KV cache's memory is still to be claimed from the system.
+pub(super) struct Unclaimed {
+    part: usize,
+    bytes: u64,
+}
+
+impl Unclaimed {
+    /// So many bytes of it.
+    pub fn new(bytes: u64) -> Self {
+        Self { part: 0, bytes }
+    }
+
+    /// Claims a little, a few milliseconds' work; false: there is nothing to claim any more.
+    pub fn claim<B: Backend>(&mut self, ranks: &mut Ranks<B>) -> bool {
+        if self.bytes > 0 {
+            match ranks.claim(self.part) as u64 {
+                0 => self.bytes = 0,
+                claimed => self.bytes = self.bytes.saturating_sub(claimed),
+            }
+            self.part += 1;
+        }
+        self.bytes > 0
     }
 }
 

@@ -13,7 +13,7 @@ use crate::model::{Decoder, LoadOptions, LoadProgress};
 use super::config::{EngineConfig, StartError, StepReport};
 use super::engine_loop::EngineLoop;
 use super::handle::{Engine, ModelInfo, Shared};
-use super::ranks::Loaded;
+use super::ranks::{Loaded, Unclaimed};
 use super::{groups, memory};
 
 impl Engine {
@@ -127,7 +127,7 @@ impl Engine {
             Arc::clone(&shared),
             (requests, control),
             observer,
-            config.claimed_kv_cache,
+            Unclaimed::new(config.claimed_kv_cache),
         );
         thread::Builder::new()
             .name("quire-engine".to_owned())

@@ -33,6 +33,8 @@ use unpacked::Unpack;
 const TASK_PANELS: usize = 4;
 /// Tasks for each thread: enough for balance, and each a long stretch of memory.
 const TASKS: usize = 8;
+/// Activation rows of a tile of integer products.
+const TILE_ROWS: usize = 4;
 /// Bytes of panels of a task with several rows, unless [`TASK_PANELS`] are more.
 const CACHED_PANELS: usize = 128 << 10;
 /// Bytes of activations that stay in a core's cache while the panels of a task pass over them.
@@ -145,7 +147,7 @@ impl<'a> Linear<'a> {
         let order = self.matrix.order(layout);
         rows.reserve(padded, k, quantised, order.is_some())?;
         if quantised {
-            rows.reserve_unpacked(self.rows, k, pool.threads(), isa)?;
+            rows.reserve_unpacked(self.rows, k, pool.threads())?;
         }
         let target = rows.target(k, quantised);
         pool.each(padded / interleave, &|tile| {
@@ -320,19 +322,21 @@ unsafe fn rows_of<K: Tile, S: Simd, const P: usize>(
 ) {
     unsafe {
         let apart = unpacked::worthwhile::<K, S>(rows.len());
-        let tiles = rows.len().div_ceil(S::QUANT_ROWS);
+        let tiles = rows.len().div_ceil(TILE_ROWS);
         let mut next = Next::new(share, panel + P, P, tiles);
         if apart {
             unpacked::unpack::<K, S, P>(share, format, panel);
         }
-        for row in rows.clone().step_by(S::QUANT_ROWS) {
+        for row in rows.clone().step_by(TILE_ROWS) {
             next.ask::<S>();
             match rows.end - row {
-                _ if apart => unpacked::tile::<K, S, P, 4, true>(share, format, panel, row),
-                3.. if P > 1 => unpacked::tile::<K, S, P, 4, false>(share, format, panel, row),
+                _ if apart => unpacked::tile::<K, S, P, TILE_ROWS, true>(share, format, panel, row),
+                3.. if P > 1 => {
+                    unpacked::tile::<K, S, P, TILE_ROWS, false>(share, format, panel, row);
+                }
                 1 => K::tile::<S, P, 1>(share, format, panel, row),
                 2 => K::tile::<S, P, 2>(share, format, panel, row),
-                _ => K::tile::<S, P, 4>(share, format, panel, row),
+                _ => K::tile::<S, P, TILE_ROWS>(share, format, panel, row),
             }
         }
     }

@@ -384,11 +384,7 @@ unsafe fn sub_block<F: Scales, S: Simd, const T: usize, const SUB: usize>(
             side[h] = F::scales::<S>(unit, sub, h * S::WIDE);
         }
         for t in 0..T {
-            let sum = match (subs, SUB) {
-                (1, _) => *x.sums.add(t),
-                (_, 0) => *x.first_sums.add(t),
-                _ => *x.sums.add(t) - *x.first_sums.add(t),
-            };
+            let sum = x.sum(t, SUB, subs);
             let x_scale = *x.scales.add(t);
             for h in 0..S::HALVES {
                 let (scale, min) = side[h];

@@ -87,7 +87,7 @@ impl PartProducts<'_> {
             rows.reserve(padded.sum(), k, quantised, sorted)?;
             if quantised {
                 let most = self.groups.iter().map(|group| group.rows).max();
-                rows.reserve_unpacked(most.unwrap_or(0), k, pool.threads(), isa)?;
+                rows.reserve_unpacked(most.unwrap_or(0), k, pool.threads())?;
             }
             let target = rows.target(k, quantised);
             let tasks = &*tasks;

@@ -2,7 +2,7 @@
 
 use super::super::memory::{Buffer, Shared};
 use super::super::simd::{self, Isa, Simd, dispatch};
-use super::{Share, unpacked};
+use super::{Share, TILE_ROWS, unpacked};
 use crate::Error;
 use crate::quantize::BLOCK;
 
@@ -63,6 +63,22 @@ impl Activations {
         }
     }
 
+    /// The sum of row `t`'s quants in sub-block `sub` of `subs`, which are 1 or 2.
+    ///
+    /// # Safety
+    /// The tile has the row.
+    #[inline(always)]
+    pub unsafe fn sum(&self, t: usize, sub: usize, subs: usize) -> i32 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (subs, sub) {
+                (1, _) => *self.sums.add(t),
+                (_, 0) => *self.first_sums.add(t),
+                _ => *self.sums.add(t) - *self.first_sums.add(t),
+            }
+        }
+    }
+
     /// The next of as many interleaved rows.
     #[inline(always)]
     pub fn next(self, rows: usize) -> Self {
@@ -80,7 +96,7 @@ impl Activations {
 pub(super) fn interleave(rows: usize, quantised: bool, isa: Isa) -> usize {
     match (rows, quantised) {
         (1, _) => 1,
-        (_, true) => isa.quant_rows(),
+        (_, true) => TILE_ROWS,
         (_, false) => isa.float_rows(),
     }
 }
@@ -116,9 +132,8 @@ impl Rows {
         rows: usize,
         k: usize,
         threads: usize,
-        isa: Isa,
     ) -> Result<(), Error> {
-        if rows <= isa.quant_rows() {
+        if rows <= TILE_ROWS {
             return Ok(());
         }
         self.unpacked
@@ -234,30 +249,19 @@ fn in_order(x: &[f32], order: &[u32], out: &mut [f32]) {
 
 impl Isa {
     fn float_rows(self) -> usize {
-        self.rows(|[float, _]| float)
-    }
-
-    fn quant_rows(self) -> usize {
-        self.rows(|[_, quant]| quant)
-    }
-
-    fn rows(self, of: impl Fn([usize; 2]) -> usize) -> usize {
-        const fn tiles<S: Simd>() -> [usize; 2] {
-            [S::FLOAT_ROWS, S::QUANT_ROWS]
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => simd::Avx512::FLOAT_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => simd::Avx2::<simd::Maddubs>::FLOAT_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => simd::Avx2::<simd::Vnni>::FLOAT_ROWS,
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDotprod => simd::Neon::<simd::Dotprod>::FLOAT_ROWS,
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => simd::Neon::<simd::Widening>::FLOAT_ROWS,
+            _ => simd::Scalar::FLOAT_ROWS,
         }
-        of(match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => tiles::<simd::Avx512>(),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => tiles::<simd::Avx2<simd::Maddubs>>(),
-            #[cfg(target_arch = "x86_64")]
-            Self::AvxVnni => tiles::<simd::Avx2<simd::Vnni>>(),
-            #[cfg(target_arch = "aarch64")]
-            Self::NeonDotprod => tiles::<simd::Neon<simd::Dotprod>>(),
-            #[cfg(target_arch = "aarch64")]
-            Self::Neon => tiles::<simd::Neon<simd::Widening>>(),
-            _ => tiles::<simd::Scalar>(),
-        })
     }
 }
 

@@ -8,7 +8,7 @@
 //! tiles ([`super::Tile`]) are for a row or a few, where other things matter: chains that hide latencies, prefetching.
 
 use super::super::simd::{PANEL, QUAD, Simd};
-use super::{Activations, Share, store};
+use super::{Activations, Share, TILE_ROWS, store};
 use crate::quantize::BLOCK;
 
 /// Groups of four k in 32.
@@ -95,9 +95,9 @@ pub(super) const fn bytes(k: usize) -> usize {
 pub(super) fn worthwhile<U: Unpack, S: Simd>(rows: usize) -> bool {
     // With products of bytes in one instruction, what takes nibbles apart hides behind them.
     let gains = if S::PAIRS {
-        rows > S::QUANT_ROWS
+        rows > TILE_ROWS
     } else {
-        rows >= 6 * S::QUANT_ROWS && U::COSTLY
+        rows >= 6 * TILE_ROWS && U::COSTLY
     };
     gains && (!U::BYTES || S::SIGNED)
 }
@@ -331,11 +331,7 @@ unsafe fn sub_block<
     unsafe {
         let mut of_quants = [0; T];
         for t in 0..T {
-            of_quants[t] = match (U::SUBS, SUB) {
-                (1, _) => *x.sums.add(t),
-                (_, 0) => *x.first_sums.add(t),
-                _ => *x.sums.add(t) - *x.first_sums.add(t),
-            };
+            of_quants[t] = x.sum(t, SUB, U::SUBS);
         }
         let mut dots = Dots::<S, P, T> {
             dots: [[[S::wsplat(0); 2]; T]; P],

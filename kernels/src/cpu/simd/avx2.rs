@@ -122,7 +122,6 @@ impl<P: Products> Simd for Avx2<P> {
     const WIDE: usize = 8;
     // 6 rows × 2 vectors of accumulators, weights and a broadcast fill 15 of 16 registers.
     const FLOAT_ROWS: usize = 6;
-    const QUANT_ROWS: usize = 4;
     const QUERIES: usize = 6;
     const PAIRS: bool = !P::VNNI;
     const SIGNED: bool = !P::VNNI;

@@ -24,7 +24,6 @@ impl Simd for Avx512 {
 
     const WIDE: usize = PANEL;
     const FLOAT_ROWS: usize = 12;
-    const QUANT_ROWS: usize = 4;
     const QUANT_PANELS: usize = 2;
     const QUERIES: usize = 8;
 

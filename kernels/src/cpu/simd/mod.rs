@@ -140,9 +140,7 @@ pub(crate) trait Simd: Copy {
     const HALVES: usize = PANEL / Self::WIDE;
     /// Activation rows multiplied at once by float kernels, as the registers allow.
     const FLOAT_ROWS: usize;
-    /// Activation rows multiplied at once by integer kernels.
-    const QUANT_ROWS: usize;
-    /// Panels that tiles of [`Simd::QUANT_ROWS`] rows take at once: 1 or 2. More share what is read of the activations.
+    /// Panels that integer kernels multiply several rows with at once: 1 or 2. More share what is read of the activations.
     const QUANT_PANELS: usize = 1;
     /// Products of bytes are added up in 16 bits first ([`Simd::P`]).
     const PAIRS: bool;

@@ -44,7 +44,6 @@ impl<P: Products> Simd for Neon<P> {
     const WIDE: usize = LANES;
     // 6 rows × 4 registers of accumulators, as many of weights and a broadcast fill 29 of 32 registers.
     const FLOAT_ROWS: usize = 6;
-    const QUANT_ROWS: usize = 4;
     const QUERIES: usize = 4;
 
     #[inline(always)]

@@ -25,7 +25,6 @@ impl Simd for Scalar {
     const VECTORS: bool = false;
     const WIDE: usize = PANEL;
     const FLOAT_ROWS: usize = 4;
-    const QUANT_ROWS: usize = 4;
     const QUERIES: usize = 2;
 
     #[inline(always)]
