@@ -10,6 +10,9 @@
 
 mod span;
 
+use std::cmp::Reverse;
+use std::f32::consts::LOG2_E;
+
 use span::{Batch, Element, KeysAndValues, SPAN, TILES, pass};
 
 use super::kv::{Bf16, KvCache, SCALE, TILE};
@@ -35,7 +38,7 @@ struct Run {
 /// Working memory, kept from step to step.
 pub(crate) struct Scratch {
     runs: Vec<Run>,
-    /// Per thread: maxima and sums of a task's queries.
+    /// Per thread: a task's [`Queries`].
     floats: Buffer<f32>,
 }
 
@@ -59,16 +62,47 @@ impl Scratch {
                 });
             }
         }
-        // Longest first, so that the last tasks to finish are short ones. (The order has no influence on any result.)
+        // Longest first, so that the last tasks to finish are short ones, and those of a sequence one after the other: they read the same keys and
+        // values. (The order has no influence on any result.)
         self.runs.sort_unstable_by_key(|run| {
-            std::cmp::Reverse((run.span.start + run.row - run.span.row, run.rows))
+            let end = run.span.start + run.span.rows;
+            (Reverse(end), run.span.row, Reverse(run.row))
         });
     }
 }
 
 /// Floats a thread needs.
 fn per_thread(shape: &AttentionShape) -> usize {
-    2 * TASK_ROWS * (shape.heads / shape.kv_heads)
+    TASK_ROWS * (shape.heads / shape.kv_heads) * (2 * shape.head_dim + 2)
+}
+
+/// The queries of a KV head and a run, and what has become of them so far. They lie together, and not where they come from and go to: rows of
+/// activations are a power of two apart, so that sixteen of them would share a few sets of a cache.
+struct Queries<'a> {
+    /// `[queries, head_dim]`
+    vectors: &'a mut [f32],
+    /// Values weighed so far. `[queries, head_dim]`
+    out: &'a mut [f32],
+    /// The largest score of each, in units of ln 2.
+    maxima: &'a mut [f32],
+    /// The sum of each one's weights.
+    sums: &'a mut [f32],
+}
+
+impl<'a> Queries<'a> {
+    /// `count` of them in a thread's working memory.
+    #[inline(always)]
+    fn within(floats: &'a mut [f32], count: usize, head_dim: usize) -> Self {
+        let (vectors, rest) = floats.split_at_mut(count * head_dim);
+        let (out, rest) = rest.split_at_mut(count * head_dim);
+        let (maxima, rest) = rest.split_at_mut(count);
+        Self {
+            vectors,
+            out,
+            maxima,
+            sums: &mut rest[..count],
+        }
+    }
 }
 
 /// The inputs of one layer's attention; all checked by the backend.
@@ -181,21 +215,23 @@ unsafe fn one_head<S: Simd, E: Element>(
     let first_position = (work.run.span.start + work.run.row - work.run.span.row) as usize;
     let queries = rows * group;
     let window = work.window();
-    let (maxima, sums) = floats.split_at_mut(TASK_ROWS * group);
+    let d = a.shape.head_dim;
+    let mut own = Queries::within(floats, queries, d);
+    for (query, vector) in own.vectors.chunks_exact_mut(d).enumerate() {
+        vector.copy_from_slice(work.query(query));
+    }
+    own.out.fill(0.0);
     match a.sinks {
         None => {
-            maxima[..queries].fill(f32::NEG_INFINITY);
-            sums[..queries].fill(0.0);
+            own.maxima.fill(f32::NEG_INFINITY);
+            own.sums.fill(0.0);
         }
         Some(sinks) => {
-            for query in 0..queries {
-                maxima[query] = sinks[work.place(query).1];
+            for (query, maximum) in own.maxima.iter_mut().enumerate() {
+                *maximum = sinks[work.place(query).1] * LOG2_E;
             }
-            sums[..queries].fill(1.0);
+            own.sums.fill(1.0);
         }
-    }
-    for query in 0..queries {
-        work.out_of(query).fill(0.0);
     }
 
     let oldest = work.oldest();
@@ -231,17 +267,14 @@ unsafe fn one_head<S: Simd, E: Element>(
                 leads: query == first,
             };
             let next = if batch.leads { next.as_ref() } else { None };
-            let maxima = &mut maxima[query..query + n];
-            let sums = &mut sums[query..query + n];
+            let (shape, own) = (&a.shape, &mut own);
             unsafe {
                 match n {
-                    1 => pass::<S, E, 1>(work, &span, next, &batch, maxima, sums),
-                    2 => pass::<S, E, 2>(work, &span, next, &batch, maxima, sums),
-                    4 => pass::<S, E, 4>(work, &span, next, &batch, maxima, sums),
-                    6 if S::QUERIES == 6 => {
-                        pass::<S, E, 6>(work, &span, next, &batch, maxima, sums);
-                    }
-                    _ => pass::<S, E, 8>(work, &span, next, &batch, maxima, sums),
+                    1 => pass::<S, E, 1>(shape, &span, next, &batch, own),
+                    2 => pass::<S, E, 2>(shape, &span, next, &batch, own),
+                    4 => pass::<S, E, 4>(shape, &span, next, &batch, own),
+                    6 if S::QUERIES == 6 => pass::<S, E, 6>(shape, &span, next, &batch, own),
+                    _ => pass::<S, E, 8>(shape, &span, next, &batch, own),
                 }
             }
             query += n;
@@ -251,10 +284,10 @@ unsafe fn one_head<S: Simd, E: Element>(
         }
     }
 
-    for query in 0..queries {
-        let inverse = 1.0 / sums[query];
-        for x in work.out_of(query) {
-            *x *= inverse;
+    for (query, weighed) in own.out.chunks_exact(d).enumerate() {
+        let inverse = 1.0 / own.sums[query];
+        for (out, x) in work.out_of(query).iter_mut().zip(weighed) {
+            *out = x * inverse;
         }
     }
 }

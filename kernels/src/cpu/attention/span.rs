@@ -2,11 +2,12 @@
 //!
 //! (No closures: see `linear.rs`.)
 
+use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 use super::super::kv::{Bf16, TILE};
-use super::super::simd::{LANES, Simd, exp, largest, sum, vexp, vtanh};
-use super::Work;
+use super::super::simd::{LANES, Simd, exp2, largest, sum, vexp2, vtanh};
+use super::Queries;
 use crate::{AttentionShape, KvDtype};
 
 /// Tiles of a span.
@@ -15,8 +16,8 @@ pub(super) const TILES: usize = 4;
 pub(super) const SPAN: usize = TILES * TILE;
 /// Bytes of a cache line.
 const LINE: usize = 64;
-/// Most queries at once.
-const QUERIES: usize = 8;
+/// Most queries at once: a vector has a lane for each.
+const QUERIES: usize = LANES;
 
 /// Queries that pass over a span together.
 pub(super) struct Batch {
@@ -67,14 +68,14 @@ pub(super) struct KeysAndValues<E> {
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
 pub(super) unsafe fn pass<S: Simd, E: Element, const N: usize>(
-    work: &Work<'_>,
+    shape: &AttentionShape,
     span: &KeysAndValues<E>,
     next: Option<&KeysAndValues<E>>,
     batch: &Batch,
-    maxima: &mut [f32],
-    sums: &mut [f32],
+    own: &mut Queries<'_>,
 ) {
-    let d = work.attention.shape.head_dim;
+    let d = shape.head_dim;
+    let these = batch.first..batch.first + N;
     let (least, most) = (batch.valid(0), batch.valid(N - 1));
     // What all of them see begins where the last one's window does.
     let from = batch.from(N - 1);
@@ -82,8 +83,9 @@ pub(super) unsafe fn pass<S: Simd, E: Element, const N: usize>(
     let mut queries = [std::ptr::null(); N];
     let mut out = [std::ptr::null_mut(); N];
     for n in 0..N {
-        queries[n] = work.query(batch.first + n).as_ptr();
-        out[n] = work.out_of(batch.first + n).as_mut_ptr();
+        let at = (batch.first + n) * d..(batch.first + n + 1) * d;
+        queries[n] = own.vectors[at.clone()].as_ptr();
+        out[n] = own.out[at].as_mut_ptr();
     }
     unsafe {
         let tiles = most.div_ceil(TILE);
@@ -107,8 +109,9 @@ pub(super) unsafe fn pass<S: Simd, E: Element, const N: usize>(
                 tile += 1;
             }
         }
-        let shape = &work.attention.shape;
-        let shrink = soften::<S, E, N>(&mut scores, span, batch, shape, maxima, sums);
+        let (maxima, sums) = (&mut own.maxima[these.clone()], &mut own.sums[these]);
+        let kept = soften::<S, E, N>(&mut scores, span, batch, shape, maxima, sums);
+        let shrink: [f32; N] = std::array::from_fn(|n| kept[n]);
         // Positions that all see; before and after them, for each query alone, those that it sees and others do not.
         if from < least {
             let mut rest = shrink;
@@ -214,7 +217,8 @@ unsafe fn score<S: Simd, E: Element, const N: usize, const M: usize>(
 /// Turns each query's scores into weights relative to its new maximum, adds them to its sum, and multiplies them by the values' scales, where there
 /// are any; what was accumulated before is to be multiplied by what is returned.
 ///
-/// A sum has two parts of eight lanes, one for either half of a tile, on every processor.
+/// Maxima are in units of ln 2, so that an exponential is a power of two. A sum has two parts of eight lanes, one for either half of a tile, on every
+/// processor.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
 unsafe fn soften<S: Simd, E: Element, const N: usize>(
@@ -224,16 +228,14 @@ unsafe fn soften<S: Simd, E: Element, const N: usize>(
     shape: &AttentionShape,
     maxima: &mut [f32],
     sums: &mut [f32],
-) -> [f32; N] {
+) -> [f32; QUERIES] {
     unsafe {
-        // Scores are multiplied by it on their way to the exponential, unless they are capped first.
-        let scale = if shape.softcap.is_some() {
-            1.0
-        } else {
-            shape.scale
+        // Scores are multiplied by it on their way to the exponential; those that are capped have been before.
+        let scale = match shape.softcap {
+            None => shape.scale * LOG2_E,
+            Some(_) => LOG2_E,
         };
-        let mut bases = [0.0; N];
-        let mut differences = [0.0; LANES];
+        let mut most = [S::splat(f32::NEG_INFINITY); QUERIES];
         for n in 0..N {
             let (from, valid) = (batch.from(n), batch.valid(n));
             let (first, last) = (from / TILE * TILE, valid.next_multiple_of(TILE));
@@ -246,36 +248,37 @@ unsafe fn soften<S: Simd, E: Element, const N: usize>(
                 }
             }
             // Positions before the row's window and after itself do not exist for it, whatever the cache holds there.
-            scores[n][first..from].fill(f32::NEG_INFINITY);
-            scores[n][valid..last].fill(f32::NEG_INFINITY);
-            let mut most = [S::vsplat(f32::NEG_INFINITY); 2];
+            if first < from {
+                scores[n][first..from].fill(f32::NEG_INFINITY);
+            }
+            if valid < last {
+                scores[n][valid..last].fill(f32::NEG_INFINITY);
+            }
+            let mut halves = [S::vsplat(f32::NEG_INFINITY); 2];
             for i in (first..last).step_by(TILE) {
                 for half in 0..S::HALVES {
                     let x = S::vload(scores[n].as_ptr().add(i + half * S::WIDE));
-                    most[half] = S::vmax(x, most[half]);
+                    halves[half] = S::vmax(x, halves[half]);
                 }
             }
-            let [low, high] = eights::<S>(most);
-            let found = largest::<S>(S::max(low, high)) * scale;
-            let maximum = &mut maxima[n];
-            let new = if found > *maximum { found } else { *maximum };
-            // Scores of minus infinity alone (an overflow upstream) would make NaN of their difference.
-            bases[n] = if new == f32::NEG_INFINITY { 0.0 } else { new };
-            differences[n] = *maximum - bases[n];
-            *maximum = new;
+            let [low, high] = eights::<S>(halves);
+            most[n] = S::max(low, high);
         }
-        let mut shrink = [0.0; LANES];
-        S::store(shrink.as_mut_ptr(), exp::<S>(S::load(differences.as_ptr())));
-        let mut kept = [0.0; N];
+        let mut own = [f32::NEG_INFINITY; QUERIES];
+        own[..N].copy_from_slice(maxima);
+        let before = S::load(own.as_ptr());
+        let found = largests::<S, N>(most);
+        let new = S::max(before, S::mul(found, S::splat(scale)));
+        S::store(own.as_mut_ptr(), new);
+        maxima.copy_from_slice(&own[..N]);
+        // Scores of minus infinity alone (an overflow upstream) would make NaN of their difference.
+        let base = S::max(new, S::splat(f32::MIN));
+        let shrink = exp2::<S>(S::sub(before, base));
+        let mut bases = [0.0; QUERIES];
+        S::store(bases.as_mut_ptr(), base);
+
+        let mut totals = [S::splat(0.0); QUERIES];
         for n in 0..N {
-            // (`exp` gives a tiny number, not zero, for minus infinity: the maximum of nothing.)
-            kept[n] = if differences[n] == f32::NEG_INFINITY {
-                0.0
-            } else if differences[n] == 0.0 {
-                1.0
-            } else {
-                shrink[n]
-            };
             let (from, valid) = (batch.from(n), batch.valid(n));
             let (scale, base) = (S::vsplat(scale), S::vsplat(-bases[n]));
             let mut partial = [S::vsplat(0.0); 2];
@@ -284,8 +287,9 @@ unsafe fn soften<S: Simd, E: Element, const N: usize>(
                 let mut weights = [S::vsplat(0.0); 2];
                 for half in 0..S::HALVES {
                     let score = S::vload(at.add(half * S::WIDE));
-                    weights[half] = vexp::<S>(S::vfma(score, scale, base));
+                    weights[half] = vexp2::<S>(S::vfma(score, scale, base));
                 }
+                // (A power of minus infinity is tiny, and not zero.)
                 if from > tile * TILE || valid < (tile + 1) * TILE {
                     let mut edge = [0.0_f32; TILE];
                     for half in 0..S::HALVES {
@@ -307,9 +311,50 @@ unsafe fn soften<S: Simd, E: Element, const N: usize>(
                 }
             }
             let [low, high] = eights::<S>(partial);
-            sums[n] = sums[n].mul_add(kept[n], sum::<S>(S::add(low, high)));
+            totals[n] = S::add(low, high);
         }
+        own[..N].copy_from_slice(sums);
+        let total = sums_of::<S, N>(totals);
+        S::store(
+            own.as_mut_ptr(),
+            S::fma(S::load(own.as_ptr()), shrink, total),
+        );
+        sums.copy_from_slice(&own[..N]);
+        let mut kept = [0.0; QUERIES];
+        S::store(kept.as_mut_ptr(), shrink);
         kept
+    }
+}
+
+/// The largest lanes of the first `N`; none is NaN.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise: the instructions of `S` are there
+unsafe fn largests<S: Simd, const N: usize>(x: [S::F; QUERIES]) -> S::F {
+    unsafe {
+        if N > 2 {
+            return S::largests(x);
+        }
+        let mut each = [0.0; QUERIES];
+        for n in 0..N {
+            each[n] = largest::<S>(x[n]);
+        }
+        S::load(each.as_ptr())
+    }
+}
+
+/// The sums of the lanes of the first `N`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise: the instructions of `S` are there
+unsafe fn sums_of<S: Simd, const N: usize>(x: [S::F; QUERIES]) -> S::F {
+    unsafe {
+        if N > 2 {
+            return S::sums(x);
+        }
+        let mut each = [0.0; QUERIES];
+        for n in 0..N {
+            each[n] = sum::<S>(x[n]);
+        }
+        S::load(each.as_ptr())
     }
 }
 

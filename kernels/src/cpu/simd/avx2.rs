@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
-use super::{QUAD, Simd};
+use super::{LANES, QUAD, Simd};
 
 /// `x`, in a register, now: no load below it is moved above it, no sum through it is rearranged.
 ///
@@ -109,6 +109,27 @@ macro_rules! unsigned_dots {
     }};
 }
 
+/// What `op` makes of the lanes of each of eight vectors, in the order of [`super::sum`]: lanes four apart, then two, then neighbours.
+macro_rules! across {
+    ($x:ident, $op:ident) => {{
+        let four = |a, b| {
+            let low = _mm256_permute2f128_ps::<0x20>(a, b);
+            $op(low, _mm256_permute2f128_ps::<0x31>(a, b))
+        };
+        let two = |a, b| {
+            let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
+            let low = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+            $op(low, _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)))
+        };
+        let [a, b, c, d, e, f, g, h] = $x;
+        // Halves of a register: a and e, b and f; c and g, d and h.
+        let (first, second) = (two(four(a, b), four(e, f)), two(four(c, d), four(g, h)));
+        let even = _mm256_shuffle_ps::<0b10_00_10_00>(first, second);
+        let mixed = $op(even, _mm256_shuffle_ps::<0b11_01_11_01>(first, second));
+        _mm256_permutevar8x32_ps(mixed, _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7))
+    }};
+}
+
 // The trait's promise covers every block: the processor has the instructions, the pointers have the elements.
 #[allow(clippy::undocumented_unsafe_blocks, clippy::cast_ptr_alignment)]
 impl<P: Products> Simd for Avx2<P> {
@@ -205,6 +226,14 @@ impl<P: Products> Simd for Avx2<P> {
     }
 
     #[inline(always)]
+    unsafe fn largests(x: [Self::F; LANES]) -> Self::F {
+        unsafe { across!(x, _mm256_max_ps) }
+    }
+    #[inline(always)]
+    unsafe fn sums(x: [Self::F; LANES]) -> Self::F {
+        unsafe { across!(x, _mm256_add_ps) }
+    }
+    #[inline(always)]
     unsafe fn vsplat(x: f32) -> Self::V {
         unsafe { Self::splat(x) }
     }
@@ -254,6 +283,10 @@ impl<P: Products> Simd for Avx2<P> {
     #[inline(always)]
     unsafe fn vmin(a: Self::V, b: Self::V) -> Self::V {
         unsafe { Self::min(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn vwhere(x: Self::V, least: Self::V, y: Self::V) -> Self::V {
+        unsafe { _mm256_and_ps(y, _mm256_cmp_ps::<_CMP_GE_OQ>(x, least)) }
     }
     #[inline(always)]
     unsafe fn vto_int(x: Self::V) -> Self::W {

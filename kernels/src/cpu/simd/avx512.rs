@@ -3,7 +3,7 @@
 #[allow(clippy::wildcard_imports)] // thirty intrinsics
 use std::arch::x86_64::*;
 
-use super::{Avx2, Maddubs, PANEL, QUAD, Simd, pairs_are_sums};
+use super::{Avx2, LANES, Maddubs, PANEL, QUAD, Simd, pairs_are_sums};
 
 /// What has eight lanes.
 type Eight = Avx2<Maddubs>;
@@ -97,6 +97,14 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn largests(x: [Self::F; LANES]) -> Self::F {
+        unsafe { Eight::largests(x) }
+    }
+    #[inline(always)]
+    unsafe fn sums(x: [Self::F; LANES]) -> Self::F {
+        unsafe { Eight::sums(x) }
+    }
+    #[inline(always)]
     unsafe fn vsplat(x: f32) -> Self::V {
         unsafe { _mm512_set1_ps(x) }
     }
@@ -146,6 +154,10 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn vmin(a: Self::V, b: Self::V) -> Self::V {
         unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn vwhere(x: Self::V, least: Self::V, y: Self::V) -> Self::V {
+        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, least), y) }
     }
     #[inline(always)]
     unsafe fn vto_int(x: Self::V) -> Self::W {

@@ -176,6 +176,20 @@ pub(crate) trait Simd: Copy {
     unsafe fn exp2_int(n: Self::I) -> Self::F;
     /// The low bytes of eight i32 that fit them.
     unsafe fn store_i8(p: *mut i8, x: Self::I);
+    /// [`largest`] of each of eight vectors; no lane is NaN.
+    #[inline(always)]
+    #[allow(clippy::undocumented_unsafe_blocks)] // the trait's promise
+    unsafe fn largests(x: [Self::F; LANES]) -> Self::F {
+        let each = x.map(|x| unsafe { largest::<Self>(x) });
+        unsafe { Self::load(each.as_ptr()) }
+    }
+    /// [`sum`] of each of eight vectors.
+    #[inline(always)]
+    #[allow(clippy::undocumented_unsafe_blocks)] // the trait's promise
+    unsafe fn sums(x: [Self::F; LANES]) -> Self::F {
+        let each = x.map(|x| unsafe { sum::<Self>(x) });
+        unsafe { Self::load(each.as_ptr()) }
+    }
 
     unsafe fn vsplat(x: f32) -> Self::V;
     unsafe fn vload(p: *const f32) -> Self::V;
@@ -191,6 +205,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn vfma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn vmax(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn vmin(a: Self::V, b: Self::V) -> Self::V;
+    /// `y` where `x` is not less than `least` (and neither is not-a-number), else 0.
+    unsafe fn vwhere(x: Self::V, least: Self::V, y: Self::V) -> Self::V;
     unsafe fn vto_int(x: Self::V) -> Self::W;
     unsafe fn vto_float(x: Self::W) -> Self::V;
     unsafe fn vexp2_int(n: Self::W) -> Self::V;
@@ -403,6 +419,57 @@ pub(crate) unsafe fn vexp<S: Simd>(x: S::V) -> S::V {
     unsafe {
         exponential!(
             x, vsplat, vmin, vmax, vmul, vadd, vfma, vto_int, vto_float, vexp2_int
+        )
+    }
+}
+
+/// The body of [`exp2`] and [`vexp2`].
+///
+/// `x = n + r` with `|r| <= 1/2`, then a polynomial of degree 6 in r (Cephes' `exp2f`): within 2 ulp.
+macro_rules! power_of_two {
+    ($x:ident, $splat:ident, $min:ident, $max:ident, $sub:ident, $mul:ident, $fma:ident, $to_int:ident, $to_float:ident, $exp2:ident) => {{
+        let x = S::$min(S::$max($x, S::$splat(-126.0)), S::$splat(127.0));
+        let n = S::$to_int(x);
+        let r = S::$sub(x, S::$to_float(n));
+        let mut p = S::$splat(1.535_336_2e-4);
+        for c in [
+            1.339_887_4e-3,
+            9.618_437e-3,
+            5.550_332_4e-2,
+            2.402_264_8e-1,
+            6.931_472e-1,
+            1.0,
+        ] {
+            p = S::$fma(p, r, S::$splat(c));
+        }
+        S::$mul(p, S::$exp2(n))
+    }};
+}
+
+/// `2^x` in every lane; about 1e-38 below -126, saturated above 127.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+pub(crate) unsafe fn exp2<S: Simd>(x: S::F) -> S::F {
+    unsafe {
+        power_of_two!(
+            x, splat, min, max, sub, mul, fma, to_int, to_float, exp2_int
+        )
+    }
+}
+
+/// [`exp2`] of a wide vector.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+pub(crate) unsafe fn vexp2<S: Simd>(x: S::V) -> S::V {
+    unsafe {
+        power_of_two!(
+            x, vsplat, vmin, vmax, vsub, vmul, vfma, vto_int, vto_float, vexp2_int
         )
     }
 }

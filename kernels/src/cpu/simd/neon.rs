@@ -220,6 +220,15 @@ impl<P: Products> Simd for Neon<P> {
         unsafe { Self::min(a, b) }
     }
     #[inline(always)]
+    unsafe fn vwhere(x: Self::V, least: Self::V, y: Self::V) -> Self::V {
+        unsafe {
+            std::array::from_fn(|i| {
+                let bits = vandq_u32(vreinterpretq_u32_f32(y[i]), vcgeq_f32(x[i], least[i]));
+                vreinterpretq_f32_u32(bits)
+            })
+        }
+    }
+    #[inline(always)]
     unsafe fn vto_int(x: Self::V) -> Self::W {
         unsafe { Self::to_int(x) }
     }

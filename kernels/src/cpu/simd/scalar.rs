@@ -142,6 +142,10 @@ impl Simd for Scalar {
         zip(a, b, |a, b| if a < b { a } else { b })
     }
     #[inline(always)]
+    unsafe fn vwhere(x: Self::V, least: Self::V, y: Self::V) -> Self::V {
+        std::array::from_fn(|i| if x[i] >= least[i] { y[i] } else { 0.0 })
+    }
+    #[inline(always)]
     unsafe fn vto_int(x: Self::V) -> Self::W {
         x.map(|x| x.round_ties_even() as i32)
     }

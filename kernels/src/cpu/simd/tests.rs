@@ -2,7 +2,9 @@
 
 use std::fmt::Debug;
 
-use super::{Isa, LANES, PANEL, QUAD, Simd, dispatch, exp, tanh, vexp, vtanh};
+use proptest::prelude::*;
+
+use super::{Isa, LANES, PANEL, QUAD, Simd, dispatch, exp, exp2, tanh, vexp, vexp2, vtanh};
 use crate::quantize::BLOCK;
 
 /// Values at which floating-point units disagree if they can.
@@ -118,6 +120,7 @@ kernel! { arithmetic(x: [[f32; PANEL]; 3], out) {
         S::load_f16(halves.as_ptr())
     });
     eight!(out, |i| exp::<S>(S::load(a.add(i))));
+    eight!(out, |i| exp2::<S>(S::load(a.add(i))));
     eight!(out, |i| tanh::<S>(S::load(a.add(i))));
     wide!(out, |i| S::vadd(S::vload(a.add(i)), S::vload(b.add(i))));
     wide!(out, |i| S::vsub(S::vload(a.add(i)), S::vload(b.add(i))));
@@ -126,7 +129,9 @@ kernel! { arithmetic(x: [[f32; PANEL]; 3], out) {
     wide!(out, |i| S::vmax(S::vload(a.add(i)), S::vload(b.add(i))));
     wide!(out, |i| S::vmin(S::vload(a.add(i)), S::vload(b.add(i))));
     wide!(out, |i| S::vfma(S::vload(a.add(i)), S::vload(b.add(i)), S::vload(c.add(i))));
+    wide!(out, |i| S::vwhere(S::vload(a.add(i)), S::vload(b.add(i)), S::vload(c.add(i))));
     wide!(out, |i| vexp::<S>(S::vload(a.add(i))));
+    wide!(out, |i| vexp2::<S>(S::vload(a.add(i))));
     wide!(out, |i| vtanh::<S>(S::vload(a.add(i))));
 } }
 
@@ -137,6 +142,33 @@ fn floats_are_added_multiplied_and_compared_alike() {
     for first in 0..n {
         for second in 0..n {
             agree(arithmetic, &[operand(0), operand(first), operand(second)]);
+        }
+    }
+}
+
+kernel! { across(x: [[f32; LANES]; LANES], out) {
+    let vectors = x.map(|x| S::load(x.as_ptr()));
+    let mut lanes = [0.0; LANES];
+    S::store(lanes.as_mut_ptr(), S::sums(vectors));
+    push(out, &lanes);
+    S::store(lanes.as_mut_ptr(), S::largests(vectors));
+    push(out, &lanes);
+} }
+
+proptest! {
+    #[test]
+    fn sums_and_largest_lanes_of_eight_vectors_are_those_of_each(
+        x in prop::array::uniform8(prop::array::uniform8(-1e6_f32..1e6)),
+    ) {
+        agree(across, &x);
+        let mut out = Vec::new();
+        across(Isa::best(), &x, &mut out);
+        for (n, lanes) in x.iter().enumerate() {
+            let [a, b, c, d, e, f, g, h] = *lanes;
+            let sum = ((a + e) + (c + g)) + ((b + f) + (d + h));
+            prop_assert_eq!(f32::from_bits(out[n]), sum);
+            let largest = lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            prop_assert_eq!(f32::from_bits(out[LANES + n]), largest);
         }
     }
 }
