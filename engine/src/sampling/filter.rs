@@ -11,8 +11,8 @@ use super::{SamplingParams, Scratch, flat};
 
 /// Heads that top-p sorts: first this many, then eight times as many, and so on.
 const FIRST_HEAD: usize = 64;
-/// Candidates that take longer to sort than a pass over the vocabulary.
-const MANY: usize = 4096;
+/// Candidates that take longer to sort than a few passes over the vocabulary.
+const MANY: usize = 1024;
 /// How far below the largest logit top-p looks for its tokens, first to last: e^-4 is a fiftieth as likely.
 const DEPTHS: [f32; 4] = [4.0, 8.0, 16.0, f32::INFINITY];
 /// Tokens that are passed over at once.
@@ -33,9 +33,7 @@ pub(super) fn drawn(
             let at = pick(&scratch.weights, draw);
             scratch.candidates[at].0
         }
-        Kept::Many { largest, least } => {
-            flat::drawn(logits, largest, least, params.top_p, draw, scratch)
-        }
+        Kept::Many { least } => flat::drawn(logits, least, params.top_p, draw, scratch),
     }
 }
 
@@ -44,8 +42,8 @@ pub(super) fn drawn(
 enum Kept {
     /// `scratch.candidates`, best first; `scratch.weights` are their probabilities up to a common factor. One at least.
     Few,
-    /// As many of the best tokens as top-p says among those whose logits are at least `least`.
-    Many { largest: f32, least: f32 },
+    /// As many of the best tokens as top-p says among those whose logits are at least `least`; `scratch.exponentials` are the weights of all.
+    Many { least: f32 },
 }
 
 fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut Scratch) -> Kept {
@@ -54,6 +52,7 @@ fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut Scratch) ->
         candidates,
         weights,
         exponentials,
+        places,
         ..
     } = scratch;
     candidates.clear();
@@ -71,12 +70,13 @@ fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut Scratch) ->
     } else {
         f32::NEG_INFINITY
     };
-    let many = Kept::Many { largest, least };
     let top_k = params.top_k as usize;
     if top_k > 0 {
         best(logits, top_k, least, candidates);
-    } else if params.min_p > 0.0 && !collect(logits, least, candidates) {
-        return many;
+    } else if params.min_p > 0.0 && !collect(logits, least, places, candidates) {
+        exponentials.resize(logits.len(), 0.0);
+        rows::exponentials(logits, largest, exponentials);
+        return Kept::Many { least };
     }
     let limited = top_k > 0 || params.min_p > 0.0;
     let weight = |x: f32| f64::from((x - largest).exp());
@@ -91,11 +91,20 @@ fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut Scratch) ->
         exponentials.resize(logits.len(), 0.0);
         let total = rows::exponentials(logits, largest, exponentials);
         let enough = total * f64::from(params.top_p);
+        // None weighs more than 1.
+        if enough > MANY as f64 {
+            return Kept::Many { least };
+        }
         for depth in DEPTHS {
-            candidates.clear();
             weights.clear();
-            if !collect(logits, largest - depth, candidates) {
-                return many;
+            if !collect(logits, largest - depth, places, candidates) {
+                return Kept::Many { least };
+            }
+            // Not worth sorting, if they are not enough. (A little less may be: these are sums of other roundings.)
+            let held = |c: &(u32, f32)| f64::from(exponentials[c.0 as usize]);
+            let held: f64 = candidates.iter().map(held).sum();
+            if depth < f32::INFINITY && held < enough * 0.999 {
+                continue;
             }
             if head(candidates, weights, weight, enough) {
                 break;
@@ -113,19 +122,14 @@ fn most(run: &[f32]) -> f32 {
     )
 }
 
-/// The tokens whose logits are at least `least`, in order of their ids; false, and not all of them, if they are more than [`MANY`].
-fn collect(logits: &[f32], least: f32, out: &mut Vec<(u32, f32)>) -> bool {
-    for (run, logits) in logits.chunks(RUN).enumerate() {
-        if most(logits) >= least {
-            let ids = (run * RUN) as u32..;
-            let all = ids.zip(logits.iter().copied());
-            out.extend(all.filter(|c| c.1 >= least && c.1 > f32::NEG_INFINITY));
-            if out.len() > MANY {
-                return false;
-            }
-        }
-    }
-    true
+/// The tokens whose logits, all less than infinity, are at least `least`, in order of their ids; false, and not all of them, if they are more than
+/// [`MANY`].
+fn collect(logits: &[f32], least: f32, places: &mut Vec<u32>, out: &mut Vec<(u32, f32)>) -> bool {
+    places.clear();
+    let all = rows::within(logits, least.max(f32::MIN)..f32::INFINITY, MANY, places);
+    out.clear();
+    out.extend(places.iter().map(|&id| (id, logits[id as usize])));
+    all
 }
 
 /// The `count` best tokens whose logits are at least `least`.

@@ -1,29 +1,30 @@
 //! Top-p and min-p where thousands of tokens are about as likely: at high temperatures, or in a model that has learnt nothing.
 //!
-//! To draw from them best first needs no sorted list, only the place where the draw falls. Tokens are put into bins by their logits — counted, not
-//! moved — and bins are in order by themselves: the one in which top-p ends and the one in which the draw falls are the two that are sorted.
+//! To draw from them best first needs no sorted list, only two places in it: where top-p ends, and where the draw falls. Either is a weight, and how
+//! much is heavier than a weight is a sum that takes a pass over the vocabulary, a few microseconds. A sorted sample says where to look; when a few
+//! hundred tokens are left that the place could be among, those are sorted.
 
-use quire_kernels::cpu::rows;
+use std::ops::Range;
+
+use quire_kernels::cpu::rows::{self, Mass};
 
 use super::Scratch;
 use super::filter::walk;
 use super::logprobs::better;
 
-/// Bins of a unit of logits. A flat row of 152 k tokens puts a few hundred into one.
-const PER_UNIT: f32 = 128.0;
-/// The last of them is for all that are 16 or more below the best, which is a ten-millionth as likely.
-const BINS: usize = 2048 + 1;
-/// One more, for what may not be drawn.
-const OUT: f32 = BINS as f32;
-/// Tokens whose bins are found together, in vectors.
-const RUN: usize = 16;
-/// A float with this added to it is an integer in its low bits.
-const TWO_TO_23: f32 = 8_388_608.0;
+/// Weights in the sample.
+const SAMPLE: usize = 512;
+/// Fewer of it between two cuts say less than that they are between them.
+const TELLING: usize = 8;
+/// Tokens that are sorted.
+const FEW: usize = 256;
+/// Looks that are guessed; if they did not do, weights are halved.
+const GUESSES: usize = 12;
 
 /// As [`super::filter::drawn`], from the best tokens of those with logits of `least` or more that together have `top_p` of their probability.
+/// `scratch.exponentials` are the tokens' weights.
 pub(super) fn drawn(
     logits: &[f32],
-    largest: f32,
     least: f32,
     top_p: f32,
     draw: f64,
@@ -33,107 +34,147 @@ pub(super) fn drawn(
         candidates,
         weights: listed,
         exponentials: weights,
+        sample,
         places,
-        bins,
         ..
     } = scratch;
-    weights.resize(logits.len(), 0.0);
-    rows::exponentials(logits, largest, weights);
-    places.clear();
-    places.reserve(logits.len());
-    bins.clear();
-    bins.resize(BINS + 1, 0.0);
-    for (logits, weights) in logits.chunks(RUN).zip(weights.chunks(RUN)) {
-        let mut run = [0; RUN];
-        for (place, &x) in run.iter_mut().zip(logits) {
-            *place = place_of(x, largest, least);
+    if least > f32::NEG_INFINITY {
+        for (weight, &x) in weights.iter_mut().zip(logits) {
+            *weight = if x < least { 0.0 } else { *weight };
         }
-        for (&place, &weight) in run.iter().zip(weights) {
-            bins[usize::from(place)] += f64::from(weight);
-        }
-        places.extend_from_slice(&run[..logits.len()]);
     }
-    bins.truncate(BINS);
+    sample.clear();
+    let stride = weights.len().div_ceil(SAMPLE);
+    sample.extend(weights.iter().step_by(stride).filter(|w| **w > 0.0));
+    sample.sort_unstable_by(|a, b| b.total_cmp(a));
     let row = Row {
         logits,
         weights,
-        places,
+        sample,
     };
-    let enough = bins.iter().sum::<f64>() * f64::from(top_p);
-    // The bin in which the sum reaches what is enough, and how much of it is kept.
-    let (end, before) = reach(bins, enough);
-    row.list(end, candidates, listed);
-    let last = kept(listed, enough - before);
-    let total = before + listed[..last].iter().sum::<f64>();
+    let everything = row.cuts([1; 2])[0];
+    let nothing = Cut {
+        bits: f32::INFINITY.to_bits(),
+        mass: Mass::default(),
+    };
 
-    let goal = draw * total;
-    let (at, below) = reach(&bins[..=end], goal);
-    if at == end {
-        listed.truncate(last);
-    } else {
-        row.list(at, candidates, listed);
-    }
-    candidates[walk(listed, goal - below)].0
-}
-
-/// How many of the first it takes for a sum of `enough`: all of them, if they do not have it.
-fn kept(weights: &[f64], enough: f64) -> usize {
-    let mut sum = 0.0;
-    for (at, weight) in weights.iter().enumerate() {
-        sum += weight;
-        if sum >= enough {
-            return at + 1;
+    let (mut kept, mut goal) = (everything, draw * everything.mass.sum);
+    let enough = everything.mass.sum * f64::from(top_p);
+    if enough < everything.mass.sum {
+        let end = row.narrow(nothing, everything, enough);
+        row.list(end.clone(), places, candidates, listed);
+        // What is heavier than all that was listed, and what of that is kept.
+        kept = end.start;
+        let before = kept.mass.sum;
+        let mut sum = before;
+        let last = listed.iter().position(|weight| {
+            sum += weight;
+            sum >= enough
+        });
+        listed.truncate(last.map_or(listed.len(), |last| last + 1));
+        goal = draw * (before + listed.iter().sum::<f64>());
+        if goal >= before {
+            return candidates[walk(listed, goal - before)].0;
         }
     }
-    weights.len()
+    // (A draw just below 1 may be rounded up.)
+    let goal = goal.min(kept.mass.sum.next_down());
+    let around = row.narrow(nothing, kept, goal);
+    row.list(around.clone(), places, candidates, listed);
+    candidates[walk(listed, goal - around.start.mass.sum)].0
 }
 
-/// The first bin with which the running sum exceeds `goal`, or else the last that holds anything; and the sum of those before it.
-fn reach(bins: &[f64], goal: f64) -> (usize, f64) {
-    let (mut sum, mut found) = (0.0, (0, 0.0));
-    for (at, &bin) in bins.iter().enumerate() {
-        if bin > 0.0 {
-            found = (at, sum);
-            sum += bin;
-            if sum > goal {
-                break;
-            }
-        }
-    }
-    found
-}
-
-/// The bin of a logit. A better token is never in a later bin; what is less than `least` is in none of them.
-fn place_of(x: f32, largest: f32, least: f32) -> u16 {
-    let steps = (largest - x) * PER_UNIT;
-    let last = OUT - 1.0;
-    // No `min`: not-a-number, which weighs nothing, is to end in the last bin.
-    let steps = if steps < last { steps } else { last };
-    let steps = if x < least { OUT } else { steps };
-    // Rounds to an integer, in the low bits; conversions that saturate are not made in vectors.
-    (steps + TWO_TO_23).to_bits() as u16
+/// The tokens of some weight or more, from the heaviest.
+#[derive(Debug, Clone, Copy)]
+struct Cut {
+    /// Of the least weight that belongs to it: positive floats are in the order of their bits.
+    bits: u32,
+    mass: Mass,
 }
 
 struct Row<'a> {
     logits: &'a [f32],
-    /// `e^(logit - largest)`
+    /// `e^(logit - largest)`, or 0 for what may not be drawn.
     weights: &'a [f32],
-    /// The bin of each.
-    places: &'a [u16],
+    /// Some of them that are above zero, heaviest first.
+    sample: &'a [f32],
 }
 
 impl Row<'_> {
-    /// The tokens of a bin, best first, and their weights.
-    fn list(&self, bin: usize, candidates: &mut Vec<(u32, f32)>, weights: &mut Vec<f64>) {
-        candidates.clear();
-        let bin = bin as u16;
-        for (run, places) in self.places.chunks(RUN).enumerate() {
-            if places.contains(&bin) {
-                let ids = run * RUN..run * RUN + places.len();
-                let there = ids.filter(|&id| self.places[id] == bin && self.weights[id] > 0.0);
-                candidates.extend(there.map(|id| (id as u32, self.logits[id])));
+    fn cuts(&self, bits: [u32; 2]) -> [Cut; 2] {
+        let masses = rows::masses(self.weights, bits.map(f32::from_bits));
+        [0, 1].map(|at| Cut {
+            bits: bits[at],
+            mass: masses[at],
+        })
+    }
+
+    /// Two cuts with few tokens between them, or with tokens of one weight: the first has at most `goal`, the second more. `above` and `below` are two
+    /// such cuts.
+    fn narrow(&self, above: Cut, below: Cut, goal: f64) -> Range<Cut> {
+        let mut around = above..below;
+        for look in 0.. {
+            let Range { start, end } = around;
+            if end.mass.count - start.mass.count <= FEW || start.bits - end.bits <= 1 {
+                break;
+            }
+            let guesses = if look < GUESSES {
+                self.guess(&around, goal)
+            } else {
+                [end.bits + (start.bits - end.bits) / 2; 2]
+            };
+            let cuts = self.cuts(guesses.map(|bits| bits.clamp(end.bits + 1, start.bits - 1)));
+            for cut in cuts {
+                if cut.mass.sum > goal {
+                    around.end = cut;
+                    break;
+                }
+                around.start = cut;
             }
         }
+        around
+    }
+
+    /// Two weights between which the goal is likely to be, the heavier first.
+    fn guess(&self, around: &Range<Cut>, goal: f64) -> [u32; 2] {
+        let Range { start, end } = around;
+        let share = (goal - start.mass.sum) / (end.mass.sum - start.mass.sum);
+        let before = |bits: u32| self.sample.partition_point(|w| w.to_bits() >= bits);
+        let between = &self.sample[before(start.bits)..before(end.bits)];
+        if between.len() < TELLING {
+            // As if the weights were even.
+            let width = f64::from(start.bits - end.bits);
+            let count = (end.mass.count - start.mass.count) as f64;
+            let margin = (width * FEW as f64 / (3.0 * count)) as u32;
+            let middle = start.bits - (width * share) as u32;
+            return [middle.saturating_add(margin), middle.saturating_sub(margin)];
+        }
+        let all = between.iter().map(|&w| f64::from(w)).sum::<f64>();
+        let mut sum = 0.0;
+        let at = between.iter().position(|&w| {
+            sum += f64::from(w);
+            sum > share * all
+        });
+        let at = at.unwrap_or(between.len() - 1);
+        // A binomial's deviation is half of the root at most.
+        let margin = between.len().isqrt();
+        let below = (at + margin).min(between.len() - 1);
+        [at.saturating_sub(margin), below].map(|at| between[at].to_bits())
+    }
+
+    /// The tokens between two cuts, best first, and their weights.
+    fn list(
+        &self,
+        around: Range<Cut>,
+        places: &mut Vec<u32>,
+        candidates: &mut Vec<(u32, f32)>,
+        weights: &mut Vec<f64>,
+    ) {
+        places.clear();
+        let range = f32::from_bits(around.end.bits)..f32::from_bits(around.start.bits);
+        rows::within(self.weights, range, usize::MAX, places);
+        candidates.clear();
+        candidates.extend(places.iter().map(|&id| (id, self.logits[id as usize])));
         candidates.sort_unstable_by(|a, b| better(*a, *b));
         weights.clear();
         let weight = |c: &(u32, f32)| f64::from(self.weights[c.0 as usize]);
@@ -150,6 +191,12 @@ mod tests {
         (0..n)
             .map(|i| -depth * ((i * 7919) % n) as f32 / n as f32)
             .collect()
+    }
+
+    fn run(logits: &[f32], least: f32, top_p: f32, draw: f64, scratch: &mut Scratch) -> u32 {
+        scratch.exponentials.resize(logits.len(), 0.0);
+        rows::exponentials(logits, rows::largest(logits), &mut scratch.exponentials);
+        drawn(logits, least, top_p, draw, scratch)
     }
 
     /// The same from a sorted list, and how far the draw is from the token's edges, as a share of all.
@@ -190,7 +237,7 @@ mod tests {
                         let draw = (f64::from(step) + 0.37) / 20.0;
                         let (expected, edge) = sorted(&logits, least, top_p, draw);
                         let mut scratch = Scratch::default();
-                        let token = drawn(&logits, 0.0, least, top_p, draw, &mut scratch);
+                        let token = run(&logits, least, top_p, draw, &mut scratch);
                         // Sums of thousands of weights in f32 are not those in f64.
                         if edge > 1e-6 {
                             assert_eq!(token, expected, "{n} {depth} {top_p} {least} {draw}");
@@ -214,11 +261,10 @@ mod tests {
             }
         }
         let mut scratch = Scratch::default();
-        let largest = rows::largest(&logits);
         for step in 0..1000 {
             let draw = f64::from(step) / 1000.0;
             for (least, top_p) in [(f32::NEG_INFINITY, 0.95), (-0.5, 1.0)] {
-                let token = drawn(&logits, largest, least, top_p, draw, &mut scratch);
+                let token = run(&logits, least, top_p, draw, &mut scratch);
                 assert_eq!(token % 3, 2);
             }
         }

@@ -34,8 +34,8 @@ pub struct Scratch {
     pub(super) candidates: Vec<(u32, f32)>,
     pub(super) weights: Vec<f64>,
     pub(super) exponentials: Vec<f32>,
-    pub(super) places: Vec<u16>,
-    pub(super) bins: Vec<f64>,
+    pub(super) places: Vec<u32>,
+    pub(super) sample: Vec<f32>,
 }
 
 /// Chooses one sample's tokens. Lives as long as the sample and survives preemption.

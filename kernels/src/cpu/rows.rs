@@ -1,10 +1,14 @@
 //! Reductions over a row of logits, for samplers: a vocabulary is large, and a loop of plain Rust over it costs as much as a layer.
 
-use super::simd::{Isa, LANES, PANEL, Simd, dispatch, exp, largest as largest_lane, sum};
+use std::ops::Range;
+
+use super::simd::{Isa, LANES, PANEL, Simd, dispatch, largest as largest_lane, sum, vexp};
 
 /// Elements that are added up in f32 before they join the sum in f64.
 const CHUNK: usize = 1024;
-/// What [`exp`] makes of minus infinity, or a little more.
+/// Elements that are looked at together, and closer if one of them is in a range.
+const RUN: usize = 4 * PANEL;
+/// What [`vexp`] makes of minus infinity, or a little more.
 const NOTHING: f32 = 1.2e-38;
 
 /// The largest element; minus infinity if there is none. Not-a-number counts as nothing.
@@ -55,33 +59,163 @@ unsafe fn largest_of<S: Simd>(x: &[f32], to: &mut f32) {
 unsafe fn exponentials_of<S: Simd>(x: &[f32], base: f32, weights: &mut [f32], to: &mut f64) {
     for (x, weights) in x.chunks(CHUNK).zip(weights.chunks_mut(CHUNK)) {
         unsafe {
-            let mut partial = S::splat(0.0);
-            let vectors = x.len() / LANES * LANES;
-            for i in (0..vectors).step_by(LANES) {
-                let w = weight::<S>(S::load(x.as_ptr().add(i)), base);
-                S::store(weights.as_mut_ptr().add(i), w);
-                partial = S::add(partial, w);
+            // Sixteen lanes, however wide a vector is.
+            let mut partial = [S::vsplat(0.0); 2];
+            let panels = x.len() / PANEL * PANEL;
+            for i in (0..panels).step_by(PANEL) {
+                for half in 0..S::HALVES {
+                    let at = i + half * S::WIDE;
+                    let w = weight::<S>(S::vload(x.as_ptr().add(at)), base);
+                    S::vstore(weights.as_mut_ptr().add(at), w);
+                    partial[half] = S::vadd(partial[half], w);
+                }
             }
-            if vectors < x.len() {
-                let mut tail = [f32::NEG_INFINITY; LANES];
-                let left = x.len() - vectors;
-                tail[..left].copy_from_slice(&x[vectors..]);
-                let w = weight::<S>(S::load(tail.as_ptr()), base);
-                partial = S::add(partial, w);
-                S::store(tail.as_mut_ptr(), w);
-                weights[vectors..].copy_from_slice(&tail[..left]);
+            if panels < x.len() {
+                let mut tail = [f32::NEG_INFINITY; PANEL];
+                let left = x.len() - panels;
+                tail[..left].copy_from_slice(&x[panels..]);
+                for half in 0..S::HALVES {
+                    let at = tail.as_mut_ptr().add(half * S::WIDE);
+                    let w = weight::<S>(S::vload(at), base);
+                    S::vstore(at, w);
+                    partial[half] = S::vadd(partial[half], w);
+                }
+                weights[panels..].copy_from_slice(&tail[..left]);
             }
-            *to += f64::from(sum::<S>(partial));
+            *to += f64::from(lanes_sum::<S>(partial));
         }
     }
 }
 
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-unsafe fn weight<S: Simd>(x: S::F, base: f32) -> S::F {
+unsafe fn weight<S: Simd>(x: S::V, base: f32) -> S::V {
     unsafe {
-        let w = exp::<S>(S::sub(x, S::splat(base)));
-        S::max(S::sub(w, S::splat(NOTHING)), S::splat(0.0))
+        let w = vexp::<S>(S::vsub(x, S::vsplat(base)));
+        S::vmax(S::vsub(w, S::vsplat(NOTHING)), S::vsplat(0.0))
+    }
+}
+
+/// What weighs at least as much as something.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Mass {
+    /// The sum of the weights.
+    pub sum: f64,
+    /// How many they are.
+    pub count: usize,
+}
+
+/// The mass of the weights that are at least `least[0]`, and of those that are at least `least[1]`. The same bits on every processor; it is never
+/// smaller where `least` is not larger. Not-a-number is no weight.
+pub fn masses(weights: &[f32], least: [f32; 2]) -> [Mass; 2] {
+    let mut masses = [Mass::default(); 2];
+    let to = &mut masses;
+    let isa = Isa::best();
+    dispatch!(isa, masses_of(weights: &[f32], least: [f32; 2], to: &mut [Mass; 2]));
+    masses
+}
+
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+unsafe fn masses_of<S: Simd>(weights: &[f32], least: [f32; 2], to: &mut [Mass; 2]) {
+    for chunk in weights.chunks(CHUNK) {
+        let (panels, tail) = chunk.as_chunks::<PANEL>();
+        let mut last = [f32::NAN; PANEL];
+        last[..tail.len()].copy_from_slice(tail);
+        unsafe {
+            // Of what is at least the one, and of what is at least the other, in sixteen lanes, however wide a vector is.
+            let mut sums = [[S::vsplat(0.0); 2]; 2];
+            let mut counts = [[S::vsplat(0.0); 2]; 2];
+            for at in 0..panels.len() + usize::from(!tail.is_empty()) {
+                let panel = panels.get(at).unwrap_or(&last).as_ptr();
+                for half in 0..S::HALVES {
+                    let w = S::vload(panel.add(half * S::WIDE));
+                    for which in 0..2 {
+                        let least = S::vsplat(least[which]);
+                        let (sum, count) = (&mut sums[which][half], &mut counts[which][half]);
+                        *sum = S::vadd(*sum, S::vwhere(w, least, w));
+                        *count = S::vadd(*count, S::vwhere(w, least, S::vsplat(1.0)));
+                    }
+                }
+            }
+            for which in 0..2 {
+                to[which].sum += f64::from(lanes_sum::<S>(sums[which]));
+                to[which].count += lanes_sum::<S>(counts[which]) as usize;
+            }
+        }
+    }
+}
+
+/// The sum of a panel's lanes.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the caller's promise: the instructions of `S` are there
+unsafe fn lanes_sum<S: Simd>(panel: [S::V; 2]) -> f32 {
+    let mut lanes = [0.0_f32; PANEL];
+    unsafe {
+        for half in 0..S::HALVES {
+            S::vstore(lanes.as_mut_ptr().add(half * S::WIDE), panel[half]);
+        }
+        let (low, high) = (lanes.as_ptr(), lanes.as_ptr().add(LANES));
+        sum::<S>(S::add(S::load(low), S::load(high)))
+    }
+}
+
+/// Appends where the elements are that lie in a range, in order; false, and not all of them, if there are more than `most` places then.
+pub fn within(x: &[f32], range: Range<f32>, most: usize, places: &mut Vec<u32>) -> bool {
+    let isa = Isa::best();
+    let to = places;
+    let mut all = true;
+    let done = &mut all;
+    dispatch!(isa, within_of(x: &[f32], range: Range<f32>, most: usize, to: &mut Vec<u32>, done: &mut bool));
+    all
+}
+
+#[inline(always)]
+unsafe fn within_of<S: Simd>(
+    x: &[f32],
+    range: Range<f32>,
+    most: usize,
+    to: &mut Vec<u32>,
+    done: &mut bool,
+) {
+    let mut first = 0;
+    for run in x.chunks(RUN) {
+        // SAFETY: the caller's promise.
+        if unsafe { any_within::<S>(run, &range) } {
+            for (panel, x) in run.chunks(PANEL).enumerate() {
+                // SAFETY: as above.
+                if unsafe { any_within::<S>(x, &range) } {
+                    let places = first + (panel * PANEL) as u32..;
+                    let those = places.zip(x).filter(|(_, x)| range.contains(*x));
+                    to.extend(those.map(|(place, _)| place));
+                }
+            }
+            if to.len() > most {
+                *done = false;
+                return;
+            }
+        }
+        first += RUN as u32;
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
+unsafe fn any_within<S: Simd>(x: &[f32], range: &Range<f32>) -> bool {
+    let (panels, tail) = x.as_chunks::<PANEL>();
+    unsafe {
+        // 1 where an element is in the range.
+        let (start, end) = (S::vsplat(range.start), S::vsplat(range.end));
+        let mut there = S::vsplat(0.0);
+        for panel in panels {
+            for half in 0..S::HALVES {
+                let x = S::vload(panel.as_ptr().add(half * S::WIDE));
+                let one = S::vsplat(1.0);
+                let inside = S::vsub(S::vwhere(x, start, one), S::vwhere(x, end, one));
+                there = S::vmax(there, inside);
+            }
+        }
+        S::vlargest(there) > 0.0 || tail.iter().any(|x| range.contains(x))
     }
 }
 
@@ -122,6 +256,28 @@ mod tests {
             }
             assert!((total - expected).abs() < 1e-6 * expected);
             assert_eq!(weights[n..], [0.0, 0.0]);
+        }
+    }
+
+    #[test]
+    fn masses_are_sums_and_counts_of_what_is_heavy_enough() {
+        for n in [0, 1, 15, 16, 17, 1024, 5000] {
+            let mut weights: Vec<f32> = row(n).iter().map(|x| x.abs()).collect();
+            weights.push(f32::NAN);
+            let least = [4.0, 0.0];
+            for (mass, least) in masses(&weights, least).iter().zip(least) {
+                let heavy = weights.iter().filter(|w| **w >= least);
+                assert_eq!(mass.count, heavy.clone().count());
+                let expected = heavy.map(|w| f64::from(*w)).sum::<f64>();
+                assert!((mass.sum - expected).abs() <= 1e-6 * expected);
+            }
+            let mut found = Vec::new();
+            assert!(within(&weights, 2.0..4.0, n, &mut found));
+            let places = (0..n as u32).filter(|at| (2.0..4.0).contains(&weights[*at as usize]));
+            assert!(found.iter().copied().eq(places));
+            if let Some(less) = found.len().checked_sub(1) {
+                assert!(!within(&weights, 2.0..4.0, less, &mut Vec::new()));
+            }
         }
     }
 }
