@@ -25,8 +25,8 @@ use crate::serve::requests::Requests;
 /// Our server beside llama-server and vLLM's CPU build, under the same load over HTTP
 ///
 /// First a closed load: --clients clients, each of which sends its next request when the
-/// last is answered. So many rounds, in each of them every server once, started anew,
-/// with prompts no server has seen. Then an open one: Poisson arrivals at --share of the
+/// last is answered. So many rounds, in each of them every server once, started anew and
+/// left alone for --settle seconds, with prompts no server has seen. Then an open one: Poisson arrivals at --share of the
 /// requests a second that ours answered, whether a server keeps up or not.
 ///
 /// Bars: three times the output tokens of llama-server, five times vLLM's, with a p99
@@ -90,6 +90,10 @@ pub struct Arguments {
     /// Requests of the open load; 0 leaves it out
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     open_requests: u32,
+
+    /// Seconds for which a server is left alone when it is ready: time for what it does when it is idle (ours claims its cache's memory)
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    settle: u64,
 
     /// Share of our capacity at which they arrive
     #[arg(long, value_name = "SHARE", default_value_t = 0.7)]
@@ -285,6 +289,7 @@ async fn turn(
     let log = std::env::temp_dir().join(format!("quire-bench-{name}-{port}.log"));
     let command = contender.command(port, settings);
     let server = Server::start(command, port, &log, contender.who.patience()).await?;
+    tokio::time::sleep(Duration::from_secs(arguments.settle)).await;
     let client = Arc::new(Client::http(&server.url, None).await?);
     let asked = Requests {
         prompts: Prompts {
