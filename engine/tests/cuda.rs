@@ -42,6 +42,27 @@ fn gpu(deterministic: bool) -> CudaBackend {
     panic!("these tests need a GPU (QUIRE_TEST_GPU=1) or the feature cuda-emulation: {options:?}");
 }
 
+/// The ranks of a group of GPUs, emulated or not; none where this machine has fewer than are asked for, which is said.
+fn gpus(deterministic: bool, of: usize) -> Vec<CudaBackend> {
+    let options = CudaOptions {
+        ordinal: 0,
+        deterministic,
+    };
+    #[cfg(feature = "cuda")]
+    if on_a_gpu() {
+        let there = quire_kernels::cuda::gpus().unwrap().len();
+        if there < of {
+            println!("skipped: it takes {of} GPUs, there are {there}");
+            return Vec::new();
+        }
+        return CudaBackend::group(options, of).unwrap();
+    }
+    #[cfg(feature = "cuda-emulation")]
+    return CudaBackend::emulated_group(options, of).unwrap();
+    #[cfg(not(feature = "cuda-emulation"))]
+    panic!("these tests need GPUs (QUIRE_TEST_GPU=1) or the feature cuda-emulation: {options:?}");
+}
+
 /// A path in this crate; the binary may run on another machine than it was built on.
 fn here(path: &str) -> PathBuf {
     let crate_root = std::env::var("CARGO_MANIFEST_DIR");
@@ -136,6 +157,57 @@ families! {
     smollm3: "smollm3",
     granite: "granite",
     olmo2: "olmo2",
+}
+
+/// As [`equals_transformers`], each rank having a part of the model; every rank has the whole logits, and all have the same bits.
+fn ranks_equal_transformers(name: &str, of: usize) {
+    let (checkpoint, prompt, tokens, expected) = golden(name);
+    let vocab = expected.len() / tokens.len();
+    let steps = if on_a_gpu() { tokens.len() } else { 2 };
+    let logits: Vec<Vec<f32>> = std::thread::scope(|scope| {
+        let ranks: Vec<_> = gpus(false, of)
+            .into_iter()
+            .map(|gpu| {
+                let (checkpoint, prompt, tokens) = (&checkpoint, &prompt, &tokens);
+                scope.spawn(move || {
+                    let mut sequence = Sequence::on(gpu, checkpoint, None, KvDtype::F16);
+                    let mut logits = sequence.read(prompt, 29);
+                    for &token in &tokens[..steps - 1] {
+                        logits.extend(sequence.read(&[token], 1));
+                    }
+                    logits
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    for of_rank in &logits {
+        assert_eq!(of_rank.len(), steps * vocab);
+        for (row, (ours, theirs)) in of_rank
+            .chunks(vocab)
+            .zip(expected.chunks(vocab))
+            .enumerate()
+        {
+            let error = distance(ours, theirs);
+            assert!(error < TOLERANCE, "{name} on {of}, {row}: {error}");
+        }
+        let same = of_rank.iter().zip(&logits[0]);
+        assert!(
+            same.into_iter().all(|(a, b)| a.to_bits() == b.to_bits()),
+            "{name} on {of}"
+        );
+    }
+}
+
+#[test]
+fn families_on_several_ranks() {
+    ranks_equal_transformers("qwen3", 2);
+    // Five heads.
+    ranks_equal_transformers("llama-linear-rope", 3);
+    // Norms behind what is added up.
+    ranks_equal_transformers("gemma2", 2);
+    // Sinks, biases that are added once, experts.
+    ranks_equal_transformers("gpt-oss", 2);
 }
 
 /// As [`TOLERANCE`], with keys and values of three bits behind the leading one, in models of random weights: 0.05 to 0.08 is the mean, 0.16 the most
@@ -251,14 +323,14 @@ fn requests(checkpoint: &Checkpoint, count: usize, tokens: u32) -> Vec<Request> 
 
 fn greedy<B: Backend>(
     checkpoint: &Checkpoint,
-    backend: B,
+    backends: Vec<B>,
     requests: &[Request],
 ) -> Vec<Vec<TokenId>> {
     let config = EngineConfig {
         kv_cache_memory: Some(16 << 20),
         ..EngineConfig::default()
     };
-    let engine = Engine::start(checkpoint, backend, &config, None, &mut |_| {}).unwrap();
+    let engine = Engine::start_on_ranks(checkpoint, backends, &config, None, &mut |_| {}).unwrap();
     let streams: Vec<_> = requests
         .iter()
         .map(|request| common::submit(&engine, request))
@@ -274,14 +346,17 @@ fn the_demo_model_gives_the_greedy_tokens_of_the_cpu() {
     let checkpoint = common::demo_checkpoint();
     let (count, tokens) = if on_a_gpu() { (64, 64) } else { (3, 5) };
     let requests = requests(&checkpoint, count, tokens);
-    let expected = greedy(&checkpoint, common::backend(2), &requests);
-    let got = greedy(&checkpoint, gpu(false), &requests);
-    let different: Vec<_> = (0..count).filter(|&i| got[i] != expected[i]).collect();
-    assert!(
-        different.is_empty(),
-        "{} of {count} differ",
-        different.len()
-    );
+    let expected = greedy(&checkpoint, vec![common::backend(2)], &requests);
+    let one = vec![gpu(false)];
+    // Three query heads: two GPUs, of which one has two of them.
+    for (ranks, backends) in [(1, one), (2, gpus(false, 2)), (3, gpus(true, 3))] {
+        if backends.is_empty() {
+            continue;
+        }
+        let got = greedy(&checkpoint, backends, &requests);
+        let different = (0..count).filter(|&i| got[i] != expected[i]).count();
+        assert_eq!(different, 0, "of {count} on {ranks}");
+    }
 }
 
 /// Ways to choose: greedy, plain, filtered, penalised, biased, several samples of a prompt.
@@ -474,7 +549,6 @@ fn a_request_has_the_same_bits_alone_and_among_others_when_deterministic() {
         max_batch_tokens: 24,
         ..EngineConfig::default()
     };
-    let engine = || Engine::start(&checkpoint, gpu(true), &config, None, &mut |_| {}).unwrap();
     let request = |from: usize| Request {
         id: "bits".into(),
         prompt: prompt[from..].iter().copied().map(TokenId).collect(),
@@ -489,16 +563,29 @@ fn a_request_has_the_same_bits_alone_and_among_others_when_deterministic() {
         cache_salt: 0,
         deadline: None,
     };
-    let one = engine();
-    let alone: Vec<_> = (0..4)
-        .map(|from| common::answers(common::submit(&one, &request(from))))
-        .collect();
-    let all = engine();
-    let streams: Vec<_> = (0..4)
-        .map(|from| common::submit(&all, &request(from)))
-        .collect();
-    let together: Vec<_> = streams.into_iter().map(common::answers).collect();
-    assert_eq!(alone, together);
+    for ranks in [1, 2] {
+        let backends = || match ranks {
+            1 => vec![gpu(true)],
+            several => gpus(true, several),
+        };
+        let engine = |backends| {
+            Engine::start_on_ranks(&checkpoint, backends, &config, None, &mut |_| {}).unwrap()
+        };
+        let (first, second) = (backends(), backends());
+        if first.is_empty() {
+            continue;
+        }
+        let one = engine(first);
+        let alone: Vec<_> = (0..4)
+            .map(|from| common::answers(common::submit(&one, &request(from))))
+            .collect();
+        let all = engine(second);
+        let streams: Vec<_> = (0..4)
+            .map(|from| common::submit(&all, &request(from)))
+            .collect();
+        let together: Vec<_> = streams.into_iter().map(common::answers).collect();
+        assert_eq!(alone, together, "on {ranks}");
+    }
 }
 
 /// What a binary with the feature does on a machine without a driver.
@@ -523,7 +610,7 @@ fn without_a_gpu_the_cpu_is_used_unless_a_gpu_was_demanded() {
                 threads: Some(1),
                 ..CpuOptions::default()
             },
-            deterministic: false,
+            ..DeviceOptions::default()
         };
         Engine::start_on(&checkpoint, options, &config, None, &mut |_| {})
     };
@@ -531,4 +618,14 @@ fn without_a_gpu_the_cpu_is_used_unless_a_gpu_was_demanded() {
     assert!(engine.model().device.starts_with("CPU"));
     let refused = start(Device::Cuda).unwrap_err().to_string();
     assert!(refused.contains("no CUDA driver"), "{refused}");
+    for device in [Device::Auto, Device::Cuda] {
+        let options = DeviceOptions {
+            device,
+            tensor_parallel_size: 2,
+            ..DeviceOptions::default()
+        };
+        let several = Engine::start_on(&checkpoint, options, &config, None, &mut |_| {});
+        let refused = several.unwrap_err().to_string();
+        assert!(refused.contains("no CUDA driver"), "{refused}");
+    }
 }

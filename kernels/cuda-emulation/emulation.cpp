@@ -352,5 +352,6 @@ extern "C" void quire_emulated_launch(const void *kernel, int x, int y, int thre
 #include "../src/cuda/products_few.cu"
 #include "../src/cuda/products_float.cu"
 #include "../src/cuda/products_many.cu"
+#include "../src/cuda/ranks.cu"
 #include "../src/cuda/rows.cu"
 #include "../src/cuda/sampling.cu"

@@ -30,9 +30,13 @@ pub(super) struct ModelArgs {
     )]
     pub device: DeviceArg,
 
-    /// Share of a GPU's memory that weights and KV cache may take
+    /// Share of each GPU's memory that weights and KV cache may take
     #[arg(long, env = "QUIRE_GPU_MEMORY_UTILIZATION", value_name = "SHARE", default_value_t = EngineConfig::default().gpu_memory_utilization)]
     pub gpu_memory_utilization: f64,
+
+    /// GPUs among which the model is divided: each has a part of every layer's weights and of the KV cache. They exchange through NCCL
+    #[arg(long, env = "QUIRE_TENSOR_PARALLEL_SIZE", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub tensor_parallel_size: u16,
 
     /// On a GPU, give the same bits under any load, for some of its speed (a CPU always does)
     #[arg(long, env = "QUIRE_DETERMINISTIC", value_parser = clap::builder::BoolishValueParser::new())]
@@ -204,6 +208,7 @@ impl ModelArgs {
                 ..CpuOptions::default()
             },
             deterministic: self.deterministic,
+            tensor_parallel_size: usize::from(self.tensor_parallel_size),
         }
     }
 

@@ -115,10 +115,10 @@ pub enum StartError {
     /// The model is larger than the part of the device's memory it may take.
     #[error(
         "the weights are {weights} bytes and the GPU has {free} of {total} bytes free, of which --gpu-memory-utilization {utilization} allows {allowed}: \
-         quantise them (--quantize q8_0 or q4_0), raise the share, or use --device cpu"
+         quantise them (--quantize q8_0 or q4_0), raise the share, divide them among more GPUs (--tensor-parallel-size), or use --device cpu"
     )]
     ModelTooLarge {
-        /// Bytes of the weights.
+        /// Bytes of the weights; of one device's part of them, where there are several.
         weights: u64,
         /// Bytes of the device's memory that are free.
         free: u64,

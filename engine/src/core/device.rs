@@ -3,7 +3,7 @@
 use quire_kernels::cpu::{CpuBackend, CpuOptions};
 
 use crate::checkpoint::Checkpoint;
-use crate::model::LoadProgress;
+use crate::model::{LoadProgress, check_ranks};
 
 use super::config::{EngineConfig, StartError, StepReport};
 use super::handle::Engine;
@@ -21,7 +21,7 @@ pub enum Device {
 }
 
 /// How the chosen device computes.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct DeviceOptions {
     /// Which device.
     pub device: Device,
@@ -29,14 +29,28 @@ pub struct DeviceOptions {
     pub cpu: CpuOptions,
     /// Of a GPU: the same bits under any load, for some of its speed. (A CPU gives them anyway.)
     pub deterministic: bool,
+    /// GPUs among which the model is divided, from the machine's first on. More than one is a demand for GPUs.
+    pub tensor_parallel_size: usize,
+}
+
+impl Default for DeviceOptions {
+    /// The device that is found, one of it.
+    fn default() -> Self {
+        Self {
+            device: Device::Auto,
+            cpu: CpuOptions::default(),
+            deterministic: false,
+            tensor_parallel_size: 1,
+        }
+    }
 }
 
 impl Engine {
     /// [`Engine::start`] on a device of this machine.
     ///
     /// # Errors
-    /// As [`Engine::start`], and where a GPU is demanded that is not there. A GPU that is there and too small is an error too: a model does not become
-    /// fifty times slower without a word.
+    /// As [`Engine::start`], and where GPUs are demanded that are not there, or a model of which so many cannot have parts. A GPU that is there and too small is an
+    /// error too: a model does not become fifty times slower without a word.
     pub fn start_on(
         checkpoint: &Checkpoint,
         options: DeviceOptions,
@@ -44,13 +58,16 @@ impl Engine {
         observer: Option<Box<dyn FnMut(StepReport) + Send>>,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, StartError> {
-        match (options.device, gpu(options)) {
-            (Device::Auto | Device::Cuda, Ok(gpu)) => {
-                Self::start(checkpoint, gpu, config, observer, progress)
+        check_size(checkpoint, options)?;
+        let several = options.tensor_parallel_size > 1;
+        match (options.device, gpus(options)) {
+            (Device::Auto | Device::Cuda, Ok(gpus)) => {
+                Self::start_on_ranks(checkpoint, gpus, config, observer, progress)
             }
             (Device::Cuda, Err(error)) => Err(StartError::Backend(error)),
-            (device, gpu) => {
-                if let (Device::Auto, Err(why)) = (device, gpu) {
+            (_, Err(error)) if several => Err(StartError::Backend(error)),
+            (device, gpus) => {
+                if let (Device::Auto, Err(why)) = (device, gpus) {
                     tracing::info!(%why, "no GPU to use: the CPU computes");
                 }
                 let cpu = CpuBackend::new(options.cpu).map_err(StartError::Backend)?;
@@ -60,24 +77,91 @@ impl Engine {
     }
 }
 
-/// The machine's first GPU.
+/// Refuses a number of GPUs that could not have the model, before any is looked for.
+fn check_size(checkpoint: &Checkpoint, options: DeviceOptions) -> Result<(), StartError> {
+    let size = options.tensor_parallel_size;
+    let refused = |expected: &str| StartError::Setting {
+        name: "--tensor-parallel-size",
+        value: size.to_string(),
+        expected: expected.to_owned(),
+    };
+    if size == 0 {
+        return Err(refused("1 or more"));
+    }
+    if size > 1 && options.device == Device::Cpu {
+        return Err(refused(
+            "1 on a CPU: its memory nodes divide weights, KV cache and threads among themselves (--numa)",
+        ));
+    }
+    Ok(check_ranks(&checkpoint.config, size)?)
+}
+
+/// The machine's first GPUs, as many as are asked for: the ranks of a group, if they are several.
 #[cfg(feature = "cuda")]
-fn gpu(options: DeviceOptions) -> Result<quire_kernels::cuda::CudaBackend, quire_kernels::Error> {
+fn gpus(
+    options: DeviceOptions,
+) -> Result<Vec<quire_kernels::cuda::CudaBackend>, quire_kernels::Error> {
+    use quire_kernels::cuda::{CudaBackend, CudaOptions};
+
     if options.device == Device::Cpu {
         return Err(quire_kernels::Error::Device(
             "the CPU was chosen".to_owned(),
         ));
     }
-    quire_kernels::cuda::CudaBackend::new(quire_kernels::cuda::CudaOptions {
+    let of_gpu = CudaOptions {
         ordinal: 0,
         deterministic: options.deterministic,
-    })
+    };
+    match options.tensor_parallel_size {
+        1 => Ok(vec![CudaBackend::new(of_gpu)?]),
+        several => CudaBackend::group(of_gpu, several),
+    }
 }
 
 /// None: this binary was built without GPUs in mind.
 #[cfg(not(feature = "cuda"))]
-fn gpu(_options: DeviceOptions) -> Result<CpuBackend, quire_kernels::Error> {
+fn gpus(_options: DeviceOptions) -> Result<Vec<CpuBackend>, quire_kernels::Error> {
     Err(quire_kernels::Error::Device(
         "this binary was built without the feature `cuda`".to_owned(),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::ModelSource;
+
+    fn refused(device: Device, tensor_parallel_size: usize) -> String {
+        let checkpoint = Checkpoint::open(&ModelSource::Demo).expect("it is part of the binary");
+        let options = DeviceOptions {
+            device,
+            tensor_parallel_size,
+            ..DeviceOptions::default()
+        };
+        let config = EngineConfig::default();
+        let started = Engine::start_on(&checkpoint, options, &config, None, &mut |_| {});
+        started.expect_err("it is refused").to_string()
+    }
+
+    #[test]
+    fn a_number_of_gpus_that_cannot_be_is_refused_with_what_can() {
+        let text = refused(Device::Auto, 0);
+        assert!(text.contains("--tensor-parallel-size is 0"), "{text}");
+        let text = refused(Device::Cpu, 2);
+        assert!(text.contains("--numa"), "{text}");
+        // The demo model has fewer heads.
+        for device in [Device::Auto, Device::Cuda] {
+            let text = refused(device, 7);
+            assert!(text.contains("among 7 ranks: its"), "{text}");
+        }
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn several_gpus_are_a_demand_for_gpus() {
+        for device in [Device::Auto, Device::Cuda] {
+            let text = refused(device, 3);
+            assert!(text.contains("without the feature"), "{text}");
+        }
+    }
 }

@@ -20,13 +20,15 @@ pub fn available() -> u64 {
     }
 }
 
-/// Bytes that the KV cache takes of the host's memory unless told otherwise.
-pub(super) fn spare_of_host() -> u64 {
-    available() / 2
+/// Bytes that the KV cache takes unless told otherwise: of the device that has least to spare (every rank has as many blocks as the first, and none larger), or of
+/// the host's memory where devices have none of their own.
+pub(super) fn spare(memories: &[DeviceMemory], utilization: f64) -> u64 {
+    let spare = memories.iter().map(|&of| spare_of_device(of, utilization));
+    spare.min().unwrap_or_else(|| available() / 2)
 }
 
 /// Bytes of a device that are still to be had, of the share `utilization` of its memory that all may take together.
-pub(super) fn spare_of_device(memory: DeviceMemory, utilization: f64) -> u64 {
+fn spare_of_device(memory: DeviceMemory, utilization: f64) -> u64 {
     let kept = (memory.total as f64 * (1.0 - utilization)).ceil() as u64;
     memory.free.saturating_sub(kept)
 }
@@ -216,6 +218,13 @@ mod tests {
         assert_eq!(spare_of_device(memory(600), 0.9), 500);
         assert_eq!(spare_of_device(memory(50), 0.9), 0);
         assert_eq!(spare_of_device(memory(50), 1.0), 50);
+    }
+
+    #[test]
+    fn of_several_gpus_the_fullest_decides() {
+        let memory = |free| DeviceMemory { free, total: 1000 };
+        assert_eq!(spare(&[memory(900), memory(300), memory(800)], 0.9), 200);
+        assert_eq!(spare(&[memory(900)], 0.9), 800);
     }
 
     #[test]

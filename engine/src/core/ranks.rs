@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::thread;
 
 use flume::{Receiver, Sender};
-use quire_kernels::{Backend, Error, KvDtype, Rank, Step};
+use quire_kernels::{Backend, DeviceMemory, Error, KvDtype, Rank, Step};
 
 use crate::checkpoint::Checkpoint;
 use crate::model::{Decoder, LoadError, LoadOptions, LoadProgress};
@@ -95,6 +95,15 @@ impl<B: Backend> Loaded<B> {
     /// Bytes of all ranks' weights.
     pub fn weight_bytes(&self) -> usize {
         self.decoders.iter().map(Decoder::weight_bytes).sum()
+    }
+
+    /// The memory of every rank's device, where devices have their own.
+    ///
+    /// # Errors
+    /// A device failed.
+    pub fn memories(&self) -> Result<Vec<DeviceMemory>, Error> {
+        let memories = self.decoders.iter().map(|of| of.backend().memory());
+        memories.filter_map(Result::transpose).collect()
     }
 
     /// One line about the devices.
@@ -273,17 +282,21 @@ mod tests {
 
     const BLOCK: usize = 16;
 
-    fn demo_on(of: usize) -> Ranks<CpuBackend> {
-        let checkpoint = Checkpoint::open(&ModelSource::Demo).expect("it is part of the binary");
+    fn cpus(of: usize) -> Vec<CpuBackend> {
         let options = CpuOptions {
             threads: Some(1),
             pin: false,
             ..CpuOptions::default()
         };
-        let backends = InProcess::group(of)
+        InProcess::group(of)
             .into_iter()
             .map(|rank| CpuBackend::of_rank(options, Box::new(rank)).expect("it has a thread"))
-            .collect();
+            .collect()
+    }
+
+    fn demo_on<B: Backend>(backends: Vec<B>) -> Ranks<B> {
+        let of = backends.len();
+        let checkpoint = Checkpoint::open(&ModelSource::Demo).expect("it is part of the binary");
         let options = LoadOptions {
             quantize: None,
             max_rows: 4,
@@ -313,9 +326,7 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_step_that_fails_ends_the_ranks_and_hangs_nobody() {
-        let mut ranks = demo_on(2);
+    fn fails_and_hangs_nobody<B: Backend>(mut ranks: Ranks<B>) {
         let mut logits = Vec::new();
         ranks
             .forward(&step(3), &[], &mut logits)
@@ -326,5 +337,35 @@ mod tests {
         let error = ranks.forward(&step(3), &[], &mut logits);
         let error = error.expect_err("the followers have ended").to_string();
         assert!(error.contains("rank"), "{error}");
+    }
+
+    /// One rank's work fails in the middle of a step, while the other waits for its part.
+    fn one_fails_and_the_other_is_told<B: Backend>(mut ranks: Ranks<B>) {
+        let mut logits = Vec::new();
+        ranks
+            .forward(&step(3), &[], &mut logits)
+            .expect("a token of the vocabulary");
+        ranks.decoder.backend_mut().leave();
+        let error = ranks.forward(&step(3), &[], &mut logits);
+        let error = error.expect_err("the first rank has left").to_string();
+        assert!(error.contains("rank 0 of 2 has left"), "{error}");
+        assert!(ranks.forward(&step(3), &[], &mut logits).is_err());
+    }
+
+    #[test]
+    fn a_step_that_fails_ends_the_ranks_and_hangs_nobody() {
+        fails_and_hangs_nobody(demo_on(cpus(2)));
+        one_fails_and_the_other_is_told(demo_on(cpus(2)));
+    }
+
+    #[cfg(feature = "cuda-emulation")]
+    #[test]
+    fn a_step_that_fails_ends_the_gpus_and_hangs_nobody() {
+        use quire_kernels::cuda::{CudaBackend, CudaOptions};
+
+        let gpus =
+            || CudaBackend::emulated_group(CudaOptions::default(), 2).expect("there is memory");
+        fails_and_hangs_nobody(demo_on(gpus()));
+        one_fails_and_the_other_is_told(demo_on(gpus()));
     }
 }

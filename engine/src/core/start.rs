@@ -34,7 +34,7 @@ impl Engine {
     }
 
     /// As [`Engine::start`], on the ranks of a group that compute the model together, in order: each loads its part of the weights and has its part
-    /// of the KV cache (`kv_cache_memory` is the first one's).
+    /// of the KV cache (`kv_cache_memory` is the first one's; unless it says otherwise, the rank with the least memory to spare decides for all).
     ///
     /// # Errors
     /// As [`Engine::start`]; or the model cannot be divided so.
@@ -66,11 +66,8 @@ impl Engine {
         let block_bytes =
             Decoder::<B>::kv_shape(model, 1, block_size, config.kv_dtype).block_bytes();
         let groups = groups::page_groups(model);
-        let memory = loaded.first().backend().memory();
-        let spare = match memory.map_err(StartError::Backend)? {
-            None => memory::spare_of_host(),
-            Some(memory) => memory::spare_of_device(memory, utilization),
-        };
+        let memories = loaded.memories().map_err(StartError::Backend)?;
+        let spare = memory::spare(&memories, utilization);
         let sizes = memory::sizes(config, &groups, model.max_position, block_bytes, spare)?;
         let scheduling = Config {
             block_size: config.block_size,

@@ -18,3 +18,4 @@ pub use config::{
 pub use decoder::Decoder;
 pub use load::{LoadError, LoadOptions, LoadProgress};
 pub use pages::PageLayout;
+pub use ranks::check_ranks;

@@ -20,6 +20,14 @@ use quire_kernels::Rank;
 use super::load::LoadError;
 use super::{ModelConfig, QkNorm};
 
+/// Whether so many ranks can have a model together, as far as its shape tells. (Tensors whose blocks would be cut through are found while they are loaded.)
+///
+/// # Errors
+/// They cannot; [`LoadError::Ranks`] says what is in the way.
+pub fn check_ranks(config: &ModelConfig, ranks: usize) -> Result<(), LoadError> {
+    Rank::all(ranks).try_for_each(|rank| Cuts::of(config, rank).map(drop))
+}
+
 /// The parts of a model that a rank has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Cuts {
@@ -210,6 +218,7 @@ mod tests {
         let refused = |config: ModelConfig, of| {
             let rank = Rank { index: 0, of };
             let error = Cuts::of(&config, rank).expect_err("it cannot be divided");
+            assert!(check_ranks(&config, of).is_err());
             error.to_string()
         };
         let two_heads = ModelConfig {

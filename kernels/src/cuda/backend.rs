@@ -16,7 +16,7 @@ use crate::cpu::pool::Pool;
 use crate::cpu::topology::Topology;
 use crate::{
     Activation, AttentionShape, Backend, DeviceMemory, Error, Experts, Format, KvDtype, KvLayer,
-    KvShape, LogitsRule, MatrixPart, Norm, QkvLayer, Rotary, Step,
+    KvShape, LogitsRule, MatrixPart, Norm, QkvLayer, Rank, Rotary, Shard, Step,
 };
 
 /// Threads of the kernels that have a block for each row.
@@ -65,14 +65,16 @@ impl CudaBackend {
     /// A backend on `device`.
     pub(super) fn on(device: Arc<dyn Device>, deterministic: bool) -> Result<Self, Error> {
         let host = Topology::of_machine().as_one();
+        // What is done with logits, the first rank does.
+        let threads = match device.rank().index {
+            0 => thread::available_parallelism().map_or(1, usize::from),
+            _ => 1,
+        };
         Ok(Self {
             header: Buffer::zeroed(&device, size_of::<Header>(), "a step")?,
             words: Buffer::new(&device, 0, "a step")?,
             scratch: Scratch::new(&device),
-            host: Pool::new(&host.place(
-                thread::available_parallelism().map_or(1, usize::from),
-                false,
-            )),
+            host: Pool::new(&host.place(threads, false)),
             tokens: Vec::new(),
             device,
             deterministic,
@@ -211,6 +213,23 @@ impl Backend for CudaBackend {
         Matrix::pack(&self.device, parts, quantize)
     }
 
+    fn rank(&self) -> Rank {
+        self.device.rank()
+    }
+
+    fn shard(
+        &self,
+        parts: &[MatrixPart<'_>],
+        quantize: Option<Format>,
+        shard: Shard,
+    ) -> Result<Matrix, Error> {
+        self.pack_shard(parts, quantize, shard)
+    }
+
+    fn leave(&mut self) {
+        self.device.leave();
+    }
+
     fn matrix_bytes(&self, matrix: &Matrix) -> usize {
         matrix.bytes()
     }
@@ -275,11 +294,10 @@ impl Backend for CudaBackend {
     }
 
     fn embed(&mut self, table: &Matrix, scale: f32, out: &mut Activations) -> Result<(), Error> {
-        let tokens = &self.step.tokens;
-        if let Some(token) = tokens.iter().find(|&&token| token as usize >= table.rows) {
+        let (tokens, of) = (&self.step.tokens, table.vocabulary());
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= of) {
             return Err(Error::Shape(format!(
-                "token {token} of a vocabulary of {}",
-                table.rows
+                "token {token} of a vocabulary of {of}"
             )));
         }
         let [segment] = &table.segments[..] else {
@@ -299,8 +317,10 @@ impl Backend for CudaBackend {
             step: self.step_at(),
             table: segment.params(),
             out: out.buffer.at(),
-            vocabulary: table.rows as i32,
+            first: table.first_token(self.device.rank()) as u32,
+            rows: table.rows as u32,
             scale,
+            pad: 0,
         };
         let kernel = match segment.layout {
             Layout::F32 => "embed_f32",
@@ -315,6 +335,9 @@ impl Backend for CudaBackend {
             Layout::Fp8(_) => "embed_fp8",
         };
         self.launch(kernel, (rows, 1), 0, &embed);
+        if table.shard.is_some() {
+            self.add_up_one(embed.out, rows * table.cols);
+        }
         Ok(())
     }
 
@@ -537,8 +560,8 @@ impl Backend for CudaBackend {
                 head.cols
             )));
         }
-        let drawn = self.step.draws.len();
-        logits.resize((wanted - drawn) * head.rows, 0.0);
+        let (drawn, vocabulary) = (self.step.draws.len(), head.vocabulary());
+        logits.resize((wanted - drawn) * vocabulary, 0.0);
         self.tokens.resize(drawn, 0);
         if rows > 0 {
             let normed = Rows {
@@ -549,23 +572,22 @@ impl Backend for CudaBackend {
                 precision: operand_precision(cols) as i32,
             };
             self.norm(rows, x.params(), normed, weight, cols, norm.eps, true);
-            let out = self
-                .scratch
-                .get(Purpose::Logits, rows * head.rows * size_of::<f32>())?;
-            self.product(normed, rows, head, 0, (out, head.rows), false)?;
+            let (out, stride) = self.own_logits(rows, head)?;
+            self.product(normed, rows, head, 0, (out, stride), false)?;
             let LogitsRule { scale, softcap } = rule;
             if scale != 1.0 || softcap.is_some() {
                 let rule = params::Rule {
                     x: out,
-                    cols: head.rows as i32,
+                    cols: stride as i32,
                     scale,
                     cap: softcap.unwrap_or(0.0),
                     pad: 0,
                 };
-                let blocks = head.rows.div_ceil(THREADS).min(BLOCKS_OF_ROW);
+                let blocks = stride.div_ceil(THREADS).min(BLOCKS_OF_ROW);
                 self.launch("logits_rule", (rows, blocks), 0, &rule);
             }
-            self.draw_from(out, head.rows)?;
+            let out = self.join_logits(rows, head, out)?;
+            self.draw_from(out, vocabulary)?;
         }
         self.submit()?;
         self.scratch

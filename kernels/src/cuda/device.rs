@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use super::params::{Params, Pointer, bytes_of};
-use crate::Error;
+use crate::{Error, Rank};
 
 /// Most bytes a kernel's parameters have.
 const PARAMS: usize = 128;
@@ -93,6 +93,13 @@ pub(crate) struct Dense {
     pub out: Pointer,
 }
 
+/// Numbers that ranks exchange, f32. Every rank exchanges as many, in the same order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Exchange {
+    pub at: Pointer,
+    pub count: usize,
+}
+
 /// One entry of a step's list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(
@@ -102,6 +109,10 @@ pub(crate) struct Dense {
 pub(crate) enum Work {
     Launch(Launch),
     Dense(Dense),
+    /// `[count]` becomes the sum over the ranks', the same on all of them.
+    AllReduce(Exchange),
+    /// `[ranks, count]`, of which each rank has made its own part, becomes whole on all of them.
+    AllGather(Exchange),
 }
 
 /// A GPU, or what stands for one. All work is in one order: what is uploaded, run and downloaded happens as it was asked for.
@@ -135,6 +146,14 @@ pub(crate) trait Device: Send + Sync {
 
     /// Whether it has a library for [`Dense`] products.
     fn has_dense(&self) -> bool;
+
+    /// Which of the ranks that run equal lists, and exchange numbers in them, it is.
+    fn rank(&self) -> Rank {
+        Rank::ALONE
+    }
+
+    /// Takes no part in exchanges any more: those of the others fail instead of waiting for this one.
+    fn leave(&self) {}
 }
 
 /// Memory on a device, given back when it is dropped.

@@ -19,8 +19,9 @@ use cudarc::driver::sys::{
 use super::backend::{CudaBackend, CudaOptions};
 use super::cublaslt::Library;
 use super::device::{Device, Launch, Work};
+use super::nccl::Ties;
 use super::params::Pointer;
-use crate::Error;
+use crate::{Error, Rank};
 
 /// Kernels as nvcc made them: a name and a fatbin each, of which the driver takes what fits the GPU.
 const FATBINS: &[(&str, &[u8])] = &include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
@@ -93,13 +94,17 @@ struct State {
     runs: u64,
 }
 
-struct Driver {
+pub(super) struct Driver {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
     modules: Vec<sys::CUmodule>,
     library: Option<Library>,
     name: String,
+    /// Compute capability and multiprocessors.
+    kind: [i32; 3],
+    /// To the other ranks, where it is one of several.
+    ties: Option<Ties>,
     state: Mutex<State>,
 }
 
@@ -110,7 +115,7 @@ unsafe impl Send for Driver {}
 unsafe impl Sync for Driver {}
 
 impl Driver {
-    fn open(ordinal: usize) -> Result<Self, Error> {
+    pub(super) fn open(ordinal: usize) -> Result<Self, Error> {
         init()?;
         let index = i32::try_from(ordinal).unwrap_or(i32::MAX);
         let device = cuda::device::get(index)
@@ -128,6 +133,7 @@ impl Driver {
                 "{name} has compute capability {major}.{minor}, the kernels need 8.0 or newer"
             )));
         }
+        let multiprocessors = attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         // SAFETY: as above; released when this is dropped.
         let context = unsafe { cuda::primary_ctx::retain(device) }
             .map_err(|error| failed("a context", error))?;
@@ -138,6 +144,8 @@ impl Driver {
             modules: Vec::new(),
             library: None,
             name: format!("{name} (compute capability {major}.{minor})"),
+            kind: [major, minor, multiprocessors],
+            ties: None,
             state: Mutex::default(),
         };
         driver.enter()?;
@@ -151,6 +159,55 @@ impl Driver {
         }
         driver.library = Library::open(driver.stream)?;
         Ok(driver)
+    }
+
+    /// As one of several ranks.
+    pub(super) fn tied(self, ties: Ties) -> Self {
+        let mut this = self;
+        this.ties = Some(ties);
+        this
+    }
+
+    /// To the other ranks.
+    pub(super) fn ties(&self) -> Result<&Ties, Error> {
+        self.ties.as_ref().ok_or_else(|| {
+            Error::Device(format!(
+                "an exchange on {}, which is one of no ranks",
+                self.name
+            ))
+        })
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether libraries and kernels choose here as they do there.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        self.kind == other.kind
+    }
+
+    /// Has `work` done with memory that is given back afterwards.
+    pub(super) fn with_memory(
+        &self,
+        bytes: usize,
+        work: impl FnOnce(Pointer, sys::CUstream) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let at = self.allocate(bytes, "a first exchange")?;
+        let done = work(at, self.stream);
+        if done.is_err() {
+            // Whoever waits for this memory would wait for the other ranks.
+            self.leave();
+        }
+        self.free(at, bytes);
+        done
+    }
+
+    /// Destroys a graph; the driver keeps what still runs of it.
+    fn forget(graph: Graph) -> Result<(), Error> {
+        // SAFETY: a graph of ours that nobody will name again.
+        unsafe { cuda::graph::exec_destroy(graph.executable) }
+            .map_err(|error| failed("a graph", error))
     }
 
     /// Makes the context this thread's: calls come from whichever thread owns the backend.
@@ -230,6 +287,8 @@ impl Driver {
                         return Err(Error::Device("cuBLASLt is not there".to_owned()));
                     }
                 },
+                &Work::AllReduce(exchange) => self.ties()?.all_reduce(exchange, self.stream)?,
+                &Work::AllGather(exchange) => self.ties()?.all_gather(exchange, self.stream)?,
             }
         }
         Ok(())
@@ -240,10 +299,7 @@ impl Driver {
         let executable = self.capture(state, list)?;
         if state.graphs.len() >= GRAPHS {
             let oldest = (0..GRAPHS).min_by_key(|&i| state.graphs[i].used);
-            let oldest = state.graphs.swap_remove(oldest.unwrap_or(0));
-            // SAFETY: a graph of ours; the driver keeps what still runs of it.
-            unsafe { cuda::graph::exec_destroy(oldest.executable) }
-                .map_err(|error| failed("a graph", error))?;
+            Self::forget(state.graphs.swap_remove(oldest.unwrap_or(0)))?;
         }
         state.graphs.push(Graph {
             list: list.to_vec(),
@@ -278,6 +334,8 @@ impl Drop for Driver {
         if self.enter().is_err() {
             return;
         }
+        // First, for the stream may wait for other ranks.
+        self.leave();
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         // Nothing is left to be done about an error here.
         // SAFETY: handles of ours, each destroyed once, after everything on the stream is done.
@@ -286,7 +344,7 @@ impl Drop for Driver {
                 let _ = cuda::stream::synchronize(self.stream);
             }
             for graph in state.graphs.drain(..) {
-                let _ = cuda::graph::exec_destroy(graph.executable);
+                let _ = Self::forget(graph);
             }
             self.library = None;
             for module in self.modules.drain(..) {
@@ -306,7 +364,9 @@ impl Device for Driver {
             Some(_) => "with cuBLASLt",
             None => "without cuBLASLt",
         };
-        format!("{}, {library}", self.name)
+        let exchange = self.ties.as_ref().map(Ties::description);
+        let and = exchange.map_or_else(String::new, |exchange| format!(", with {exchange}"));
+        format!("{}, {library}{and}", self.name)
     }
 
     fn memory(&self) -> Result<(u64, u64), Error> {
@@ -351,6 +411,9 @@ impl Device for Driver {
 
     fn download(&self, from: Pointer, to: &mut [u8]) -> Result<(), Error> {
         self.enter()?;
+        if let Some(ties) = &self.ties {
+            ties.wait(self.stream)?;
+        }
         // SAFETY: as above; nobody touches `to` before the stream is done.
         unsafe {
             cuda::memcpy_dtoh_async(to, from, self.stream)
@@ -373,7 +436,16 @@ impl Device for Driver {
         if !again {
             return self.issue(state, list);
         }
-        let Some(index) = state.graphs.iter().position(|graph| graph.list == list) else {
+        let known = state.graphs.iter().position(|graph| graph.list == list);
+        let replay = match &self.ties {
+            None => known.is_some(),
+            Some(ties) => ties.agree(known.is_some())?,
+        };
+        let Some(index) = known.filter(|_| replay) else {
+            // One rank may know what another does not: then all begin anew.
+            if let Some(index) = known {
+                Self::forget(state.graphs.swap_remove(index))?;
+            }
             // The first time it runs as it is, so that everything it needs is looked up, and is captured for the next.
             self.issue(state, list)?;
             return self.keep(state, list);
@@ -389,5 +461,23 @@ impl Device for Driver {
 
     fn has_dense(&self) -> bool {
         self.library.is_some()
+    }
+
+    fn rank(&self) -> Rank {
+        self.ties.as_ref().map_or(Rank::ALONE, Ties::rank)
+    }
+
+    fn leave(&self) {
+        let Some(ties) = &self.ties else {
+            return;
+        };
+        ties.leave();
+        if self.enter().is_ok() {
+            // A communicator waits for the graphs that exchange through it. Nothing is left to be done about an error here.
+            for graph in self.state().graphs.drain(..) {
+                let _ = Self::forget(graph);
+            }
+            ties.abort();
+        }
     }
 }

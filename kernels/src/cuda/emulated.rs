@@ -8,9 +8,9 @@ use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::backend::{CudaBackend, CudaOptions};
-use super::device::{Device, Launch, Work};
+use super::device::{Device, Exchange, Launch, Work};
 use super::params::Pointer;
-use crate::Error;
+use crate::{Collective, Error, InProcess, Rank};
 
 /// A page of memory, and the alignment of what CUDA allocates.
 const PAGE: usize = 4096;
@@ -46,12 +46,42 @@ impl CudaBackend {
     pub fn emulated(options: CudaOptions) -> Result<Self, Error> {
         Self::on(Arc::new(Emulated::default()), options.deterministic)
     }
+
+    /// The ranks of a group of emulated GPUs, in order, which add up in that order. Each is for a thread of its own.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn emulated_group(options: CudaOptions, of: usize) -> Result<Vec<Self>, Error> {
+        let ranks = InProcess::group(of).into_iter();
+        ranks
+            .map(|ties| {
+                let device = Emulated {
+                    rank: ties.rank(),
+                    ties: Mutex::new(Some(ties)),
+                    ..Emulated::default()
+                };
+                Self::on(Arc::new(device), options.deterministic)
+            })
+            .collect()
+    }
 }
 
-#[derive(Default)]
 struct Emulated {
     /// Begins and lengths of the mappings by what was given out.
     mappings: Mutex<HashMap<Pointer, (usize, usize)>>,
+    rank: Rank,
+    /// To the other ranks, where there are any.
+    ties: Mutex<Option<InProcess>>,
+}
+
+impl Default for Emulated {
+    fn default() -> Self {
+        Self {
+            mappings: Mutex::default(),
+            rank: Rank::ALONE,
+            ties: Mutex::default(),
+        }
+    }
 }
 
 /// A kernel's entry, what its parameters occupy, and its block size.
@@ -110,6 +140,25 @@ impl Emulated {
             );
         }
         Ok(())
+    }
+}
+
+impl Emulated {
+    /// Has the other ranks take part in an exchange of `len` numbers.
+    fn exchange(
+        &self,
+        at: Pointer,
+        len: usize,
+        exchange: impl FnOnce(&mut InProcess, &mut [f32]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let mut ties = self.ties.lock().unwrap_or_else(PoisonError::into_inner);
+        let ties = ties.as_mut().ok_or_else(|| {
+            Error::Device("an exchange on a GPU that is one of no ranks".to_owned())
+        })?;
+        // SAFETY: a part of an allocation (see `Buffer`), which nothing else touches while a list runs.
+        exchange(ties, unsafe {
+            std::slice::from_raw_parts_mut(at as *mut f32, len)
+        })
     }
 }
 
@@ -192,6 +241,15 @@ impl Device for Emulated {
                 Work::Dense(_) => {
                     return Err(Error::Device("the emulation has no library".to_owned()));
                 }
+                &Work::AllReduce(Exchange { at, count }) => {
+                    self.exchange(at, count, |ties, sums| ties.all_reduce(sums))?;
+                }
+                &Work::AllGather(Exchange { at, count }) => {
+                    self.exchange(at, count * self.rank.of, |ties, all| {
+                        let own = all[count * self.rank.index..][..count].to_vec();
+                        ties.all_gather(&own, all)
+                    })?;
+                }
             }
         }
         Ok(())
@@ -199,5 +257,16 @@ impl Device for Emulated {
 
     fn has_dense(&self) -> bool {
         false
+    }
+
+    fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    fn leave(&self) {
+        let mut ties = self.ties.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ties) = ties.as_mut() {
+            ties.leave();
+        }
     }
 }

@@ -137,12 +137,14 @@ struct Combine {
     // [rows, cols]
     float *out;
     int cols, top_k;
+    // Whether to what is there.
+    int add;
 };
 
 KERNEL(combine_experts, Combine, COMBINE_THREADS) {
     size_t row = static_cast<size_t>(block_x()), cols = static_cast<size_t>(p.cols), top_k = static_cast<size_t>(p.top_k);
     for (int i = block_y() * COMBINE_THREADS + thread(); i < p.cols; i += blocks_y() * COMBINE_THREADS) {
-        float sum = p.out[row * cols + static_cast<size_t>(i)];
+        float sum = p.add ? p.out[row * cols + static_cast<size_t>(i)] : 0.0f;
         for (size_t choice = row * top_k; choice < (row + 1) * top_k; choice++) {
             sum = fmaf(p.weights[choice], p.answers[p.places[choice] * cols + static_cast<size_t>(i)], sum);
         }

@@ -7,7 +7,7 @@ use super::matrix::Matrix;
 use super::params::{self, Pointer, Rows};
 use super::products::{Choice, Tiles, choose, one_segment};
 use super::scratch::Purpose;
-use crate::{Error, Experts};
+use crate::{Error, Experts, Shard};
 
 const ROUTE_ROWS: usize = 4;
 const SORT_WARPS: usize = 8;
@@ -89,16 +89,25 @@ impl CudaBackend {
             ..sort(self, Purpose::DownTiles, choice, hidden)?
         };
         self.experts_product(gated, choices, of.down, down_bias, tiles, answers)?;
+        let part = match of.down.shard {
+            Some(Shard::Columns) => Some(self.part(rows * hidden, out, true)?),
+            _ => None,
+        };
         let combine = params::Combine {
             answers,
             places,
             weights: route.weights,
-            out,
+            out: part.map_or(out, |part| part.own),
             cols: hidden as i32,
             top_k: top_k as i32,
+            add: i32::from(part.is_none()),
+            pad: 0,
         };
         let blocks = hidden.div_ceil(COMBINE_THREADS).min(16);
         self.launch("combine_experts", (rows, blocks), 0, &combine);
+        if let Some(part) = part {
+            self.add_up(part, out, true);
+        }
         Ok(())
     }
 

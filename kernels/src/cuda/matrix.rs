@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use super::device::{Buffer, Device, bytes_of_slice};
 use super::params::{Pointer, Weights};
 use crate::quantize::{self, BLOCK, BlockFormat, Grouped, Q4K, Q5_1, Side, with_block_format};
-use crate::{Error, Format, MatrixPart};
+use crate::{Error, Format, MatrixPart, Shard};
 
 /// Bytes that are laid out on the host before they are copied.
 const CHUNK: usize = 32 << 20;
@@ -92,6 +92,8 @@ pub struct Matrix {
     pub(super) rows: usize,
     pub(super) cols: usize,
     pub(super) segments: Vec<Segment>,
+    /// What this rank has of it, where there are several.
+    pub(super) shard: Option<Shard>,
 }
 
 /// Consecutive rows in one layout.
@@ -162,6 +164,7 @@ impl Matrix {
             rows: first,
             cols,
             segments,
+            shard: None,
         })
     }
 
@@ -186,6 +189,7 @@ impl Matrix {
             rows,
             cols,
             segments: vec![segment],
+            shard: None,
         })
     }
 

@@ -45,7 +45,7 @@ params! {
         rows: i32, features: i32, x_stride: i32, out_stride: i32, column: i32, add: i32,
     }
     struct FloatProduct { of: Product, x: Rows }
-    struct Embed { step: Pointer, table: Weights, out: Pointer, vocabulary: i32, scale: f32 }
+    struct Embed { step: Pointer, table: Weights, out: Pointer, first: u32, rows: u32, scale: f32, pad: i32 }
     struct RotaryTable { step: Pointer, frequencies: Pointer, beyond: Pointer, out: Pointer, count: i32, scale: f32 }
     struct Convert { x: Rows, out: Rows, order: Pointer, cols: i32, pad: i32 }
     struct AddBias { x: Pointer, bias: Pointer, stride: i32, cols: i32 }
@@ -72,7 +72,9 @@ params! {
         choices: i32, top_k: i32, experts: i32, tile_rows: i32,
     }
     struct Sample { step: Pointer, logits: Pointer, tokens: Pointer, vocabulary: i32, one: f32 }
-    struct Combine { answers: Pointer, places: Pointer, weights: Pointer, out: Pointer, cols: i32, top_k: i32 }
+    struct Combine { answers: Pointer, places: Pointer, weights: Pointer, out: Pointer, cols: i32, top_k: i32, add: i32, pad: i32 }
+    struct AddParts { parts: Pointer, out: Pointer, count: i64, ranks: i32, add: i32 }
+    struct JoinLogits { parts: Pointer, out: Pointer, rows: i32, widest: i32, vocabulary: i32, ranks: i32 }
     /// `Step` of `params.cuh`: not a parameter but what parameters point to.
     struct Header {
         base: Pointer, rows: u32, logit_rows: u32, tokens: u32, positions: u32, beyond: u32, slots: u32, tables: u32, logits: u32,

@@ -6,7 +6,7 @@ use super::device::{Dense, DenseShape, Operand, Work};
 use super::matrix::{Layout, Matrix, Segment};
 use super::params::{self, Pointer, Precision, Rows};
 use super::scratch::Purpose;
-use crate::Error;
+use crate::{Error, Shard};
 
 /// Most rows that the kernels bound by memory take in one tile; with more, weights are read again or tensor cores are the limit.
 const FEW: usize = 32;
@@ -124,6 +124,13 @@ impl CudaBackend {
         };
         x.check(rows, matrix.cols, "input of a product")?;
         let to = out.floats(rows, matrix.rows, "output of a product")?;
+        if matrix.shard == Some(Shard::Columns) {
+            let part = self.part(rows * matrix.rows, to, add)?;
+            let own = (part.own, matrix.rows);
+            self.product(x.params(), rows, matrix, bias, own, false)?;
+            self.add_up(part, to, add);
+            return Ok(());
+        }
         self.product(x.params(), rows, matrix, bias, (to, matrix.rows), add)
     }
 

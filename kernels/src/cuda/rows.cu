@@ -3,19 +3,25 @@
 
 constexpr int ROW_THREADS = 256;
 
-// out[r] = scale · table[token(r)].
+// out[r] = scale · table[token(r)]; zeroes for tokens that are not in the table but in another rank's.
 struct Embed {
     const Step *step;
     Weights table;
     float *out;
-    // Rows of the table.
-    int vocabulary;
+    // The table's first token, and how many it has.
+    uint32_t first, rows;
     float scale;
 };
 
 template <class F> DEVICE void embed(const Embed &p) {
     int row = block_x(), cols = p.table.cols;
-    uint32_t token = words(p.step, p.step->tokens)[row];
+    // Below zero is beyond the end.
+    uint32_t token = words(p.step, p.step->tokens)[row] - p.first;
+    if (token >= p.rows) {
+        float *out = p.out + static_cast<size_t>(row) * static_cast<size_t>(cols);
+        for (int k = thread(); k < cols; k += ROW_THREADS) out[k] = 0.0f;
+        return;
+    }
     for (int k = thread() * F::RUN; k < cols; k += ROW_THREADS * F::RUN) {
         Run run;
         run.minimum = 0.0f;
@@ -44,9 +50,11 @@ EMBED(Fp8, fp8)
 
 KERNEL(embed_f32, Embed, ROW_THREADS) {
     size_t cols = static_cast<size_t>(p.table.cols);
-    const float *from = reinterpret_cast<const float *>(p.table.quants) + words(p.step, p.step->tokens)[block_x()] * cols;
+    uint32_t token = words(p.step, p.step->tokens)[block_x()] - p.first;
+    bool own = token < p.rows;
+    const float *from = reinterpret_cast<const float *>(p.table.quants) + (own ? token * cols : 0);
     float *out = p.out + static_cast<size_t>(block_x()) * cols;
-    for (int k = thread(); k < p.table.cols; k += ROW_THREADS) out[k] = p.scale * from[k];
+    for (int k = thread(); k < p.table.cols; k += ROW_THREADS) out[k] = own ? p.scale * from[k] : 0.0f;
 }
 
 // out[r] = [cos(position · f) …, sin(position · f) …] · scale.

@@ -23,6 +23,8 @@ pub(super) enum Purpose {
     /// Of split attention, `[query, head_dim]` and `[query]`.
     Partial,
     Softmax,
+    /// Parts of sums or of logits, of this rank or of all.
+    Parts,
     /// Of experts: `[rows, experts]`, then by choice or by place.
     Scores,
     Chosen,

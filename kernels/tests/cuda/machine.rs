@@ -56,6 +56,23 @@ pub fn gpu(deterministic: bool) -> CudaBackend {
     panic!("these tests need a GPU (QUIRE_TEST_GPU=1) or the feature cuda-emulation: {options:?}");
 }
 
+/// The ranks of a group of GPUs, emulated or not; none where this machine has fewer than are asked for, which is said.
+pub fn gpus(options: CudaOptions, of: usize) -> Vec<CudaBackend> {
+    #[cfg(feature = "cuda")]
+    if std::env::var_os("QUIRE_TEST_GPU").is_some() {
+        let there = quire_kernels::cuda::gpus().unwrap().len();
+        if there < of {
+            println!("skipped: it takes {of} GPUs, there are {there}");
+            return Vec::new();
+        }
+        return CudaBackend::group(options, of).unwrap();
+    }
+    #[cfg(feature = "cuda-emulation")]
+    return CudaBackend::emulated_group(options, of).unwrap();
+    #[cfg(not(feature = "cuda-emulation"))]
+    panic!("these tests need GPUs (QUIRE_TEST_GPU=1) or the feature cuda-emulation: {options:?}");
+}
+
 pub fn cpu() -> CpuBackend {
     crate::common::backend(1, None)
 }

@@ -12,4 +12,5 @@ mod experts;
 mod layers;
 mod machine;
 mod products;
+mod ranks;
 mod sampling;
