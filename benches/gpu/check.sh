@@ -92,11 +92,12 @@ if [ -f "$to/packed.tar.xz" ] && [ ! "$bin" -nt "$to/packed.tar.xz" ]; then
 fi
 [ -x "$bin/quire" ] || { failed=1; say "FAILED    $bin is not there: run benches/gpu/pack.sh where Rust is, and bring $to"; exit; }
 
-# cuBLASLt is found by its name: the toolkit's, or one that came with a Python package.
+# cuBLASLt and NCCL are found by their names: the toolkit's, or those that came with a Python package.
 for folder in /usr/local/cuda/lib64 $(timeout 20 python3 -c 'import glob, site
 for root in site.getsitepackages():
-    for name in glob.glob(root + "/nvidia/**/libcublasLt.so.1?", recursive=True):
-        print(name.rsplit("/", 1)[0])' 2>/dev/null); do
+    for library in "libcublasLt.so.1?", "libnccl.so.2":
+        for name in glob.glob(root + "/nvidia/**/" + library, recursive=True):
+            print(name.rsplit("/", 1)[0])' 2>/dev/null); do
     [ -d "$folder" ] && LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$folder
 done
 export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}
@@ -113,9 +114,20 @@ fi
 tail -n 3 "$out/serve.log"
 
 # One thread: tests share the GPU.
-tests kernels 110 "$bin/test-kernels" --test-threads 1
-tests models 110 env CARGO_MANIFEST_DIR="$PWD/engine" "$bin/test-engine" --test-threads 1 --nocapture
+tests kernels 110 "$bin/test-kernels" --test-threads 1 --skip ranks::
+tests models 110 env CARGO_MANIFEST_DIR="$PWD/engine" "$bin/test-engine" --test-threads 1 --nocapture --skip several_ranks
 grep -h 'largest error' "$out/models.log" | tee -a "$out/summary.txt"
+
+# By themselves, so that GPUs that do not find each other spoil nothing else.
+gpus=$(timeout 20 nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')
+if [ "$gpus" -ge 2 ]; then
+    tests two-kernels 60 "$bin/test-kernels" --test-threads 1 --nocapture ranks::
+    tests two-models 90 env CARGO_MANIFEST_DIR="$PWD/engine" "$bin/test-engine" --test-threads 1 --nocapture several_ranks
+    part two-serve 60 "$bin/quire" run --device cuda --tensor-parallel-size 2 --max-tokens 40 'What does `Vec::push` do?'
+    grep -h '^skipped' "$out/two-kernels.log" "$out/two-models.log" | sort -u
+else
+    say "skipped   two GPUs: this machine has $gpus"
+fi
 
 if [ "${1:-}" != quick ]; then
     # It ends by itself, with a table of what it came to.

@@ -341,22 +341,32 @@ fn greedy<B: Backend>(
         .collect()
 }
 
-#[test]
-fn the_demo_model_gives_the_greedy_tokens_of_the_cpu() {
+/// Compares the demo model's greedy tokens on each of some groups of GPUs with the CPU's.
+fn greedy_equals_the_cpu(groups: Vec<Vec<CudaBackend>>) {
     let checkpoint = common::demo_checkpoint();
     let (count, tokens) = if on_a_gpu() { (64, 64) } else { (3, 5) };
     let requests = requests(&checkpoint, count, tokens);
     let expected = greedy(&checkpoint, vec![common::backend(2)], &requests);
-    let one = vec![gpu(false)];
-    // Three query heads: two GPUs, of which one has two of them.
-    for (ranks, backends) in [(1, one), (2, gpus(false, 2)), (3, gpus(true, 3))] {
-        if backends.is_empty() {
+    for gpus in groups {
+        if gpus.is_empty() {
             continue;
         }
-        let got = greedy(&checkpoint, backends, &requests);
+        let ranks = gpus.len();
+        let got = greedy(&checkpoint, gpus, &requests);
         let different = (0..count).filter(|&i| got[i] != expected[i]).count();
         assert_eq!(different, 0, "of {count} on {ranks}");
     }
+}
+
+#[test]
+fn the_demo_model_gives_the_greedy_tokens_of_the_cpu() {
+    greedy_equals_the_cpu(vec![vec![gpu(false)]]);
+}
+
+#[test]
+fn the_demo_model_gives_the_greedy_tokens_of_the_cpu_on_several_ranks() {
+    // Three query heads: of two GPUs one has two of them.
+    greedy_equals_the_cpu(vec![gpus(false, 2), gpus(true, 3)]);
 }
 
 /// Ways to choose: greedy, plain, filtered, penalised, biased, several samples of a prompt.
@@ -541,8 +551,8 @@ fn draw(gpu: &mut CudaBackend, logits: &[f32], sampler: &Sampler) -> TokenId {
     TokenId(gpu.drawn()[0])
 }
 
-#[test]
-fn a_request_has_the_same_bits_alone_and_among_others_when_deterministic() {
+/// Runs requests alone and together, on GPUs that `gpus` makes, if it makes any.
+fn same_bits_alone_and_among_others(gpus: impl Fn() -> Vec<CudaBackend>) {
     let (checkpoint, prompt, ..) = golden("qwen3-moe");
     let config = EngineConfig {
         kv_cache_memory: Some(1 << 20),
@@ -563,29 +573,32 @@ fn a_request_has_the_same_bits_alone_and_among_others_when_deterministic() {
         cache_salt: 0,
         deadline: None,
     };
-    for ranks in [1, 2] {
-        let backends = || match ranks {
-            1 => vec![gpu(true)],
-            several => gpus(true, several),
-        };
-        let engine = |backends| {
-            Engine::start_on_ranks(&checkpoint, backends, &config, None, &mut |_| {}).unwrap()
-        };
-        let (first, second) = (backends(), backends());
-        if first.is_empty() {
-            continue;
-        }
-        let one = engine(first);
-        let alone: Vec<_> = (0..4)
-            .map(|from| common::answers(common::submit(&one, &request(from))))
-            .collect();
-        let all = engine(second);
-        let streams: Vec<_> = (0..4)
-            .map(|from| common::submit(&all, &request(from)))
-            .collect();
-        let together: Vec<_> = streams.into_iter().map(common::answers).collect();
-        assert_eq!(alone, together, "on {ranks}");
+    let engine = |gpus| Engine::start_on_ranks(&checkpoint, gpus, &config, None, &mut |_| {});
+    let first = gpus();
+    if first.is_empty() {
+        return;
     }
+    let one = engine(first).unwrap();
+    let alone: Vec<_> = (0..4)
+        .map(|from| common::answers(common::submit(&one, &request(from))))
+        .collect();
+    drop(one);
+    let all = engine(gpus()).unwrap();
+    let streams: Vec<_> = (0..4)
+        .map(|from| common::submit(&all, &request(from)))
+        .collect();
+    let together: Vec<_> = streams.into_iter().map(common::answers).collect();
+    assert_eq!(alone, together);
+}
+
+#[test]
+fn a_request_has_the_same_bits_alone_and_among_others_when_deterministic() {
+    same_bits_alone_and_among_others(|| vec![gpu(true)]);
+}
+
+#[test]
+fn a_request_has_the_same_bits_on_several_ranks_when_deterministic() {
+    same_bits_alone_and_among_others(|| gpus(true, 2));
 }
 
 /// What a binary with the feature does on a machine without a driver.

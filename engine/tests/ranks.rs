@@ -1,8 +1,8 @@
 //! Several ranks, each with its part of the weights straight from the checkpoint, compute what one computes.
 //!
-//! The ranks are CPU backends in threads of this process, and their sums go through [`InProcess`]; what is tested is what GPUs use too (`cuda.rs`): the cuts of every
-//! tensor, and where the parts are added up. Parts of sums are rounded on their own, so logits differ by some last bits from those of one rank — from
-//! those of another run, or of another rank, by none.
+//! The ranks are CPU backends in threads of this process, and their sums go through [`InProcess`]; what is tested is what GPUs use too (`cuda.rs`): the cuts
+//! of every tensor, and where the parts are added up. Parts of sums are rounded on their own, so logits differ by some last bits from those of one rank —
+//! from those of another run, or of another rank, by none.
 #![allow(clippy::unwrap_used)]
 
 mod common;

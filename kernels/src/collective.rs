@@ -1,8 +1,7 @@
 //! [`Collective`]: what ranks with their buffers in host memory do together, and [`InProcess`], which does it between threads.
 //!
-//! Ranks on GPUs have NCCL for this, which works on device memory, so it is below [`crate::Backend`] there (`cuda/nccl.rs`); what it has to give is the same. Emulated
-//! GPUs have [`InProcess`].
-//! Every rank calls the same operations in the same order.
+//! Ranks on GPUs have NCCL for this, which works on device memory, so it is below [`crate::Backend`] there (`cuda/nccl.rs`); what it has to give is the same.
+//! Emulated GPUs have [`InProcess`]. Every rank calls the same operations in the same order.
 //!
 //! **Invariant:** parts are added in the order of the ranks, so the sum is the same bits on every rank and in every run.
 

@@ -20,8 +20,8 @@ pub fn available() -> u64 {
     }
 }
 
-/// Bytes that the KV cache takes unless told otherwise: of the device that has least to spare (every rank has as many blocks as the first, and none larger), or of
-/// the host's memory where devices have none of their own.
+/// Bytes that the KV cache takes unless told otherwise: of the device that has least to spare (every rank has as many blocks as the first, and none larger),
+/// or of the host's memory where devices have none of their own.
 pub(super) fn spare(memories: &[DeviceMemory], utilization: f64) -> u64 {
     let spare = memories.iter().map(|&of| spare_of_device(of, utilization));
     spare.min().unwrap_or_else(|| available() / 2)

@@ -1,9 +1,9 @@
 //! The CUDA backend: [`CudaBackend`].
 //!
-//! Kernels are the `.cu` files beside this one, compiled ahead of time by nvcc and embedded (feature `cuda`; see `build.rs`), or by a C++ compiler
-//! for the emulation that tests run them in (feature `cuda-emulation`). What the host does is the same for both: `backend` checks and records, `plan` lays a step
-//! out, `matrix` lays weights out, `products`, `attention`, `experts` and `sampling` choose kernels, `ranked` records what several GPUs exchange, and a `device` runs
-//! the list: `driver` (with `nccl` where there are several) or `emulated`.
+//! Kernels are the `.cu` files beside this one, compiled ahead of time by nvcc and embedded (feature `cuda`; see `build.rs`), or by a C++ compiler for the
+//! emulation that tests run them in (feature `cuda-emulation`). What the host does is the same for both: `backend` checks and records, `plan` lays a step
+//! out, `matrix` lays weights out, `products`, `attention`, `experts` and `sampling` choose kernels, `ranked` records what several GPUs exchange, and a
+//! `device` runs the list: `driver` (with `nccl` where there are several) or `emulated`.
 //!
 //! Activations are f32 in the residual stream and behind products, bf16 before them; sums are f32. The KV cache is f16 (f32 without tensor cores).
 //!

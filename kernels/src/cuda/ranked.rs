@@ -3,9 +3,9 @@
 //! Exchanges are recorded among the kernels, so that they are in a step's graph. Every rank records equal exchanges in the same order, since their steps are
 //! equal, and so are the rows and columns of what is exchanged.
 //!
-//! **Invariant:** what is not divided has the same bits on every rank. All get the sums that one computed (a library's all-reduce hands out what was added up once),
-//! or add the same parts in the order of the ranks, which is what [`CudaOptions::deterministic`](super::CudaOptions) asks for: in which order a library adds depends on
-//! how much there is to be added. Routers choose the same experts for that reason, and draws the same tokens.
+//! **Invariant:** what is not divided has the same bits on every rank. All get the sums that one computed (a library's all-reduce hands out what was added up
+//! once), or add the same parts in the order of the ranks, which is what [`CudaOptions::deterministic`](super::CudaOptions) asks for: in which order a
+//! library adds depends on how much there is to be added. Routers choose the same experts for that reason, and draws the same tokens.
 
 use super::backend::CudaBackend;
 use super::device::{Exchange, Work};
