@@ -9,6 +9,7 @@
 //! **Invariant:** graphs that exchange are destroyed before their communicator is: it waits for them.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -83,8 +84,8 @@ struct Library {
         sys::CUstream,
     ) -> u32,
     error_string: unsafe extern "C" fn(u32) -> *const c_char,
-    /// Keeps the functions where they are.
-    _opened: libloading::Library,
+    /// Keeps the functions where they are; never closed, since threads of the library may outlive the last communicator.
+    _opened: ManuallyDrop<libloading::Library>,
 }
 
 impl Library {
@@ -111,7 +112,7 @@ impl Library {
                 all_reduce: function(&library, "ncclAllReduce")?,
                 all_gather: function(&library, "ncclAllGather")?,
                 error_string: function(&library, "ncclGetErrorString")?,
-                _opened: library,
+                _opened: ManuallyDrop::new(library),
             }
         };
         let version = opened.version()?;
