@@ -58,7 +58,7 @@ impl Batch {
 pub struct Sampled {
     /// The sequence.
     pub seq: SeqId,
-    /// The chosen token.
+    /// The chosen token; [`TokenId::PENDING`] where it is not known yet.
     pub token: TokenId,
     /// No further token is wanted.
     pub finished: bool,

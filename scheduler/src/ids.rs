@@ -70,6 +70,11 @@ impl Numbered for NodeId {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TokenId(pub u32);
 
+impl TokenId {
+    /// Stands for a token that a device has drawn, or will, and that nobody else knows yet: see [`crate::Scheduler::resolve`]. No vocabulary has so many.
+    pub const PENDING: Self = Self(u32::MAX);
+}
+
 /// Microseconds on the caller's clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Time(pub u64);

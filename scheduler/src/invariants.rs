@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use crate::sequence::{Sequence, State};
-use crate::{BlockId, Scheduler};
+use crate::{BlockId, Scheduler, TokenId};
 
 impl Scheduler {
     /// Panics unless every invariant holds. Costs time in proportion to everything there is.
@@ -11,11 +11,19 @@ impl Scheduler {
     pub fn check_invariants(&self) {
         let mut references = vec![0; self.blocks.pool.len() as usize];
         let (mut running, mut waiting, mut forks) = (0, 0, 0);
+        let mut unresolved = 0;
         for (seq, sequence) in self.slots.iter() {
             assert!(
                 !sequence.tokens.is_empty()
                     && sequence.computed + sequence.scheduled <= sequence.known()
             );
+            let unknown = sequence.tokens.iter().filter(|&&t| t == TokenId::PENDING);
+            assert_eq!(unknown.count(), usize::from(sequence.pending));
+            if sequence.pending {
+                unresolved += 1;
+                assert_eq!(sequence.tokens.last(), Some(&TokenId::PENDING));
+                assert!(sequence.computed < sequence.known());
+            }
             match sequence.state {
                 State::Waiting => {
                     waiting += 1;
@@ -57,6 +65,7 @@ impl Scheduler {
                 }
             }
         }
+        assert_eq!(unresolved, self.unresolved);
         assert_eq!(waiting, self.waiting.len());
         assert_eq!((running, forks), (self.running_count, self.pending_forks));
         assert!(

@@ -3,7 +3,8 @@
 //! In go requests ([`Scheduler::add`]), aborts and sampled tokens; out comes, step by step, a [`Batch`]: which tokens of which sequences to
 //! compute, and through [`Scheduler::block_table`] where their keys and values live. [`Scheduler::schedule`] and
 //! [`Scheduler::complete`] are the whole contract. The crate is pure: no I/O, no clock (time is an argument), no threads, no
-//! randomness, so a test can replay a million steps in seconds.
+//! randomness, so a test can replay a million steps in seconds. Where tokens are drawn on a device, [`Scheduler::resolve`] brings them when the next step
+//! is already planned.
 //!
 //! Invariants, checked after every step of random workloads (`tests/random_workloads.rs`): a block is free, cached or referenced, never two
 //! of these except free and cached; reference counts equal the tables that hold them; no budget is exceeded; no sequence waits

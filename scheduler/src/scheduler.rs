@@ -63,6 +63,8 @@ pub struct Scheduler {
     pub(crate) running_count: u32,
     /// Samples of running sequences that are still to be forked.
     pub(crate) pending_forks: u32,
+    /// Sequences whose last token is not known yet.
+    pub(crate) unresolved: u32,
     pub(crate) blocks: Blocks,
     pub(crate) ranking: Ranking,
     pub(crate) batch: Batch,
@@ -92,6 +94,7 @@ impl Scheduler {
             running: Vec::new(),
             running_count: 0,
             pending_forks: 0,
+            unresolved: 0,
             blocks: Blocks::new(&config),
             ranking: Ranking::new(&config),
             batch: Batch::default(),
@@ -143,6 +146,7 @@ impl Scheduler {
             pending_forks: new.samples - 1,
             scheduled: 0,
             awaiting: false,
+            pending: false,
             tail_may_be_shared: false,
             cached: None,
             counted: false,
@@ -154,7 +158,8 @@ impl Scheduler {
         Ok(seq)
     }
 
-    /// Chain hashes of the full blocks of a sequence that joins the queue, so that a step that looks it up does not compute them again.
+    /// Chain hashes of the full blocks of a sequence that joins the queue, so that a step that looks it up does not compute them again. Its last token is
+    /// computed in any case, and may not be known: no block with it is looked up.
     pub(crate) fn hash_known(&mut self, seq: SeqId) {
         let Some(sequence) = self.slots.get_mut(seq) else {
             return;
@@ -162,9 +167,8 @@ impl Scheduler {
         sequence.hashes.clear();
         if self.config.prefix_cache {
             let mut hash = PrefixCache::root(sequence.realm).hash;
-            let blocks = sequence
-                .tokens
-                .chunks_exact(self.config.block_size as usize);
+            let before_last = &sequence.tokens[..sequence.tokens.len() - 1];
+            let blocks = before_last.chunks_exact(self.config.block_size as usize);
             sequence.hashes.extend(blocks.map(|tokens| {
                 hash = chain_hash(hash, tokens);
                 hash
@@ -230,6 +234,7 @@ impl Scheduler {
             pending_forks: 0,
             scheduled: 0,
             awaiting: true,
+            pending: false,
             tail_may_be_shared: true,
             cached: None,
             counted: true,
@@ -250,7 +255,18 @@ impl Scheduler {
 
     /// Ends the step. The sequences whose logits were wanted, and their forks, that are still alive have a `Sampled` each, in any order; one that
     /// has none will compute its last token again.
+    ///
+    /// A step may be completed ahead, before its tokens are known: they are [`TokenId::PENDING`] then, and `finished` where no token can change that. The
+    /// next step is planned, and what comes between is told with [`Scheduler::resolve`]. Work that was planned later must not be done before work that was
+    /// planned earlier: blocks of a step that is not done yet are found by, or given to, those of the next.
+    ///
+    /// # Panics
+    /// A token of the step before is not known yet.
     pub fn complete(&mut self, sampled: &[Sampled]) {
+        assert_eq!(
+            self.unresolved, 0,
+            "the tokens of a step are known before the next one is completed"
+        );
         let size = self.config.block_size;
         let mut unanswered = self.forked.len();
         for at in 0..self.batch.sequences.len() {
@@ -279,6 +295,8 @@ impl Scheduler {
             unanswered -= 1;
             if !finished {
                 sequence.tokens.push(token);
+                sequence.pending = token == TokenId::PENDING;
+                self.unresolved += u32::from(sequence.pending);
             }
             let (known, realm) = (sequence.known(), sequence.realm);
             if sequence.has_filled_a_block(size) {
@@ -297,7 +315,30 @@ impl Scheduler {
         self.batch.clear();
     }
 
-    /// The last token of a sequence whose logits came to nothing counts as not computed; what is before it does.
+    /// A token that was [`TokenId::PENDING`] is known: it takes its place, or ends the sequence, which may have been planned for another step in vain; may
+    /// have lost its blocks meanwhile; or may have been aborted, and then nothing happens.
+    pub fn resolve(&mut self, sampled: Sampled) {
+        let Some(sequence) = self.slots.get_mut(sampled.seq) else {
+            return;
+        };
+        if !sequence.pending {
+            return;
+        }
+        if sampled.finished {
+            self.remove(sampled.seq);
+        } else if let Some(last) = sequence.tokens.last_mut() {
+            *last = sampled.token;
+            sequence.pending = false;
+            self.unresolved -= 1;
+        }
+    }
+
+    /// Whether the last token of a live sequence is [`TokenId::PENDING`].
+    pub fn is_pending(&self, seq: SeqId) -> bool {
+        self.slots.get(seq).is_some_and(|s| s.pending)
+    }
+
+    /// The last token of a sequence whose logits counts as not computed; what is before it does.
     fn take_back_unanswered(&mut self) {
         for at in 0..self.batch.sequences.len() + self.forked.len() {
             let seq = match self.batch.sequences.get(at) {
@@ -371,6 +412,8 @@ impl Scheduler {
         let Some(sequence) = self.slots.get_mut(seq) else {
             return;
         };
+        // At most its last token is unknown, and that one is not computed: see `complete`.
+        assert!(sequence.computed + u32::from(sequence.pending) <= sequence.known());
         let before = sequence.filled;
         while sequence.has_filled_a_block(size) {
             let at = sequence.filled as usize;
@@ -424,6 +467,7 @@ impl Scheduler {
         let Some(sequence) = self.slots.remove(seq) else {
             return false;
         };
+        self.unresolved -= u32::from(sequence.pending);
         match sequence.state {
             State::Waiting => {
                 self.waiting.remove(&sequence.key);

@@ -42,6 +42,8 @@ pub(crate) struct Sequence {
     pub scheduled: u32,
     /// The current batch gives it logits, and no token has come of them.
     pub awaiting: bool,
+    /// Its last token is [`TokenId::PENDING`]. Only the last one ever is, and it is not computed before it is known: blocks are made of known tokens.
+    pub pending: bool,
     /// Others may hold the block of its last computed token: look before writing there. False: nobody does.
     pub tail_may_be_shared: bool,
     /// Set at admission, until it was told in a [`crate::Scheduled`].

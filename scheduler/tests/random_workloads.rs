@@ -4,6 +4,9 @@
 //! prefix was computed into it, for which page group and in which regime. Each scheduled token must see exactly its own prefix through its block
 //! table, or as much of it as the group's window shows. Wrong sharing, a missed copy, a block reused too early: all of them show here
 //! without any arithmetic.
+//!
+//! Half of the configurations plan ahead: a step is completed before its tokens are known, the next one is planned, and then the tokens come. The model
+//! of the cache is a device that does steps in order, and knows what it drew.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::{HashMap, HashSet};
@@ -75,7 +78,24 @@ struct Live {
     /// Samples still to be forked.
     forks: u32,
     added: u64,
+    /// What it draws is a function of this and of what it has drawn.
+    seed: u64,
+    /// Its tokens, whoever knows them.
+    tokens: Vec<TokenId>,
 }
+
+impl Live {
+    /// The token that follows, and whether it ends the sequence.
+    fn next(&self) -> (TokenId, bool) {
+        let last = self.tokens[self.tokens.len() - 1];
+        let drawn = extend(self.seed ^ self.tokens.len() as u64, last);
+        let token = TokenId((drawn % 3) as u32);
+        (token, self.left == 1 || (drawn >> 20).is_multiple_of(30))
+    }
+}
+
+/// A step that was completed before its tokens were known: who gets which.
+type Unresolved = Vec<Sampled>;
 
 struct World {
     config: Config,
@@ -100,6 +120,14 @@ struct World {
     prompt_logits: u64,
     refused: u64,
     unanswered: u64,
+    ahead: bool,
+    /// Steps that were planned before the tokens of the one before were known; sequences planned in vain, because that token ended them; and sequences
+    /// that lost their blocks, were aborted or began anew while their last token was unknown.
+    ahead_steps: u64,
+    in_vain: u64,
+    pending_preempted: u64,
+    pending_aborted: u64,
+    pending_anew: u64,
     /// Of every batch so far, in order.
     trace: DefaultHasher,
 }
@@ -150,6 +178,12 @@ impl World {
             prompt_logits: 0,
             refused: 0,
             unanswered: 0,
+            ahead: seed.is_multiple_of(2),
+            ahead_steps: 0,
+            in_vain: 0,
+            pending_preempted: 0,
+            pending_aborted: 0,
+            pending_anew: 0,
             trace: DefaultHasher::new(),
         }
     }
@@ -195,6 +229,8 @@ impl World {
                 left: max_tokens,
                 forks: samples - 1,
                 added: self.now,
+                seed: self.random.next(),
+                tokens: new.prompt,
             }),
             Err(error) => {
                 self.refused += 1;
@@ -227,6 +263,7 @@ impl World {
                         .any(|l| self.scheduler.block_table(l.seq).contains(b))
                 })
                 .count();
+            self.pending_aborted += u64::from(self.scheduler.is_pending(gone.seq));
             assert!(self.scheduler.abort(gone.seq));
             assert!(!self.scheduler.abort(gone.seq), "it is gone");
             assert_eq!(
@@ -236,11 +273,15 @@ impl World {
         }
     }
 
-    /// What the last `n` prefixes of a sequence's tokens are called.
+    /// What the prefixes of a sequence's tokens are called.
     fn prefixes(&self, live: &Live) -> Vec<u64> {
+        let known = self.scheduler.tokens(live.seq);
+        let pending = usize::from(self.scheduler.is_pending(live.seq));
+        let (last, before) = (known.len() - pending, &live.tokens[..known.len()]);
+        assert_eq!(known[..last], before[..last]);
+        assert!(known[last..].iter().all(|t| *t == TokenId::PENDING));
         let mut prefix = live.salt + 1;
-        self.scheduler
-            .tokens(live.seq)
+        before
             .iter()
             .map(|token| {
                 prefix = extend(prefix, *token);
@@ -402,29 +443,88 @@ impl World {
                     left: parent.left,
                     forks: 0,
                     added: self.now,
+                    seed: self.random.next(),
+                    tokens: parent.tokens.clone(),
                 };
                 self.live.push(child);
                 seqs.push(fork);
             }
             for seq in seqs {
                 let at = self.live.iter().position(|l| l.seq == seq).unwrap();
-                self.live[at].left -= 1;
-                self.live[at].added = self.now;
-                let finished = self.live[at].left == 0 || self.random.chance(30);
+                let answer = self.draw(at);
                 let known = self.scheduler.tokens(seq).len() as u32;
                 self.switched +=
-                    u64::from(!finished && self.config.recompute_beyond == Some(known));
-                if finished {
+                    u64::from(!answer.finished && self.config.recompute_beyond == Some(known));
+                if answer.finished {
                     self.live.swap_remove(at);
                 }
-                sampled.push(Sampled {
-                    seq,
-                    token: TokenId(self.random.below(3) as u32),
-                    finished,
-                });
+                sampled.push(answer);
             }
         }
         self.scheduler.complete(&sampled);
+    }
+
+    /// The next token of a live sequence.
+    fn draw(&mut self, at: usize) -> Sampled {
+        let live = &mut self.live[at];
+        let (token, finished) = live.next();
+        live.left -= 1;
+        live.added = self.now;
+        live.tokens.push(token);
+        Sampled {
+            seq: live.seq,
+            token,
+            finished,
+        }
+    }
+
+    /// Completes the step before its tokens are known, unless several samples begin with one of its rows.
+    fn complete_ahead(&mut self) -> Option<Unresolved> {
+        let batch = self.scheduler.batch().sequences.clone();
+        let wanted: Vec<usize> = (batch.iter().filter(|s| s.logits == 1))
+            .filter_map(|s| self.live.iter().position(|l| l.seq == s.seq))
+            .collect();
+        if wanted.iter().any(|&at| self.live[at].forks > 0) {
+            return None;
+        }
+        self.ahead_steps += 1;
+        let (mut unknown, mut answers) = (Vec::new(), Vec::new());
+        for at in wanted {
+            // That it is its last one is known without it.
+            let finished = self.live[at].left == 1;
+            let answer = self.draw(at);
+            let known = self.scheduler.tokens(answer.seq).len() as u32;
+            let anew = !finished && self.config.recompute_beyond == Some(known);
+            self.pending_anew += u64::from(anew);
+            self.switched += u64::from(anew);
+            unknown.push(Sampled {
+                token: TokenId::PENDING,
+                finished,
+                ..answer
+            });
+            if !finished {
+                answers.push(answer);
+            }
+        }
+        self.live.retain(|live| live.left > 0);
+        self.scheduler.complete(&unknown);
+        Some(answers)
+    }
+
+    /// The tokens of a step that was completed ahead come.
+    fn resolve(&mut self, answers: Unresolved) {
+        for answer in answers {
+            if answer.finished
+                && let Some(at) = self.live.iter().position(|l| l.seq == answer.seq)
+            {
+                let batch = &self.scheduler.batch().sequences;
+                self.in_vain += u64::from(batch.iter().any(|s| s.seq == answer.seq));
+                self.live.swap_remove(at);
+            }
+            // An aborted sequence has no use for its token.
+            self.scheduler.resolve(answer);
+            self.scheduler.check_invariants();
+        }
     }
 
     fn hear(&mut self) {
@@ -485,8 +585,12 @@ impl World {
             }
         }
         self.abort_some();
+        let unresolved = self.end_step();
         self.scheduler.schedule(Time(self.now));
         self.scheduler.check_invariants();
+        let preempted = &self.scheduler.batch().preempted;
+        let pending = preempted.iter().filter(|&&s| self.scheduler.is_pending(s));
+        self.pending_preempted += pending.count() as u64;
         if self.scheduler.batch().sequences.is_empty() {
             assert!(
                 !self.scheduler.has_work(),
@@ -495,15 +599,38 @@ impl World {
         }
         self.compute();
         self.abort_some();
-        self.sample();
+        self.resolve(unresolved);
+        if !self.ahead {
+            self.sample();
+        }
         self.scheduler.check_invariants();
-        self.check_windows(|_| 1);
+        self.check_windows(|seq| {
+            let batch = &self.scheduler.batch().sequences;
+            batch.iter().find(|s| s.seq == seq).map_or(1, |s| s.len)
+        });
         self.hear();
         if self.random.chance(200) {
             self.scheduler.clear_prefix_cache();
             self.scheduler.check_invariants();
             self.hear();
         }
+    }
+
+    /// Ends a step that is still running when the next one is to be planned: ahead, if it can be, and then these tokens are still to come.
+    fn end_step(&mut self) -> Unresolved {
+        if !self.ahead {
+            return Vec::new();
+        }
+        let wait = self.random.chance(8);
+        let unresolved = (!wait).then(|| self.complete_ahead()).flatten();
+        let unresolved = unresolved.unwrap_or_else(|| {
+            self.sample();
+            Vec::new()
+        });
+        self.scheduler.check_invariants();
+        self.check_windows(|_| 1);
+        self.hear();
+        unresolved
     }
 
     /// Runs for a while, then lets everything finish without arrivals.
@@ -529,6 +656,7 @@ fn a_million_random_steps_keep_every_invariant() {
     let (mut hits, mut passed_hits, mut switched) = (0, 0, 0);
     let mut prompt_logits = 0;
     let (mut refused, mut unanswered) = (0, 0);
+    let mut ahead = [0; 5];
     let mut seed = 1;
     while steps < STEPS {
         let mut world = World::new(seed);
@@ -542,11 +670,27 @@ fn a_million_random_steps_keep_every_invariant() {
         prompt_logits += world.prompt_logits;
         refused += world.refused;
         unanswered += world.unanswered;
+        let of_world = [
+            world.ahead_steps,
+            world.in_vain,
+            world.pending_preempted,
+            world.pending_aborted,
+            world.pending_anew,
+        ];
+        ahead
+            .iter_mut()
+            .zip(of_world)
+            .for_each(|(all, n)| *all += n);
         seed += 1;
     }
     println!(
         "{steps} steps, {seed} configurations: {preemptions} preemptions, {copies} copies on write, {hits} cached tokens, {passed_hits} blocks \
          that windows had passed, {switched} sequences computed anew, {prompt_logits} prompt rows told, {refused} refusals, {unanswered} steps in vain"
+    );
+    let [ahead_steps, in_vain, preempted, aborted, anew] = ahead;
+    println!(
+        "{ahead_steps} steps planned ahead, {in_vain} rows of sequences that had ended; with an unknown token {preempted} preempted, {aborted} aborted, \
+         {anew} begun anew"
     );
     assert!(steps >= STEPS);
     assert!(
@@ -557,7 +701,12 @@ fn a_million_random_steps_keep_every_invariant() {
             && switched > 10_000
             && prompt_logits > 10_000
             && refused > 1000
-            && unanswered > 1000,
+            && unanswered > 1000
+            && ahead_steps > 100_000
+            && in_vain > 10_000
+            && preempted > 1000
+            && aborted > 1000
+            && anew > 1000,
         "the workloads were to force all of it"
     );
 }
