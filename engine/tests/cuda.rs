@@ -6,6 +6,9 @@
 
 mod common;
 
+#[path = "cuda/ahead.rs"]
+mod ahead;
+
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -520,7 +523,7 @@ fn draw(gpu: &mut CudaBackend, logits: &[f32], sampler: &Sampler) -> TokenId {
         logit_rows: vec![0],
         ..Step::default()
     };
-    let drawn = sampler.draw(0, logits.len(), &mut step.changes);
+    let drawn = sampler.draw(0, 0, logits.len(), &mut step.changes);
     step.draws
         .push(drawn.expect("nothing that only the host does"));
     // A row of a single 1, whose norm it is, before a head of one column.

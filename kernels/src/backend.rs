@@ -255,12 +255,21 @@ pub struct Span {
     pub beyond: bool,
 }
 
+/// A row whose token the step before draws; the host may not know it yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DrawnRow {
+    /// The row.
+    pub row: u32,
+    /// Which of the [`Step::draws`] of the step before.
+    pub draw: u32,
+}
+
 /// One forward pass over rows of many sequences: what a device needs to know beside the weights.
 ///
 /// Kept and refilled from step to step by its owner, so that it allocates only while it grows.
 #[derive(Debug)]
 pub struct Step {
-    /// Token id of each row. `[rows]`
+    /// Token id of each row. `[rows]` Of no importance for [`Step::drawn_rows`].
     pub tokens: Vec<u32>,
     /// Position of each row in its sequence. `[rows]`
     pub positions: Vec<u32>,
@@ -279,6 +288,11 @@ pub struct Step {
     pub draws: Vec<Draw>,
     /// What the draws change in their rows.
     pub changes: Vec<Change>,
+    /// Rows whose tokens are those of draws of the step before, ascending; only for devices that draw.
+    pub drawn_rows: Vec<DrawnRow>,
+    /// [`Backend::logits`] waits for nothing, and what it is to bring is brought by [`Backend::collect`]; only for devices that draw. Until that
+    /// is done the device may be given one more such step, which runs behind this one.
+    pub deferred: bool,
 }
 
 impl Default for Step {
@@ -293,6 +307,8 @@ impl Default for Step {
             logit_rows: Vec::new(),
             draws: Vec::new(),
             changes: Vec::new(),
+            drawn_rows: Vec::new(),
+            deferred: false,
         }
     }
 }
@@ -314,6 +330,8 @@ impl Clone for Step {
         self.logit_rows.clone_from(&source.logit_rows);
         self.draws.clone_from(&source.draws);
         self.changes.clone_from(&source.changes);
+        self.drawn_rows.clone_from(&source.drawn_rows);
+        self.deferred = source.deferred;
     }
 }
 
@@ -326,7 +344,7 @@ impl Step {
         self.tokens.len()
     }
 
-    /// Empties the step and keeps its memory and its groups.
+    /// Empties the step and keeps its memory, its groups and whether it is deferred.
     pub fn clear(&mut self) {
         self.tokens.clear();
         self.positions.clear();
@@ -335,6 +353,7 @@ impl Step {
         self.logit_rows.clear();
         self.draws.clear();
         self.changes.clear();
+        self.drawn_rows.clear();
     }
 }
 
@@ -607,10 +626,11 @@ pub trait Backend: Send + 'static {
 
     /// Final norm and output head for the step's `logit_rows` only; what has no draw is brought to the host.
     ///
-    /// `x` [rows, hidden], `head` [vocabulary, hidden]; `logits` is filled with [logit rows without a draw, vocabulary].
+    /// `x` [rows, hidden], `head` [vocabulary, hidden]; `logits` is filled with [logit rows without a draw, vocabulary], unless the step is
+    /// [`Step::deferred`].
     ///
     /// # Errors
-    /// The device failed.
+    /// The device failed; or a step is deferred behind another one whose logits the host has yet to collect, or behind two.
     fn logits(
         &mut self,
         x: &Self::Activations,
@@ -620,12 +640,24 @@ pub trait Backend: Send + 'static {
         logits: &mut Vec<f32>,
     ) -> Result<(), Error>;
 
-    /// Whether the device does [`Step::draws`]. One that does not is given none.
+    /// Whether the device does [`Step::draws`]. One that does not is given none, nor anything else that comes of them.
     fn draws(&self) -> bool {
         false
     }
 
-    /// The tokens of the step's draws, in their order, once [`Backend::logits`] is done.
+    /// Waits for the oldest [`Step::deferred`] step that was not collected, and brings what [`Backend::logits`] would have.
+    ///
+    /// # Errors
+    /// The device failed, which may be this step's fault or an earlier one's; or there is no such step.
+    fn collect(&mut self, logits: &mut Vec<f32>) -> Result<(), Error> {
+        logits.clear();
+        Err(Error::Device(format!(
+            "{} has no step to be collected",
+            self.description()
+        )))
+    }
+
+    /// The tokens of a step's draws, in their order, once [`Backend::logits`] or [`Backend::collect`] has brought them.
     fn drawn(&self) -> &[u32] {
         &[]
     }

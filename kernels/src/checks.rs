@@ -67,6 +67,22 @@ pub(crate) fn check_draws(step: &Step) -> Result<(), Error> {
     Ok(())
 }
 
+/// Refuses rows of drawn tokens that are not there, or whose tokens are not among the `drawn` of the step before.
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+pub(crate) fn check_drawn_rows(step: &Step, drawn: usize) -> Result<(), Error> {
+    let mut next = 0;
+    for row in &step.drawn_rows {
+        if row.row < next || row.row as usize >= step.rows() || row.draw as usize >= drawn {
+            return Err(Error::Shape(format!(
+                "{row:?} of {} rows after a step of {drawn} draws",
+                step.rows()
+            )));
+        }
+        next = row.row + 1;
+    }
+    Ok(())
+}
+
 /// Whether a draw's numbers are in their ranges.
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 fn drawable(draw: &crate::Draw) -> bool {
@@ -82,12 +98,14 @@ fn drawable(draw: &crate::Draw) -> bool {
 
 /// Refuses draws altogether, on behalf of a device that has none.
 pub(crate) fn check_no_draws(step: &Step) -> Result<(), Error> {
-    if step.draws.is_empty() {
+    if step.draws.is_empty() && step.drawn_rows.is_empty() && !step.deferred {
         return Ok(());
     }
     Err(Error::Shape(format!(
-        "{} draws for a device that draws no tokens",
-        step.draws.len()
+        "{} draws, {} rows of drawn tokens, deferred: {}, for a device that draws no tokens",
+        step.draws.len(),
+        step.drawn_rows.len(),
+        step.deferred
     )))
 }
 

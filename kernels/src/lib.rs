@@ -19,8 +19,8 @@ pub mod quantize;
 pub mod ranks;
 
 pub use backend::{
-    Activation, AttentionShape, Backend, DeviceMemory, Experts, Format, KvDtype, KvLayer, KvShape,
-    LogitsRule, MatrixPart, Norm, QkvLayer, Rotary, Span, Step,
+    Activation, AttentionShape, Backend, DeviceMemory, DrawnRow, Experts, Format, KvDtype, KvLayer,
+    KvShape, LogitsRule, MatrixPart, Norm, QkvLayer, Rotary, Span, Step,
 };
 pub use collective::{Collective, InProcess};
 pub use draws::{Change, ChangeKind, Draw};

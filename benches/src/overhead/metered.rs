@@ -244,6 +244,10 @@ impl<B: Backend> Backend for Metered<B> {
         self.inner.draws()
     }
 
+    fn collect(&mut self, logits: &mut Vec<f32>) -> Result<(), Error> {
+        self.inner.collect(logits)
+    }
+
     fn drawn(&self) -> &[u32] {
         self.inner.drawn()
     }

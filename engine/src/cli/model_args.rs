@@ -42,6 +42,10 @@ pub(super) struct ModelArgs {
     #[arg(long, env = "QUIRE_DETERMINISTIC", value_parser = clap::builder::BoolishValueParser::new())]
     pub deterministic: bool,
 
+    /// On a GPU, wait for each step's tokens before the next one is planned: slower, for comparisons
+    #[arg(long, env = "QUIRE_NO_PLAN_AHEAD", hide = true, value_parser = clap::builder::BoolishValueParser::new())]
+    pub no_plan_ahead: bool,
+
     /// Threads that compute [default: the cores this process may use]
     #[arg(long, env = "QUIRE_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -180,6 +184,7 @@ impl ModelArgs {
             kv_cache_memory: self.kv_cache_memory,
             gpu_memory_utilization: self.gpu_memory_utilization,
             prefix_cache: !self.no_prefix_cache,
+            plan_ahead: !self.no_plan_ahead,
             policy: match self.policy {
                 PolicyArg::Fcfs => Policy::Fcfs,
                 PolicyArg::Priority => Policy::Priority,

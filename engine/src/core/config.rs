@@ -35,6 +35,8 @@ pub struct EngineConfig {
     pub gpu_memory_utilization: f64,
     /// Keep the blocks of finished sequences for prompts that begin alike.
     pub prefix_cache: bool,
+    /// On a device that draws tokens itself (a GPU), plan the next step while one runs. Tokens are the same either way.
+    pub plan_ahead: bool,
     /// Who runs first.
     pub policy: Policy,
     /// One level of priority is worth this much waiting, under [`Policy::Priority`].
@@ -58,6 +60,7 @@ impl Default for EngineConfig {
             claimed_kv_cache: 0,
             gpu_memory_utilization: 0.9,
             prefix_cache: true,
+            plan_ahead: true,
             policy: Policy::Priority,
             priority_aging: Duration::from_secs(10),
             quantize: None,
@@ -74,7 +77,9 @@ pub struct StepReport {
     pub sequences: u32,
     /// Sequences whose next token the device drew, so that no row of logits came to the host for it.
     pub drawn: u32,
-    /// From the plan to the last token handed out.
+    /// It was planned before the tokens of the step before were known.
+    pub ahead: bool,
+    /// From the plan to the last token handed out; where the step before ended later than that plan was begun, from then on.
     pub duration: Duration,
 }
 

@@ -1,4 +1,4 @@
-//! The engine thread: receive, schedule, forward, sample, complete, publish — and again.
+//! The engine thread: receive, schedule, forward, sample, complete, publish — and again. A GPU is a step ahead of it: see [`super::ahead`].
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -8,11 +8,12 @@ use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use flume::{Receiver, Selector, Sender};
-use quire_kernels::{Backend, Step};
+use quire_kernels::{Backend, Error, Step};
 use quire_scheduler::{NewSequence, Sampled, Scheduled, Scheduler, SeqId, Time, TokenId};
 
 use crate::sampling::{Choice, Sampler, Scratch};
 
+use super::ahead::Ahead;
 use super::config::StepReport;
 use super::handle::{EngineStats, Shared, Submission};
 use super::ranks::{Ranks, Unclaimed};
@@ -22,23 +23,20 @@ use super::sequence::{Limits, Sequence};
 use super::step;
 use super::stream::{Control, RequestKey, Ticket};
 
-/// Tokens of the vocabulary for each one whose logit a row may have changed on a device: it is told a token and an amount of each, and a row with
-/// more of them than this comes to the host as cheaply.
-const VOCABULARY_OF_CHANGE: usize = 8;
-
 /// Everything the engine thread owns.
 pub(super) struct EngineLoop<B: Backend> {
-    ranks: Ranks<B>,
-    scheduler: Scheduler,
+    pub(super) ranks: Ranks<B>,
+    pub(super) scheduler: Scheduler,
     shared: Arc<Shared>,
     requests: Receiver<Submission>,
     control: Receiver<Control>,
-    observer: Option<Box<dyn FnMut(StepReport) + Send>>,
+    pub(super) observer: Option<Box<dyn FnMut(StepReport) + Send>>,
     started: Instant,
 
-    active: HashMap<RequestKey, Active>,
+    pub(super) active: HashMap<RequestKey, Active>,
     /// By [`SeqId::slot`].
-    sequences: Vec<Option<Sequence>>,
+    pub(super) sequences: Vec<Option<Sequence>>,
+    pub(super) ahead: Ahead,
     /// Soonest first; entries of requests that have ended are skipped when they come up.
     deadlines: BinaryHeap<Reverse<(Instant, RequestKey)>>,
     last_finish: Instant,
@@ -50,22 +48,22 @@ pub(super) struct EngineLoop<B: Backend> {
     unclaimed: Unclaimed,
 
     // Kept from step to step for their memory.
-    step: Step,
+    pub(super) step: Step,
     copies: Vec<(u32, u32)>,
-    logits: Vec<f32>,
+    pub(super) logits: Vec<f32>,
     jobs: Vec<Job>,
     scratches: Vec<Scratch>,
-    sampled: Vec<Sampled>,
+    pub(super) sampled: Vec<Sampled>,
     outbox: Vec<(Sender<Event>, Event)>,
     ended: Vec<RequestKey>,
 }
 
 /// A request that has not ended.
-struct Active {
+pub(super) struct Active {
     ticket: Arc<Ticket>,
     id: Arc<str>,
     events: Sender<Event>,
-    samples: Vec<Sample>,
+    pub(super) samples: Vec<Sample>,
     admitted: bool,
     /// It has a token.
     answered: bool,
@@ -73,10 +71,12 @@ struct Active {
 
 /// Where one of a request's `n` samples is.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Sample {
+pub(super) enum Sample {
     /// Waits for the prompt to be computed, then is forked from sample 0.
     Pending,
     Live(SeqId),
+    /// Its last token is on its way.
+    Ending,
     Ended,
 }
 
@@ -100,6 +100,7 @@ impl<B: Backend> EngineLoop<B> {
         (requests, control): (Receiver<Submission>, Receiver<Control>),
         observer: Option<Box<dyn FnMut(StepReport) + Send>>,
         unclaimed: Unclaimed,
+        plan_ahead: bool,
     ) -> Self {
         let mut entropy = DefaultHasher::new();
         SystemTime::now()
@@ -107,6 +108,7 @@ impl<B: Backend> EngineLoop<B> {
             .unwrap_or_default()
             .hash(&mut entropy);
         std::process::id().hash(&mut entropy);
+        let ahead = plan_ahead && ranks.run_ahead();
         Self {
             ranks,
             scheduler,
@@ -117,6 +119,7 @@ impl<B: Backend> EngineLoop<B> {
             started: Instant::now(),
             active: HashMap::new(),
             sequences: Vec::new(),
+            ahead: Ahead::new(ahead),
             deadlines: BinaryHeap::new(),
             last_finish: Instant::now(),
             entropy: entropy.finish(),
@@ -124,7 +127,10 @@ impl<B: Backend> EngineLoop<B> {
             generation_tokens: 0,
             blocks_used_peak: 0,
             unclaimed,
-            step: Step::default(),
+            step: Step {
+                deferred: ahead,
+                ..Step::default()
+            },
             copies: Vec::new(),
             logits: Vec::new(),
             jobs: Vec::new(),
@@ -146,7 +152,7 @@ impl<B: Backend> EngineLoop<B> {
 
     /// Takes in what arrived; waits for something when there is nothing to do. False: nothing will ever arrive.
     fn receive(&mut self) -> bool {
-        if !self.scheduler.has_work() {
+        if !self.scheduler.has_work() && !self.ahead.is_in_flight() {
             self.publish();
             // A few milliseconds at a time, until somebody wants something.
             while self.requests.is_empty()
@@ -287,38 +293,34 @@ impl<B: Backend> EngineLoop<B> {
         }
     }
 
-    /// One step over everything that is scheduled.
+    /// One step over everything that is scheduled; on a device that is ahead, behind the step that it computes.
     fn step(&mut self) {
+        let before = self.complete();
         let began = Instant::now();
         let now = self.now();
         self.scheduler.schedule(now);
-        if self.scheduler.batch().sequences.is_empty() {
-            return;
+        let launched = (!self.scheduler.batch().sequences.is_empty()).then(|| self.forward());
+        let ahead = before.is_some();
+        if let Some(before) = before {
+            self.resolve(before);
         }
+        match launched {
+            None => {}
+            Some(Ok(())) => self.launched(began, ahead),
+            Some(Err(error)) => self.fail_step(&error),
+        }
+    }
+
+    /// Hands what is scheduled to the device.
+    fn forward(&mut self) -> Result<(), Error> {
         self.announce_admitted();
-        step::fill(&self.scheduler, &mut self.step, &mut self.copies);
+        let (step, draws) = (&mut self.step, &self.ahead.draws);
+        step::fill(&self.scheduler, draws, step, &mut self.copies);
         if self.ranks.draws() {
             self.list_draws();
         }
-        let forward = self
-            .ranks
-            .forward(&self.step, &self.copies, &mut self.logits);
-        if let Err(error) = forward {
-            tracing::error!(%error, "a step failed; its requests end");
-            self.fail_step();
-            return;
-        }
-        self.sample();
-        self.scheduler.complete(&self.sampled);
-        self.send();
-        if let Some(observer) = &mut self.observer {
-            observer(StepReport {
-                tokens: self.step.rows() as u32,
-                sequences: self.step.spans.len() as u32,
-                drawn: self.step.draws.len() as u32,
-                duration: began.elapsed(),
-            });
-        }
+        self.ranks
+            .forward(&self.step, &self.copies, &mut self.logits)
     }
 
     /// Tells the owners of sequences that leave the queue with this step.
@@ -343,29 +345,8 @@ impl<B: Backend> EngineLoop<B> {
         }
     }
 
-    /// Leaves to the device the tokens of all sequences of which it is told how; the rows of the others are sampled here.
-    fn list_draws(&mut self) {
-        let most = self.ranks.vocab_size() / VOCABULARY_OF_CHANGE;
-        let mut row = 0;
-        for scheduled in &self.scheduler.batch().sequences {
-            row += scheduled.prompt_logits;
-            if scheduled.logits == 0 {
-                continue;
-            }
-            // Several samples begin with the row of a prompt that is to be forked.
-            if let Some(sequence) = &self.sequences[scheduled.seq.slot()]
-                && let Some(active) = self.active.get(&sequence.request)
-                && !active.samples.contains(&Sample::Pending)
-                && let Some(draw) = sequence.sampler.draw(row, most, &mut self.step.changes)
-            {
-                self.step.draws.push(draw);
-            }
-            row += 1;
-        }
-    }
-
     /// Chooses a token for every row of logits, forks the prompts that want several samples, notes what ended.
-    fn sample(&mut self) {
+    pub(super) fn sample(&mut self) {
         let mut jobs = std::mem::take(&mut self.jobs);
         self.list_jobs(&mut jobs);
         let vocab = self.ranks.vocab_size();
@@ -400,7 +381,7 @@ impl<B: Backend> EngineLoop<B> {
             if draw.is_some_and(|draw| draw.row as usize == row + drawn) {
                 let token = TokenId(self.ranks.drawn()[drawn]);
                 drawn += 1;
-                if let Some(mut sequence) = self.sequences[scheduled.seq.slot()].take() {
+                if let Some(mut sequence) = self.take_sequence(scheduled.seq) {
                     let choice = Some(sequence.sampler.take(token));
                     let work = Work::Choose {
                         seq: scheduled.seq,
@@ -413,7 +394,7 @@ impl<B: Backend> EngineLoop<B> {
             }
             // The forks' first tokens come from the row of their parent.
             for seq in self.forks(scheduled.seq).into_iter().chain([scheduled.seq]) {
-                if let Some(sequence) = self.sequences[seq.slot()].take() {
+                if let Some(sequence) = self.take_sequence(seq) {
                     let work = Work::Choose {
                         seq,
                         sequence,
@@ -428,7 +409,7 @@ impl<B: Backend> EngineLoop<B> {
 
     /// Asks for the log-probabilities of the prompt tokens that follow the rows of logits from `row` on.
     fn report_prompt(&self, scheduled: Scheduled, row: usize, jobs: &mut Vec<Job>) {
-        let Some(sequence) = &self.sequences[scheduled.seq.slot()] else {
+        let Some(sequence) = self.sequence(scheduled.seq) else {
             return;
         };
         let count = scheduled.prompt_logits as usize;
@@ -447,7 +428,7 @@ impl<B: Backend> EngineLoop<B> {
 
     /// The sequences forked from `parent` now that its prompt is computed; none if it wants a single sample or has forked before.
     fn forks(&mut self, parent: SeqId) -> Vec<SeqId> {
-        let Some(sequence) = &self.sequences[parent.slot()] else {
+        let Some(sequence) = self.sequence(parent) else {
             return Vec::new();
         };
         let key = sequence.request;
@@ -507,7 +488,7 @@ impl<B: Backend> EngineLoop<B> {
     }
 
     /// The next token of a sequence was chosen: it ends, or goes back to its slot.
-    fn take_choice(&mut self, seq: SeqId, sequence: Sequence, choice: Choice) {
+    pub(super) fn take_choice(&mut self, seq: SeqId, sequence: Sequence, choice: Choice) {
         let Choice { token, logprobs } = choice;
         self.generation_tokens += 1;
         let index = sequence.index;
@@ -527,7 +508,7 @@ impl<B: Backend> EngineLoop<B> {
         ));
         let reason = if sequence.limits.stop.contains(&token) {
             Some(FinishReason::Stop { token: Some(token) })
-        } else if sequence.sampler.generated() >= sequence.limits.max_tokens {
+        } else if sequence.ends_after(0) {
             Some(FinishReason::Length)
         } else {
             None
@@ -552,7 +533,7 @@ impl<B: Backend> EngineLoop<B> {
     }
 
     /// Hands out what the step produced. After `complete` and `publish`: who is told that a request ended finds its blocks freed.
-    fn send(&mut self) {
+    pub(super) fn send(&mut self) {
         self.publish();
         for key in std::mem::take(&mut self.ended) {
             if let Some(active) = self.active.remove(&key) {
@@ -565,28 +546,8 @@ impl<B: Backend> EngineLoop<B> {
         }
     }
 
-    /// The device failed: the sequences of the step cannot go on, the others may.
-    fn fail_step(&mut self) {
-        let mut failed: Vec<RequestKey> = self
-            .scheduler
-            .batch()
-            .sequences
-            .iter()
-            .filter_map(|scheduled| {
-                self.sequences[scheduled.seq.slot()]
-                    .as_ref()
-                    .map(|sequence| sequence.request)
-            })
-            .collect();
-        failed.dedup();
-        for key in failed {
-            self.end_request(key, FinishReason::Failed);
-        }
-        self.scheduler.complete(&[]);
-    }
-
     /// Ends every open sample of a request, if it has not ended.
-    fn end_request(&mut self, key: RequestKey, reason: FinishReason) {
+    pub(super) fn end_request(&mut self, key: RequestKey, reason: FinishReason) {
         let Some(active) = self.active.remove(&key) else {
             return;
         };
@@ -680,6 +641,18 @@ impl<B: Backend> EngineLoop<B> {
             unanswered_tokens: 0,
             silence: None,
         });
+    }
+
+    /// What is known here of a sequence that has not ended. (Its slot may be another's already: a step is planned long before it is completed.)
+    pub(super) fn sequence(&self, seq: SeqId) -> Option<&Sequence> {
+        let live = self.scheduler.is_live(seq);
+        live.then(|| self.sequences[seq.slot()].as_ref()).flatten()
+    }
+
+    /// As [`Self::sequence`], out of its slot.
+    pub(super) fn take_sequence(&mut self, seq: SeqId) -> Option<Sequence> {
+        let live = self.scheduler.is_live(seq);
+        live.then(|| self.sequences[seq.slot()].take()).flatten()
     }
 
     fn place(&mut self, seq: SeqId, sequence: Sequence) {

@@ -7,6 +7,7 @@
 //! How it ends: [`Engine::drain`] refuses what is new, and [`Engine::drained`] resolves when what was accepted has finished. Dropping
 //! a stream aborts its request; dropping the last handle lets the thread finish and exit.
 
+mod ahead;
 mod config;
 mod device;
 mod engine_loop;

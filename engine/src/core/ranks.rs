@@ -168,9 +168,22 @@ impl<B: Backend> Ranks<B> {
         self.decoder.backend().draws()
     }
 
-    /// The tokens that the last step drew.
+    /// The tokens that a step drew: the last one, or the one that was collected last.
     pub fn drawn(&self) -> &[u32] {
         self.decoder.backend().drawn()
+    }
+
+    /// Whether steps may be deferred. Several ranks wait for each other after every step, so that none of them is ahead.
+    pub fn run_ahead(&self) -> bool {
+        self.draws() && self.followers.is_empty()
+    }
+
+    /// Waits for a deferred step; see [`Backend::collect`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn collect(&mut self, logits: &mut Vec<f32>) -> Result<(), Error> {
+        self.decoder.backend_mut().collect(logits)
     }
 
     /// Claims a part of the KV cache's memory; see [`Backend::claim`]. With several ranks there is none.

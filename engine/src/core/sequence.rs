@@ -22,6 +22,13 @@ pub(super) struct Sequence {
     pub limits: Arc<Limits>,
 }
 
+impl Sequence {
+    /// Whether so many tokens more are all it may generate, if it does not stop before.
+    pub fn ends_after(&self, tokens: u32) -> bool {
+        self.sampler.generated() + tokens >= self.limits.max_tokens
+    }
+}
+
 /// What ends the samples of a request.
 pub(super) struct Limits {
     pub max_tokens: u32,

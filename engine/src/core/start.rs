@@ -125,6 +125,7 @@ impl Engine {
             (requests, control),
             observer,
             Unclaimed::new(config.claimed_kv_cache),
+            config.plan_ahead,
         );
         thread::Builder::new()
             .name("quire-engine".to_owned())

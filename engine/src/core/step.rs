@@ -1,12 +1,18 @@
 //! Turns a scheduler's plan into what the decoder runs.
 
-use quire_kernels::{Span, Step};
+use quire_kernels::{DrawnRow, Span, Step};
 use quire_scheduler::{BlockId, Scheduler};
 
 const _: () = assert!(BlockId::NONE.0 == Step::NO_BLOCK);
 
-/// Fills `step` and `copies` from the batch the scheduler has just planned; both keep their memory from step to step.
-pub(super) fn fill(scheduler: &Scheduler, step: &mut Step, copies: &mut Vec<(u32, u32)>) {
+/// Fills `step` and `copies` from the batch the scheduler has just planned; both keep their memory from step to step. `draws`, by the slots of sequences whose
+/// last token is not known yet: which draw of the step before it is.
+pub(super) fn fill(
+    scheduler: &Scheduler,
+    draws: &[u32],
+    step: &mut Step,
+    copies: &mut Vec<(u32, u32)>,
+) {
     step.clear();
     copies.clear();
     let batch = scheduler.batch();
@@ -30,6 +36,12 @@ pub(super) fn fill(scheduler: &Scheduler, step: &mut Step, copies: &mut Vec<(u32
                 .map(|token| token.0),
         );
         step.positions.extend(scheduled.start..end);
+        if end as usize == tokens.len() && scheduler.is_pending(scheduled.seq) {
+            step.drawn_rows.push(DrawnRow {
+                row: row + scheduled.len - 1,
+                draw: draws[scheduled.seq.slot()],
+            });
+        }
         // Interleaved, as the scheduler keeps it: `BlockId::NONE` is `Step::NO_BLOCK`.
         let entries = end.div_ceil(block_size) as usize * step.groups;
         let table = scheduler.block_table(scheduled.seq);

@@ -36,7 +36,8 @@ impl Seen {
         Self::penalises(params) || !params.logit_bias.is_empty()
     }
 
-    fn penalises(params: &SamplingParams) -> bool {
+    /// Whether the tokens so far change rows.
+    pub fn penalises(params: &SamplingParams) -> bool {
         params.repetition_penalty != 1.0
             || params.presence_penalty != 0.0
             || params.frequency_penalty != 0.0

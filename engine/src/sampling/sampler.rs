@@ -100,14 +100,23 @@ impl Sampler {
 
     /// How a device chooses the next token from row `row` of a step's logits, its changes appended to `changes`; `None` for what only
     /// [`Sampler::sample`] does: log-probabilities, and rows of which more than `most` logits are changed.
-    pub fn draw(&self, row: u32, most: usize, changes: &mut Vec<Change>) -> Option<Draw> {
+    ///
+    /// `pending` tokens before it were drawn and are still to be [taken](Sampler::take); only of a sampler that does not [read](Sampler::reads_tokens) them.
+    pub fn draw(
+        &self,
+        row: u32,
+        pending: u32,
+        most: usize,
+        changes: &mut Vec<Change>,
+    ) -> Option<Draw> {
         let params = &*self.params;
         if params.logprobs.is_some() {
             return None;
         }
         let first_change = changes.len() as u32;
         let greedy = params.temperature < GREEDY_BELOW;
-        let of_kinds = penalties::changes(&self.seen, params, self.forbidden(), most, changes)?;
+        let at = self.generated + pending;
+        let of_kinds = penalties::changes(&self.seen, params, self.forbidden(at), most, changes)?;
         Some(Draw {
             row,
             greedy,
@@ -119,10 +128,15 @@ impl Sampler {
             top_k: params.top_k,
             top_p: params.top_p,
             within: -params.min_p.ln(),
-            place: random::uniform(self.seed, self.index, self.generated),
+            place: random::uniform(self.seed, self.index, at),
             first_change,
             changes: of_kinds,
         })
+    }
+
+    /// Whether the tokens so far change how the next one is chosen: they are penalised.
+    pub fn reads_tokens(&self) -> bool {
+        Seen::penalises(&self.params)
     }
 
     /// Takes the token that a device drew as [`Sampler::draw`] said.
@@ -139,9 +153,9 @@ impl Sampler {
         self.generated += 1;
     }
 
-    /// What may not be chosen now.
-    fn forbidden(&self) -> &[TokenId] {
-        if self.generated < self.params.min_tokens {
+    /// What may not be chosen after so many tokens.
+    fn forbidden(&self, generated: u32) -> &[TokenId] {
+        if generated < self.params.min_tokens {
             &self.ends
         } else {
             &[]
@@ -151,7 +165,7 @@ impl Sampler {
     /// The next token; `changed` is memory for the row where parameters change it.
     fn choose(&self, raw: &[f32], changed: &mut Vec<f32>, scratch: &mut Scratch) -> TokenId {
         let params = &*self.params;
-        let forbidden = self.forbidden();
+        let forbidden = self.forbidden(self.generated);
         let adjusted = Seen::changes(params) || !forbidden.is_empty();
         if adjusted {
             changed.clear();

@@ -1,17 +1,21 @@
 //! [`CudaBackend`]: checks shapes, then records kernels.
 //!
-//! Nothing runs while a step is recorded: its end, [`Backend::logits`], hands the list to the device and brings logits and tokens back.
+//! Nothing of a step runs while it is recorded: its end, [`Backend::logits`], hands the list to the device and brings logits and tokens back, or leaves
+//! that to [`Backend::collect`]. Then the next step is recorded while this one runs.
 
 use std::sync::Arc;
 use std::thread;
 
 use super::buffers::{Activations, KvCache, Vector};
-use super::device::{Buffer, Device, Launch, Work, bytes_of_slice, bytes_of_slice_mut};
+use super::device::{Buffer, Device, Launch, Work, bytes_of_slice_mut};
+use super::flights::{Flights, Results};
 use super::matrix::{Layout, Matrix};
-use super::params::{self, Header, Params, Pointer, Precision, Rows, bytes_of};
+use super::params::{self, Params, Pointer, Precision, Rows};
 use super::plan::Plan;
 use super::scratch::{Purpose, Scratch};
-use crate::checks::{check_draws, check_layer, check_rotary, check_step, check_tables};
+use crate::checks::{
+    check_drawn_rows, check_draws, check_layer, check_rotary, check_step, check_tables,
+};
 use crate::cpu::pool::Pool;
 use crate::cpu::topology::Topology;
 use crate::{
@@ -42,15 +46,16 @@ pub struct CudaBackend {
     pub(super) plan: Plan,
     /// What the step will run.
     list: Vec<Work>,
-    header: Buffer,
-    words: Buffer,
+    flights: Flights,
     /// Most rows of any buffer: what a step may be padded to.
     max_rows: std::sync::atomic::AtomicUsize,
     pub(super) scratch: Scratch,
     /// The host's cores, for what is done with logits.
     host: Pool,
-    /// The tokens of the last step's draws.
-    pub(super) tokens: Vec<u32>,
+    /// On the device, the tokens that the last step drew: the next one embeds them, and then draws its own there.
+    pub(super) drawn: Buffer,
+    /// The tokens of the step that was collected last.
+    tokens: Vec<u32>,
     /// Page group, window and cache size of the layers whose block tables were checked in this step.
     checked: Vec<(usize, Option<u32>, usize)>,
 }
@@ -71,10 +76,10 @@ impl CudaBackend {
             _ => 1,
         };
         Ok(Self {
-            header: Buffer::zeroed(&device, size_of::<Header>(), "a step")?,
-            words: Buffer::new(&device, 0, "a step")?,
+            flights: Flights::new(&device)?,
             scratch: Scratch::new(&device),
             host: Pool::new(&host.place(threads, false)),
+            drawn: Buffer::new(&device, 0, "drawn tokens")?,
             tokens: Vec::new(),
             device,
             deterministic,
@@ -93,7 +98,7 @@ impl CudaBackend {
 
     /// Where kernels find the step.
     pub(super) fn step_at(&self) -> Pointer {
-        self.header.at()
+        self.flights.header()
     }
 
     /// Records a kernel.
@@ -115,19 +120,28 @@ impl CudaBackend {
         self.list.push(work);
     }
 
-    /// Runs what was recorded. Copies, kernels and downloads keep their order, so nobody waits here.
-    fn submit(&mut self) -> Result<(), Error> {
-        let words = bytes_of_slice(&self.plan.words);
-        if self.words.bytes() < words.len() {
-            let bytes = words.len().next_power_of_two();
-            self.words = Buffer::new(&self.device, bytes, "a step")?;
-        }
-        self.words.upload(0, words)?;
-        self.plan.header.base = self.words.at();
-        self.header.upload(0, bytes_of(&self.plan.header))?;
-        let done = self.device.run(&self.list, self.plan.again);
+    /// Hands what was recorded to the device.
+    fn submit(&mut self, results: Results) -> Result<(), Error> {
+        let drawn = self.drawn.at();
+        let done = self
+            .flights
+            .launch(&mut self.plan, &self.list, drawn, results);
         self.list.clear();
         done
+    }
+
+    /// Makes room for the tokens that the step draws. Those of the step before, which it may embed, stay.
+    fn make_room_for_drawn(&mut self, rows: usize) -> Result<(), Error> {
+        let bytes = rows.max(self.plan.draws) * size_of::<u32>();
+        if self.drawn.bytes() < bytes {
+            let room = Buffer::new(&self.device, bytes, "drawn tokens")?;
+            if self.drawn.bytes() > 0 {
+                let (to, from) = (room.at(), self.drawn.at());
+                self.device.copy(to, from, self.drawn.bytes())?;
+            }
+            self.drawn = room;
+        }
+        Ok(())
     }
 
     /// Runs what was recorded and waits for it; for tests and benchmarks of single operations.
@@ -135,10 +149,8 @@ impl CudaBackend {
     /// # Errors
     /// The device failed.
     pub fn finish(&mut self) -> Result<(), Error> {
-        self.submit()?;
-        // A download waits for everything before it.
-        let mut header = [0; size_of::<Header>()];
-        self.header.download(&mut header)
+        self.submit(Results::default())?;
+        self.flights.collect(&mut self.tokens).map(drop)
     }
 
     /// Checks the step's block tables for a layer, once for all that are alike.
@@ -255,13 +267,18 @@ impl Backend for CudaBackend {
     fn begin(&mut self, step: &Step) -> Result<(), Error> {
         check_step(step)?;
         check_draws(step)?;
+        check_drawn_rows(step, self.flights.before().drawn)?;
+        let slot = self.flights.begin(step)?;
         self.step.clone_from(step);
+        for drawn in &step.drawn_rows {
+            self.step.tokens[drawn.row as usize] = 0;
+        }
         self.checked.clear();
         self.list.clear();
         let most = self.max_rows.load(std::sync::atomic::Ordering::Relaxed);
         self.plan.begin(step, most);
-        self.scratch.begin();
-        Ok(())
+        self.scratch.begin(slot);
+        self.make_room_for_drawn(most)
     }
 
     fn copy_blocks(&mut self, kv: &mut KvCache, copies: &[(u32, u32)]) -> Result<(), Error> {
@@ -316,6 +333,7 @@ impl Backend for CudaBackend {
         let embed = params::Embed {
             step: self.step_at(),
             table: segment.params(),
+            drawn: self.drawn.at(),
             out: out.buffer.at(),
             first: table.first_token(self.device.rank()) as u32,
             rows: table.rows as u32,
@@ -561,8 +579,6 @@ impl Backend for CudaBackend {
             )));
         }
         let (drawn, vocabulary) = (self.step.draws.len(), head.vocabulary());
-        logits.resize((wanted - drawn) * vocabulary, 0.0);
-        self.tokens.resize(drawn, 0);
         if rows > 0 {
             let normed = Rows {
                 data: self
@@ -587,17 +603,28 @@ impl Backend for CudaBackend {
                 self.launch("logits_rule", (rows, blocks), 0, &rule);
             }
             let out = self.join_logits(rows, head, out)?;
-            self.draw_from(out, vocabulary)?;
+            self.draw_from(out, vocabulary);
         }
-        self.submit()?;
-        self.scratch
-            .read(Purpose::Logits, bytes_of_slice_mut(logits))?;
-        let tokens = bytes_of_slice_mut(&mut self.tokens);
-        self.scratch.read(Purpose::Tokens, tokens)
+        self.submit(Results {
+            drawn,
+            logits: (wanted - drawn) * vocabulary,
+        })?;
+        if self.step.deferred {
+            return Ok(());
+        }
+        self.collect(logits)
     }
 
     fn draws(&self) -> bool {
         true
+    }
+
+    fn collect(&mut self, logits: &mut Vec<f32>) -> Result<(), Error> {
+        let results = self.flights.collect(&mut self.tokens)?;
+        logits.resize(results.logits, 0.0);
+        // Nothing was launched behind a step whose logits are wanted.
+        self.scratch
+            .read(Purpose::Logits, bytes_of_slice_mut(logits))
     }
 
     fn drawn(&self) -> &[u32] {

@@ -141,7 +141,28 @@ pub(crate) trait Device: Send + Sync {
     /// Copies within the device.
     fn copy(&self, to: Pointer, from: Pointer, bytes: usize) -> Result<(), Error>;
 
-    /// Runs a list. `again`: lists equal to it will follow, so that it is worth keeping as a graph.
+    /// Memory of the host that the device can copy from and to by itself, aligned to 4. What is in it is undefined.
+    fn allocate_host(&self, bytes: usize, what: &'static str) -> Result<Pointer, Error>;
+
+    /// Gives memory back that [`Device::allocate_host`] gave, when nothing copies from or to it any more.
+    fn free_host(&self, at: Pointer, bytes: usize);
+
+    /// Copies to the device from such memory, beside what runs: before the next list, but maybe at once. Neither side may be touched until then.
+    fn upload_beside(&self, to: Pointer, from: Pointer, bytes: usize) -> Result<(), Error>;
+
+    /// Copies to the device from such memory, in order, without waiting: `from` must stay until it is done.
+    fn upload_later(&self, to: Pointer, from: Pointer, bytes: usize) -> Result<(), Error>;
+
+    /// Copies from the device to such memory, in order, without waiting.
+    fn download_later(&self, from: Pointer, to: Pointer, bytes: usize) -> Result<(), Error>;
+
+    /// Sets mark `mark`, of [`FLIGHTS`](super::flights::FLIGHTS), behind everything that was asked for.
+    fn mark(&self, mark: usize) -> Result<(), Error>;
+
+    /// Waits until everything before a mark, as it was set last, is done.
+    fn wait(&self, mark: usize) -> Result<(), Error>;
+
+    /// Runs a list, without waiting. `again`: lists equal to it will follow, so that it is worth keeping as a graph.
     fn run(&self, list: &[Work], again: bool) -> Result<(), Error>;
 
     /// Whether it has a library for [`Dense`] products.
@@ -240,6 +261,69 @@ impl Buffer {
             return Ok(());
         }
         self.device.download(self.at, to)
+    }
+}
+
+/// Page-locked memory of the host, given back when it is dropped.
+pub(crate) struct HostBuffer {
+    device: Arc<dyn Device>,
+    at: Pointer,
+    bytes: usize,
+}
+
+impl Drop for HostBuffer {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            self.device.free_host(self.at, self.bytes);
+        }
+    }
+}
+
+impl HostBuffer {
+    /// Memory whose contents are undefined.
+    pub fn new(device: &Arc<dyn Device>, bytes: usize, what: &'static str) -> Result<Self, Error> {
+        let at = if bytes == 0 {
+            0
+        } else {
+            device.allocate_host(bytes, what)?
+        };
+        Ok(Self {
+            device: Arc::clone(device),
+            at,
+            bytes,
+        })
+    }
+
+    /// Where it begins; 0 for one that is empty.
+    pub fn at(&self) -> Pointer {
+        self.at
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Replaces the bytes from `at` on. Nothing may be copying them.
+    pub fn write(&mut self, at: usize, values: &[u8]) {
+        assert!(
+            values.len() <= self.bytes && at <= self.bytes - values.len(),
+            "a write beyond its buffer"
+        );
+        // SAFETY: inside the allocation, which is ours; copies to and from it are done, as the caller promises.
+        unsafe {
+            let to = std::ptr::with_exposed_provenance_mut::<u8>(self.at as usize).add(at);
+            std::ptr::copy_nonoverlapping(values.as_ptr(), to, values.len());
+        }
+    }
+
+    /// The first bytes. Nothing may be copying to them.
+    pub fn read(&self, to: &mut [u8]) {
+        assert!(to.len() <= self.bytes, "a read beyond its buffer");
+        // SAFETY: as above.
+        unsafe {
+            let from = std::ptr::with_exposed_provenance::<u8>(self.at as usize);
+            std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len());
+        }
     }
 }
 

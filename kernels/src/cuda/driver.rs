@@ -1,7 +1,7 @@
 //! [`Driver`]: a GPU, through the CUDA driver that is found when the process starts.
 //!
 //! Nothing of CUDA is linked: the driver's library is opened here, and where there is none the backend is not made and says why. All work is on one stream, so
-//! that it happens in the order in which it was asked for. A list that will come again is captured once and replayed as a graph.
+//! that it happens in the order in which it was asked for, but for copies that were asked to be made beside it, for which that stream waits. A list that will come again is captured once and replayed as a graph.
 //!
 //! **Invariant:** errors of the driver are sticky (a fault in a kernel fails everything after it), so each is reported with the call that saw it, and the
 //! engine ends.
@@ -19,6 +19,7 @@ use cudarc::driver::sys::{
 use super::backend::{CudaBackend, CudaOptions};
 use super::cublaslt::Library;
 use super::device::{Device, Launch, Work};
+use super::flights::FLIGHTS;
 use super::nccl::Ties;
 use super::params::Pointer;
 use crate::{Error, Rank};
@@ -61,6 +62,11 @@ fn failed(what: &str, error: cuda::DriverError) -> Error {
     Error::Device(format!("{what}: {error:?}"))
 }
 
+/// The page-locked memory at an address that the driver gave.
+fn host(at: Pointer) -> *const u8 {
+    std::ptr::with_exposed_provenance(at as usize)
+}
+
 /// Opens the driver.
 fn init() -> Result<(), Error> {
     // SAFETY: opens the library and runs its initialisers, as every program that uses CUDA does.
@@ -98,6 +104,11 @@ pub(super) struct Driver {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// For copies beside what runs on the other one.
+    beside: sys::CUstream,
+    /// Recorded behind the last copy beside.
+    copied: sys::CUevent,
+    marks: [sys::CUevent; FLIGHTS],
     modules: Vec<sys::CUmodule>,
     library: Option<Library>,
     name: String,
@@ -141,6 +152,9 @@ impl Driver {
             device,
             context,
             stream: std::ptr::null_mut(),
+            beside: std::ptr::null_mut(),
+            copied: std::ptr::null_mut(),
+            marks: [std::ptr::null_mut(); FLIGHTS],
             modules: Vec::new(),
             library: None,
             name: format!("{name} (compute capability {major}.{minor})"),
@@ -149,8 +163,14 @@ impl Driver {
             state: Mutex::default(),
         };
         driver.enter()?;
-        driver.stream = cuda::stream::create(cuda::stream::StreamKind::NonBlocking)
-            .map_err(|error| failed("a stream", error))?;
+        for stream in [&mut driver.stream, &mut driver.beside] {
+            *stream = cuda::stream::create(cuda::stream::StreamKind::NonBlocking)
+                .map_err(|error| failed("a stream", error))?;
+        }
+        for event in std::iter::once(&mut driver.copied).chain(&mut driver.marks) {
+            *event = cuda::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING)
+                .map_err(|error| failed("an event", error))?;
+        }
         for (name, fatbin) in FATBINS {
             // SAFETY: a fatbin by nvcc, whole and alive.
             let module = unsafe { cuda::module::load_data(fatbin.as_ptr().cast()) }
@@ -340,8 +360,9 @@ impl Drop for Driver {
         // Nothing is left to be done about an error here.
         // SAFETY: handles of ours, each destroyed once, after everything on the stream is done.
         unsafe {
-            if !self.stream.is_null() {
-                let _ = cuda::stream::synchronize(self.stream);
+            let streams = [self.stream, self.beside];
+            for stream in streams.into_iter().filter(|stream| !stream.is_null()) {
+                let _ = cuda::stream::synchronize(stream);
             }
             for graph in state.graphs.drain(..) {
                 let _ = Self::forget(graph);
@@ -350,8 +371,12 @@ impl Drop for Driver {
             for module in self.modules.drain(..) {
                 let _ = cuda::module::unload(module);
             }
-            if !self.stream.is_null() {
-                let _ = cuda::stream::destroy(self.stream);
+            let events = self.marks.into_iter().chain([self.copied]);
+            for event in events.filter(|event| !event.is_null()) {
+                let _ = cuda::event::destroy(event);
+            }
+            for stream in streams.into_iter().filter(|stream| !stream.is_null()) {
+                let _ = cuda::stream::destroy(stream);
             }
             let _ = cuda::primary_ctx::release(self.device);
         }
@@ -427,6 +452,95 @@ impl Device for Driver {
         // SAFETY: as above.
         unsafe { cuda::memcpy_dtod_async(to, from, bytes, self.stream) }
             .map_err(|error| failed("copying on the GPU", error))
+    }
+
+    fn allocate_host(&self, bytes: usize, what: &'static str) -> Result<Pointer, Error> {
+        self.enter()?;
+        // SAFETY: plain memory, which `HostBuffer` gives back.
+        match unsafe { cuda::malloc_host(bytes, 0) } {
+            Ok(at) => Ok(at.expose_provenance() as Pointer),
+            Err(error) if error.0 == sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY => {
+                Err(Error::OutOfMemory { what, bytes })
+            }
+            Err(error) => Err(failed(
+                &format!("{bytes} page-locked bytes for {what}"),
+                error,
+            )),
+        }
+    }
+
+    fn free_host(&self, at: Pointer, _bytes: usize) {
+        if self.enter().is_ok() {
+            // SAFETY: memory of ours that nobody names any more, and no copy either once both streams are done. Errors were reported by the call
+            // that saw them.
+            unsafe {
+                let _ = cuda::stream::synchronize(self.beside);
+                let _ = cuda::stream::synchronize(self.stream);
+                let _ = cuda::free_host(std::ptr::with_exposed_provenance_mut(at as usize));
+            }
+        }
+    }
+
+    fn upload_beside(&self, to: Pointer, from: Pointer, bytes: usize) -> Result<(), Error> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: parts of allocations of that length, page-locked at `from`, which nobody touches before the list that follows: see `Flights`.
+        unsafe {
+            let from = std::slice::from_raw_parts(host(from), bytes);
+            cuda::memcpy_htod_async(to, from, self.beside)
+                .and_then(|()| cuda::event::record(self.copied, self.beside))
+                .and_then(|()| {
+                    let plain = sys::CUevent_wait_flags_enum::CU_EVENT_WAIT_DEFAULT;
+                    cuda::stream::wait_event(self.stream, self.copied, plain)
+                })
+        }
+        .map_err(|error| failed("copying a step to the GPU", error))
+    }
+
+    fn upload_later(&self, to: Pointer, from: Pointer, bytes: usize) -> Result<(), Error> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: as above, until the mark that follows.
+        unsafe {
+            let from = std::slice::from_raw_parts(host(from), bytes);
+            cuda::memcpy_htod_async(to, from, self.stream)
+        }
+        .map_err(|error| failed("copying a step to the GPU", error))
+    }
+
+    fn download_later(&self, from: Pointer, to: Pointer, bytes: usize) -> Result<(), Error> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: as above.
+        unsafe {
+            let to = std::slice::from_raw_parts_mut(host(to).cast_mut(), bytes);
+            cuda::memcpy_dtoh_async(to, from, self.stream)
+        }
+        .map_err(|error| failed("copying tokens from the GPU", error))
+    }
+
+    fn mark(&self, mark: usize) -> Result<(), Error> {
+        self.enter()?;
+        // SAFETY: an event and a stream that are alive.
+        unsafe { cuda::event::record(self.marks[mark], self.stream) }
+            .map_err(|error| failed("marking a step's end", error))
+    }
+
+    fn wait(&self, mark: usize) -> Result<(), Error> {
+        self.enter()?;
+        // Ranks are never ahead of each other, so that nothing is behind the mark.
+        if let Some(ties) = &self.ties {
+            ties.wait(self.stream)?;
+        }
+        // SAFETY: as above.
+        unsafe { cuda::event::synchronize(self.marks[mark]) }
+            .map_err(|error| failed("a step", error))
     }
 
     fn run(&self, list: &[Work], again: bool) -> Result<(), Error> {

@@ -2,13 +2,17 @@
 //!
 //! It proves indices, masks, fragment layouts and barriers, slowly. Every allocation ends at a page that cannot be touched, and is poisoned
 //! with NaN: what reads beyond its end or before it was written does not go unnoticed.
+//!
+//! It is as late as a GPU may be: what need not be done when a call returns is done when somebody waits for it. So a result that is taken too early is
+//! poison, and a step sees what its memory was overwritten with too early. What may be done at once, beside the step that runs, is done at once, too.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{CString, c_void};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::backend::{CudaBackend, CudaOptions};
 use super::device::{Device, Exchange, Launch, Work};
+use super::flights::FLIGHTS;
 use super::params::Pointer;
 use crate::{Collective, Error, InProcess, Rank};
 
@@ -44,7 +48,19 @@ impl CudaBackend {
     /// # Errors
     /// No memory.
     pub fn emulated(options: CudaOptions) -> Result<Self, Error> {
-        Self::on(Arc::new(Emulated::default()), options.deterministic)
+        Self::emulated_under(options, Watch::default())
+    }
+
+    /// As [`CudaBackend::emulated`], watched.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn emulated_under(options: CudaOptions, watch: Watch) -> Result<Self, Error> {
+        let device = Emulated {
+            watch,
+            ..Emulated::default()
+        };
+        Self::on(Arc::new(device), options.deterministic)
     }
 
     /// The ranks of a group of emulated GPUs, in order, which add up in that order. Each is for a thread of its own.
@@ -66,9 +82,71 @@ impl CudaBackend {
     }
 }
 
+/// What happened to a step; they are counted from 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moment {
+    /// It was handed to the device.
+    Launched(usize),
+    /// The host waited until it was done.
+    Waited(usize),
+}
+
+/// What a test sees of an emulated GPU, and does to it.
+#[derive(Debug, Clone, Default)]
+pub struct Watch(Arc<Mutex<Watched>>);
+
+#[derive(Debug, Default)]
+struct Watched {
+    moments: Vec<Moment>,
+    launched: usize,
+    /// The last step of each mark.
+    marked: [usize; FLIGHTS],
+    /// The step that is to fail, and how one has.
+    fails: Option<usize>,
+    failed: Option<String>,
+}
+
+impl Watch {
+    /// What has happened so far, in order.
+    pub fn moments(&self) -> Vec<Moment> {
+        self.lock().moments.clone()
+    }
+
+    /// Lets the step that is launched after `more` others fail, and with it everything that comes later, as a fault in a kernel does.
+    pub fn fail_after(&self, more: usize) {
+        let mut watched = self.lock();
+        watched.fails = Some(watched.launched + more);
+    }
+
+    /// The step that is being launched, under a mark.
+    fn launch(&self, mark: usize) -> usize {
+        let mut watched = self.lock();
+        let step = watched.launched;
+        watched.launched += 1;
+        watched.marked[mark] = step;
+        watched.moments.push(Moment::Launched(step));
+        step
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Watched> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What was asked for and is not done yet.
+enum Later {
+    /// To, from, bytes.
+    Copy(Pointer, Pointer, usize),
+    Run(Vec<Work>),
+    /// The end of a step.
+    End(usize),
+}
+
 struct Emulated {
     /// Begins and lengths of the mappings by what was given out.
     mappings: Mutex<HashMap<Pointer, (usize, usize)>>,
+    queue: Mutex<VecDeque<Later>>,
+    watch: Watch,
     rank: Rank,
     /// To the other ranks, where there are any.
     ties: Mutex<Option<InProcess>>,
@@ -78,9 +156,19 @@ impl Default for Emulated {
     fn default() -> Self {
         Self {
             mappings: Mutex::default(),
+            queue: Mutex::default(),
+            watch: Watch::default(),
             rank: Rank::ALONE,
             ties: Mutex::default(),
         }
+    }
+}
+
+/// Copies parts of allocations: see `Buffer` and `HostBuffer`.
+fn copy(to: Pointer, from: Pointer, bytes: usize) {
+    if bytes > 0 {
+        // SAFETY: as above.
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
     }
 }
 
@@ -99,6 +187,67 @@ fn kernel(name: &'static str) -> Result<(*const c_void, usize, i32), Error> {
 }
 
 impl Emulated {
+    fn queue(&self) -> MutexGuard<'_, VecDeque<Later>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does what was asked for: up to the end of a step, or all of it. After an error, nothing.
+    fn catch_up(&self, to: Option<usize>) -> Result<(), Error> {
+        if let Some(error) = &self.watch.lock().failed {
+            return Err(Error::Device(error.clone()));
+        }
+        let done = self.work_off(to);
+        if let Err(error) = &done {
+            self.watch.lock().failed = Some(error.to_string());
+        }
+        done
+    }
+
+    fn work_off(&self, to: Option<usize>) -> Result<(), Error> {
+        let mut queue = self.queue();
+        let reached = |later: &Later| matches!(later, Later::End(step) if Some(*step) == to);
+        if to.is_some() && !queue.iter().any(reached) {
+            return Ok(());
+        }
+        while let Some(later) = queue.pop_front() {
+            let end = reached(&later);
+            match later {
+                Later::Copy(to, from, bytes) => copy(to, from, bytes),
+                Later::Run(list) => self.run_now(&list)?,
+                Later::End(step) if self.watch.lock().fails == Some(step) => {
+                    let text = "the emulated GPU was to fail";
+                    return Err(Error::Device(text.to_owned()));
+                }
+                Later::End(_) => {}
+            }
+            if end {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn run_now(&self, list: &[Work]) -> Result<(), Error> {
+        for work in list {
+            match work {
+                Work::Launch(launch) => Self::launch(launch)?,
+                Work::Dense(_) => {
+                    return Err(Error::Device("the emulation has no library".to_owned()));
+                }
+                &Work::AllReduce(Exchange { at, count }) => {
+                    self.exchange(at, count, |ties, sums| ties.all_reduce(sums))?;
+                }
+                &Work::AllGather(Exchange { at, count }) => {
+                    self.exchange(at, count * self.rank.of, |ties, all| {
+                        let own = all[count * self.rank.index..][..count].to_vec();
+                        ties.all_gather(&own, all)
+                    })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn launch(launch: &Launch) -> Result<(), Error> {
         let (entry, size, threads) = kernel(launch.kernel)?;
         if size != launch.params().len() {
@@ -203,6 +352,8 @@ impl Device for Emulated {
     }
 
     fn free(&self, at: Pointer, _bytes: usize) {
+        // As the driver does. That it fails is told to those who wait.
+        let _ = self.catch_up(None);
         let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((begin, len)) = mappings.remove(&at) {
             // SAFETY: a mapping of ours that nothing names any more.
@@ -211,47 +362,75 @@ impl Device for Emulated {
     }
 
     fn zero(&self, at: Pointer, bytes: usize) -> Result<(), Error> {
+        self.catch_up(None)?;
         // SAFETY: a part of an allocation: see `Buffer`.
         unsafe { (at as *mut u8).write_bytes(0, bytes) };
         Ok(())
     }
 
     fn upload(&self, to: Pointer, from: &[u8]) -> Result<(), Error> {
+        self.catch_up(None)?;
         // SAFETY: as above.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
         Ok(())
     }
 
     fn download(&self, from: Pointer, to: &mut [u8]) -> Result<(), Error> {
+        self.catch_up(None)?;
         // SAFETY: as above.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
         Ok(())
     }
 
     fn copy(&self, to: Pointer, from: Pointer, bytes: usize) -> Result<(), Error> {
-        // SAFETY: as above.
-        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+        self.queue().push_back(Later::Copy(to, from, bytes));
+        Ok(())
+    }
+
+    fn allocate_host(&self, bytes: usize, what: &'static str) -> Result<Pointer, Error> {
+        self.allocate(bytes, what)
+    }
+
+    fn free_host(&self, at: Pointer, bytes: usize) {
+        self.free(at, bytes);
+    }
+
+    fn upload_beside(&self, to: Pointer, from: Pointer, bytes: usize) -> Result<(), Error> {
+        // At once and again at the last moment: either may be when a GPU does it.
+        copy(to, from, bytes);
+        self.queue().push_back(Later::Copy(to, from, bytes));
+        Ok(())
+    }
+
+    fn upload_later(&self, to: Pointer, from: Pointer, bytes: usize) -> Result<(), Error> {
+        self.queue().push_back(Later::Copy(to, from, bytes));
+        Ok(())
+    }
+
+    fn download_later(&self, from: Pointer, to: Pointer, bytes: usize) -> Result<(), Error> {
+        if bytes > 0 {
+            // SAFETY: as above.
+            unsafe { (to as *mut u8).write_bytes(POISON, bytes) };
+            self.queue().push_back(Later::Copy(to, from, bytes));
+        }
+        Ok(())
+    }
+
+    fn mark(&self, mark: usize) -> Result<(), Error> {
+        let step = self.watch.launch(mark);
+        self.queue().push_back(Later::End(step));
+        Ok(())
+    }
+
+    fn wait(&self, mark: usize) -> Result<(), Error> {
+        let step = self.watch.lock().marked[mark];
+        self.catch_up(Some(step))?;
+        self.watch.lock().moments.push(Moment::Waited(step));
         Ok(())
     }
 
     fn run(&self, list: &[Work], _again: bool) -> Result<(), Error> {
-        for work in list {
-            match work {
-                Work::Launch(launch) => Self::launch(launch)?,
-                Work::Dense(_) => {
-                    return Err(Error::Device("the emulation has no library".to_owned()));
-                }
-                &Work::AllReduce(Exchange { at, count }) => {
-                    self.exchange(at, count, |ties, sums| ties.all_reduce(sums))?;
-                }
-                &Work::AllGather(Exchange { at, count }) => {
-                    self.exchange(at, count * self.rank.of, |ties, all| {
-                        let own = all[count * self.rank.index..][..count].to_vec();
-                        ties.all_gather(&own, all)
-                    })?;
-                }
-            }
-        }
+        self.queue().push_back(Later::Run(list.to_vec()));
         Ok(())
     }
 

@@ -2,8 +2,8 @@
 //!
 //! Kernels are the `.cu` files beside this one, compiled ahead of time by nvcc and embedded (feature `cuda`; see `build.rs`), or by a C++ compiler for the
 //! emulation that tests run them in (feature `cuda-emulation`). What the host does is the same for both: `backend` checks and records, `plan` lays a step
-//! out, `matrix` lays weights out, `products`, `attention`, `experts` and `sampling` choose kernels, `ranked` records what several GPUs exchange, and a
-//! `device` runs the list: `driver` (with `nccl` where there are several) or `emulated`.
+//! out, `matrix` lays weights out, `products`, `attention`, `experts` and `sampling` choose kernels, `ranked` records what several GPUs exchange, `flights`
+//! launches the list and waits for it, and a `device` runs it: `driver` (with `nccl` where there are several) or `emulated`.
 //!
 //! Activations are f32 in the residual stream and behind products, bf16 before them; sums are f32. The KV cache is f16 (f32 without tensor cores).
 //!
@@ -21,6 +21,7 @@ mod driver;
 #[cfg(feature = "cuda-emulation")]
 mod emulated;
 mod experts;
+mod flights;
 #[cfg(any(feature = "cuda", test))]
 mod group;
 mod matrix;
@@ -38,5 +39,7 @@ pub use backend::{CudaBackend, CudaOptions};
 pub use buffers::{Activations, KvCache, Vector};
 #[cfg(feature = "cuda")]
 pub use driver::gpus;
+#[cfg(feature = "cuda-emulation")]
+pub use emulated::{Moment, Watch};
 pub use matrix::Matrix;
 pub use measure::Limits;

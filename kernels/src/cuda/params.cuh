@@ -35,7 +35,7 @@ struct Step {
     const uint32_t *base;
     // Rows of the step, and rows whose logits are wanted. The rest of a bucket is padding.
     uint32_t rows, logit_rows;
-    // Of each row: token, position, whether it is beyond the rotary switch. `[bucket]`
+    // Of each row: token (or DRAWN and a draw of the step before), position, whether it is beyond the rotary switch. `[bucket]`
     uint32_t tokens, positions, beyond;
     // Where each row's keys and values go, as block · block_size + place; -1: nowhere. `[groups, bucket]`
     uint32_t slots;
@@ -50,6 +50,9 @@ struct Step {
     // Lists of attention work: where they are and how long.
     uint32_t lists[4], list_lengths[4];
 };
+
+// The bit of a row's token that says that the rest is a draw: no vocabulary has so many tokens.
+constexpr uint32_t DRAWN = 0x80000000u;
 
 DEVICE const uint32_t *words(const Step *step, uint32_t at) { return step->base + at; }
 

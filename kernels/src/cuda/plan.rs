@@ -55,6 +55,8 @@ type Item = [u32; 8];
 type Merge = [u32; 6];
 /// Words of a draw.
 const DRAW: usize = 13;
+/// `DRAWN` of `params.cuh`: the rest of a token's word is a draw of the step before.
+const DRAWN: u32 = 1 << 31;
 /// The row of a draw that is padding.
 const NO_ROW: u32 = u32::MAX;
 
@@ -133,6 +135,9 @@ impl Plan {
             ..EMPTY
         };
         self.header.tokens = self.padded(&step.tokens, self.rows);
+        for drawn in &step.drawn_rows {
+            self.words[(self.header.tokens + drawn.row) as usize] = DRAWN | drawn.draw;
+        }
         self.header.positions = self.padded(&step.positions, self.rows);
         self.header.logits = self.logit_order(step);
         self.header.beyond = self.words.len() as u32;
@@ -439,6 +444,17 @@ mod tests {
         assert_eq!(scales, [2.0, 1.0], "greedy logits are as they are");
         let change = &plan.words[draws[2][8] as usize..][..2];
         assert_eq!((change[0], f32::from_bits(change[1])), (4, 0.25));
+    }
+
+    #[test]
+    fn rows_of_drawn_tokens_name_the_draw() {
+        let mut plan = Plan::default();
+        let mut step = step(&[(10, 1), (20, 1), (5, 1)]);
+        step.tokens = vec![7, 8, 9];
+        step.drawn_rows = vec![crate::DrawnRow { row: 1, draw: 4 }];
+        plan.begin(&step, 64);
+        let at = plan.header.tokens as usize;
+        assert_eq!(plan.words[at..at + 4], [7, DRAWN | 4, 9, 0]);
     }
 
     #[test]

@@ -7,16 +7,23 @@ constexpr int ROW_THREADS = 256;
 struct Embed {
     const Step *step;
     Weights table;
+    // What the step before drew.
+    const uint32_t *drawn;
     float *out;
     // The table's first token, and how many it has.
     uint32_t first, rows;
     float scale;
 };
 
+DEVICE uint32_t token_of(const Embed &p, int row) {
+    uint32_t token = words(p.step, p.step->tokens)[row];
+    return token & DRAWN ? p.drawn[token & ~DRAWN] : token;
+}
+
 template <class F> DEVICE void embed(const Embed &p) {
     int row = block_x(), cols = p.table.cols;
     // Below zero is beyond the end.
-    uint32_t token = words(p.step, p.step->tokens)[row] - p.first;
+    uint32_t token = token_of(p, row) - p.first;
     if (token >= p.rows) {
         float *out = p.out + static_cast<size_t>(row) * static_cast<size_t>(cols);
         for (int k = thread(); k < cols; k += ROW_THREADS) out[k] = 0.0f;
@@ -50,7 +57,7 @@ EMBED(Fp8, fp8)
 
 KERNEL(embed_f32, Embed, ROW_THREADS) {
     size_t cols = static_cast<size_t>(p.table.cols);
-    uint32_t token = words(p.step, p.step->tokens)[block_x()] - p.first;
+    uint32_t token = token_of(p, block_x()) - p.first;
     bool own = token < p.rows;
     const float *from = reinterpret_cast<const float *>(p.table.quants) + (own ? token * cols : 0);
     float *out = p.out + static_cast<size_t>(block_x()) * cols;

@@ -2,31 +2,25 @@
 
 use super::backend::CudaBackend;
 use super::params::{self, Pointer};
-use super::scratch::Purpose;
-use crate::Error;
 
 /// Bytes of shared memory: `Desk` of `sampling.cu`.
 const SHARED: usize = 3 * 2048 * 4 + 2 * 2048 * 8 + 32 * 16 + 32 * 8 + 48 + 8;
 
 impl CudaBackend {
     /// Records the step's draws from `logits` `[rows, vocabulary]`, whose order is the plan's.
-    pub(super) fn draw_from(&mut self, logits: Pointer, vocabulary: usize) -> Result<(), Error> {
+    pub(super) fn draw_from(&mut self, logits: Pointer, vocabulary: usize) {
         let draws = self.plan.draws;
         if draws == 0 {
-            return Ok(());
+            return;
         }
-        let tokens = self
-            .scratch
-            .get(Purpose::Tokens, draws * size_of::<u32>())?;
         let sample = params::Sample {
             step: self.step_at(),
             logits,
-            tokens,
+            tokens: self.drawn.at(),
             vocabulary: vocabulary as i32,
             one: fixed_point(vocabulary),
         };
         self.launch("sample", (draws, 1), SHARED, &sample);
-        Ok(())
     }
 }
 

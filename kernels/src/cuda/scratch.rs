@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::device::{Buffer, Device};
+use super::flights::FLIGHTS;
 use super::params::Pointer;
 use crate::Error;
 
@@ -14,8 +15,6 @@ pub(super) enum Purpose {
     HeadRows,
     /// `[rows, vocabulary]` f32.
     Logits,
-    /// The tokens that were drawn.
-    Tokens,
     /// Rows in the precision, or with their columns in the order, that a product wants.
     Operands,
     /// Rows as f16.
@@ -43,8 +42,9 @@ const PURPOSES: usize = Purpose::Answers as usize + 1;
 pub(super) struct Scratch {
     device: Arc<dyn Device>,
     pieces: [Option<Buffer>; PURPOSES],
-    /// Pieces that were too small: what was recorded before still names them.
-    retired: Vec<Buffer>,
+    /// Pieces that were too small, by the slot of the step that found it: what was recorded before still names them.
+    retired: [Vec<Buffer>; FLIGHTS],
+    slot: usize,
 }
 
 impl Scratch {
@@ -52,13 +52,15 @@ impl Scratch {
         Self {
             device: Arc::clone(device),
             pieces: Default::default(),
-            retired: Vec::new(),
+            retired: Default::default(),
+            slot: 0,
         }
     }
 
-    /// A step begins: the one before has run.
-    pub fn begin(&mut self) {
-        self.retired.clear();
+    /// A step begins, in a slot whose last step has run, and so have all before that one.
+    pub fn begin(&mut self, slot: usize) {
+        self.slot = slot;
+        self.retired[slot].clear();
     }
 
     /// At least `bytes` bytes for a purpose; undefined, or what the last one who asked for it left there.
@@ -73,7 +75,7 @@ impl Scratch {
         let rounded = bytes.max(256).next_multiple_of((bytes / 8).max(256));
         let new = Buffer::new(&self.device, rounded, "working memory")?;
         let at = new.at();
-        self.retired.extend(piece.replace(new));
+        self.retired[self.slot].extend(piece.replace(new));
         Ok(at)
     }
 

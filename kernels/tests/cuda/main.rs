@@ -9,6 +9,7 @@ mod common;
 
 mod attention;
 mod experts;
+mod flights;
 mod layers;
 mod machine;
 mod products;
