@@ -41,7 +41,7 @@ impl Run {
         let mut live = HashMap::new();
         let mut prompts = Vec::new();
         for of in 0..requests {
-            let prompt: Vec<u32> = (0..1 + of * 7 % 23)
+            let prompt: Vec<u32> = (0..=of * 7 % 23)
                 .map(|at| (at / 9 * of) as u32 % 3)
                 .collect();
             let tokens = prompt.iter().copied().map(TokenId).collect();

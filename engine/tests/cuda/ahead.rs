@@ -248,7 +248,8 @@ fn a_sample_that_is_stopped_on_its_last_token_gets_no_more() {
 
 #[cfg(feature = "cuda-emulation")]
 mod watched {
-    use quire_kernels::cuda::{CudaBackend, CudaOptions, Moment, Watch};
+    use quire_kernels::cuda::Moment::{Launched, Waited};
+    use quire_kernels::cuda::{CudaBackend, CudaOptions, Watch};
 
     use super::*;
 
@@ -268,7 +269,6 @@ mod watched {
             assert_eq!(answers(submit(&engine, request))[0].tokens.len(), 6);
             watch.moments()
         };
-        use Moment::{Launched, Waited};
         let mut expected = vec![Launched(0)];
         expected.extend((1..6).flat_map(|step| [Launched(step), Waited(step - 1)]));
         expected.push(Waited(5));
@@ -280,7 +280,13 @@ mod watched {
     #[test]
     fn a_device_that_fails_ends_the_requests_and_hangs_nobody() {
         let checkpoint = demo_checkpoint();
-        let two = requests(&checkpoint, 2, 8);
+        let short = &requests(&checkpoint, 1, 8)[0];
+        let mut two = requests(&checkpoint, 2, 8);
+        for request in &mut two {
+            // A block and more, which is findable as soon as the next step is planned.
+            request.prompt.truncate(9);
+            request.prompt.extend_from_within(..);
+        }
         for fails in 0..4 {
             let (engine, watch) = watched(&checkpoint, true);
             watch.fail_after(fails);
@@ -290,15 +296,13 @@ mod watched {
                 assert_eq!(answer[0].reason, Some(FinishReason::Failed));
                 assert!(answer[0].tokens.len() <= fails);
             }
+            // A fault of a GPU lasts.
+            let again = answers(submit(&engine, short));
+            assert_eq!(again[0].reason, Some(FinishReason::Failed));
             let stats = engine.stats();
             assert_eq!((stats.running, stats.blocks_used), (0, 0));
-            assert_eq!(
-                stats.blocks_cached, 0,
-                "what may not be there is found by nobody"
-            );
-            // A fault of a GPU lasts.
-            let again = answers(submit(&engine, &two[0]));
-            assert_eq!(again[0].reason, Some(FinishReason::Failed));
+            // What may not be there is found by nobody.
+            assert_eq!(stats.blocks_cached, 0);
             assert!(engine.is_healthy());
         }
     }

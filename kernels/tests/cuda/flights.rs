@@ -25,7 +25,7 @@ impl Model {
             ones.flat_map(|one| (0..VOCABULARY).map(move |col| f32::from(u8::from(col == one))))
                 .collect()
         };
-        let matrix = |gpu, of| f32_matrix(gpu, VOCABULARY, VOCABULARY, &one_in(of));
+        let matrix = |gpu: &CudaBackend, of| f32_matrix(gpu, VOCABULARY, VOCABULARY, &one_in(of));
         Self {
             table: matrix(&gpu, 0),
             head: matrix(&gpu, VOCABULARY - 1),
