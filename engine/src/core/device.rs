@@ -48,8 +48,9 @@ impl Default for DeviceOptions {
 impl Engine {
     /// [`Engine::start`] on a device of this machine.
     ///
-    /// # Errors As [`Engine::start`], and where GPUs are demanded that are not there, or a model of which so many cannot have parts. A GPU that is there and
-    /// too small is an error too: a model does not become fifty times slower without a word.
+    /// # Errors
+    /// As [`Engine::start`], and where GPUs are demanded that are not there, or a model of which so many cannot have parts. A GPU that is there and too
+    /// small is an error too: a model does not become fifty times slower without a word.
     pub fn start_on(
         checkpoint: &Checkpoint,
         options: DeviceOptions,
