@@ -1,7 +1,8 @@
 //! [`Driver`]: a GPU, through the CUDA driver that is found when the process starts.
 //!
 //! Nothing of CUDA is linked: the driver's library is opened here, and where there is none the backend is not made and says why. All work is on one stream, so
-//! that it happens in the order in which it was asked for, but for copies that were asked to be made beside it, for which that stream waits. A list that will come again is captured once and replayed as a graph.
+//! that it happens in the order in which it was asked for, but for copies that were asked to be made beside it, for which that stream waits. A list that will
+//! come again is captured once and replayed as a graph.
 //!
 //! **Invariant:** errors of the driver are sticky (a fault in a kernel fails everything after it), so each is reported with the call that saw it, and the
 //! engine ends.
