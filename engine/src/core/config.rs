@@ -135,12 +135,12 @@ pub enum StartError {
         allowed: u64,
     },
     /// The device cannot be used.
-    #[error("{0}")]
-    Backend(#[source] quire_kernels::Error),
+    #[error(transparent)]
+    Backend(quire_kernels::Error),
     /// The KV cache could not be made.
     #[error("KV cache: {0}")]
-    Cache(#[source] quire_kernels::Error),
+    Cache(quire_kernels::Error),
     /// The operating system gives no thread.
     #[error("cannot start the engine thread: {0}")]
-    Thread(#[source] std::io::Error),
+    Thread(std::io::Error),
 }

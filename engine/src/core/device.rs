@@ -122,7 +122,7 @@ fn gpus(
 #[cfg(not(feature = "cuda"))]
 fn gpus(_options: DeviceOptions) -> Result<Vec<CpuBackend>, quire_kernels::Error> {
     Err(quire_kernels::Error::Device(
-        "this binary was built without the feature `cuda`".to_owned(),
+        "this binary was built without the feature `cuda` (docs/gpu.md says how)".to_owned(),
     ))
 }
 
