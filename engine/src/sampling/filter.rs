@@ -33,7 +33,12 @@ pub(super) fn drawn(
             let at = pick(&scratch.weights, draw);
             scratch.candidates[at].0
         }
-        Kept::Many { least } => flat::drawn(logits, least, params.top_p, draw, scratch),
+        Kept::Many { total } => {
+            let Scratch {
+                exponentials, flat, ..
+            } = scratch;
+            flat::drawn(logits, exponentials, total, params.top_p, draw, flat)
+        }
     }
 }
 
@@ -42,8 +47,8 @@ pub(super) fn drawn(
 enum Kept {
     /// `scratch.candidates`, best first; `scratch.weights` are their probabilities up to a common factor. One at least.
     Few,
-    /// As many of the best tokens as top-p says among those whose logits are at least `least`; `scratch.exponentials` are the weights of all.
-    Many { least: f32 },
+    /// As many of the best tokens as top-p says among those that weigh anything: `scratch.exponentials`, together `total`.
+    Many { total: f64 },
 }
 
 fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut Scratch) -> Kept {
@@ -74,9 +79,8 @@ fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut Scratch) ->
     if top_k > 0 {
         best(logits, top_k, least, candidates);
     } else if params.min_p > 0.0 && !collect(logits, least, places, candidates) {
-        exponentials.resize(logits.len(), 0.0);
-        rows::exponentials(logits, largest, exponentials);
-        return Kept::Many { least };
+        let total = weigh(logits, largest, least, exponentials);
+        return Kept::Many { total };
     }
     let limited = top_k > 0 || params.min_p > 0.0;
     let weight = |x: f32| f64::from((x - largest).exp());
@@ -88,17 +92,16 @@ fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut Scratch) ->
         let enough = total * f64::from(params.top_p);
         head(candidates, weights, weight, enough);
     } else {
-        exponentials.resize(logits.len(), 0.0);
-        let total = rows::exponentials(logits, largest, exponentials);
+        let total = weigh(logits, largest, least, exponentials);
         let enough = total * f64::from(params.top_p);
         // None weighs more than 1.
         if enough > MANY as f64 {
-            return Kept::Many { least };
+            return Kept::Many { total };
         }
         for depth in DEPTHS {
             weights.clear();
             if !collect(logits, largest - depth, places, candidates) {
-                return Kept::Many { least };
+                return Kept::Many { total };
             }
             // Not worth sorting, if they are not enough. (A little less may be: these are sums of other roundings.)
             let held = |c: &(u32, f32)| f64::from(exponentials[c.0 as usize]);
@@ -112,6 +115,19 @@ fn candidates(params: &SamplingParams, logits: &[f32], scratch: &mut Scratch) ->
         }
     }
     Kept::Few
+}
+
+/// `e^(logit - largest)` of the logits of `least` or more, 0 for others; and their sum.
+pub(super) fn weigh(logits: &[f32], largest: f32, least: f32, weights: &mut Vec<f32>) -> f64 {
+    weights.resize(logits.len(), 0.0);
+    let total = rows::exponentials(logits, largest, weights);
+    if least == f32::NEG_INFINITY {
+        return total;
+    }
+    for (weight, &x) in weights.iter_mut().zip(logits) {
+        *weight = if x < least { 0.0 } else { *weight };
+    }
+    rows::masses(weights, [0.0; 4])[0].sum
 }
 
 /// The largest of a run; one that is not a number counts as nothing.
@@ -190,11 +206,10 @@ fn head(
 }
 
 /// The first place where the running sum of `weights` exceeds `goal`, or else the last that weighs anything.
-pub(super) fn walk<W: Copy + Into<f64>>(weights: &[W], goal: f64) -> usize {
+pub(super) fn walk(weights: impl IntoIterator<Item = f64>, goal: f64) -> usize {
     let mut sum = 0.0;
     let mut last = 0;
-    for (at, &weight) in weights.iter().enumerate() {
-        let weight: f64 = weight.into();
+    for (at, weight) in weights.into_iter().enumerate() {
         sum += weight;
         if weight > 0.0 {
             last = at;
@@ -208,7 +223,7 @@ pub(super) fn walk<W: Copy + Into<f64>>(weights: &[W], goal: f64) -> usize {
 
 /// The first place where the running sum of `weights` exceeds `draw` of their total.
 fn pick(weights: &[f64], draw: f64) -> usize {
-    walk(weights, draw * weights.iter().sum::<f64>())
+    walk(weights.iter().copied(), draw * weights.iter().sum::<f64>())
 }
 
 #[cfg(test)]

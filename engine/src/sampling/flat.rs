@@ -1,14 +1,13 @@
 //! Top-p and min-p where thousands of tokens are about as likely: at high temperatures, or in a model that has learnt nothing.
 //!
 //! To draw from them best first needs no sorted list, only two places in it: where top-p ends, and where the draw falls. Either is a weight, and how
-//! much is heavier than a weight is a sum that takes a pass over the vocabulary, a few microseconds. A sorted sample says where to look; when a few
-//! hundred tokens are left that the place could be among, those are sorted.
+//! much is heavier than a weight is a sum that takes a pass over the vocabulary, a few microseconds. A sorted sample says where to look, for both places
+//! in one pass. The tokens that a place is among are then taken out, and looked through in the same way until few are left, which are sorted.
 
 use std::ops::Range;
 
 use quire_kernels::cpu::rows::{self, Mass};
 
-use super::Scratch;
 use super::filter::walk;
 use super::logprobs::better;
 
@@ -16,75 +15,97 @@ use super::logprobs::better;
 const SAMPLE: usize = 512;
 /// Fewer of it between two cuts say less than that they are between them.
 const TELLING: usize = 8;
+/// Of a vocabulary, what part is taken out of it.
+const PART: usize = 8;
 /// Tokens that are sorted.
-const FEW: usize = 256;
+const FEW: usize = 64;
 /// Looks that are guessed; if they did not do, weights are halved.
 const GUESSES: usize = 12;
 
-/// As [`super::filter::drawn`], from the best tokens of those with logits of `least` or more that together have `top_p` of their probability.
-/// `scratch.exponentials` are the tokens' weights.
+/// What a call leaves for the next to use again.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    sample: Vec<u32>,
+    part: Part,
+}
+
+/// Tokens that a place is among.
+#[derive(Debug, Default)]
+struct Part {
+    ids: Vec<u32>,
+    weights: Vec<f32>,
+    /// Where in `ids` those are that are left.
+    left: Vec<u32>,
+    /// Those, with their logits, best first.
+    sorted: Vec<(u32, f32)>,
+}
+
+/// As [`super::filter::drawn`], from the best of the tokens that weigh anything, which together have `top_p` of the weight.
+///
+/// `total` is what [`rows::masses`] finds of all `weights`.
 pub(super) fn drawn(
     logits: &[f32],
-    least: f32,
+    weights: &[f32],
+    total: f64,
     top_p: f32,
     draw: f64,
     scratch: &mut Scratch,
 ) -> u32 {
-    let Scratch {
-        candidates,
-        weights: listed,
-        exponentials: weights,
-        sample,
-        places,
-        ..
-    } = scratch;
-    if least > f32::NEG_INFINITY {
-        for (weight, &x) in weights.iter_mut().zip(logits) {
-            *weight = if x < least { 0.0 } else { *weight };
-        }
-    }
+    let Scratch { sample, part } = scratch;
     sample.clear();
-    let stride = weights.len().div_ceil(SAMPLE);
-    sample.extend(weights.iter().step_by(stride).filter(|w| **w > 0.0));
-    sample.sort_unstable_by(|a, b| b.total_cmp(a));
+    let some = weights.iter().step_by(weights.len().div_ceil(SAMPLE));
+    sample.extend(some.filter(|w| **w > 0.0).map(|w| w.to_bits()));
+    sample.sort_unstable_by(|a, b| b.cmp(a));
     let row = Row {
         logits,
         weights,
         sample,
     };
-    let everything = row.cuts([1; 2])[0];
     let nothing = Cut {
         bits: f32::INFINITY.to_bits(),
         mass: Mass::default(),
     };
+    let everything = Cut {
+        bits: 1,
+        mass: Mass {
+            sum: total,
+            count: weights.len(),
+        },
+    };
+    let enough = total * f64::from(top_p);
+    // Where the draw falls is known but for the weight of the token with which top-p ends.
+    let [end, at] = [enough, draw * enough].map(|goal| row.guess(&(nothing..everything), goal));
+    let mut bits = [end[0], end[3], at[0], at[3]];
+    bits.sort_unstable_by(|a, b| b.cmp(a));
+    let [a, b, c, d] = cuts(weights, Mass::default(), &(nothing..everything), bits);
+    let known = [nothing, a, b, c, d, everything];
+    let around = |goal: f64| {
+        let end = known.partition_point(|cut| cut.mass.sum <= goal);
+        known[end - 1]..known[end]
+    };
 
-    let (mut kept, mut goal) = (everything, draw * everything.mass.sum);
-    let enough = everything.mass.sum * f64::from(top_p);
-    if enough < everything.mass.sum {
-        let end = row.narrow(nothing, everything, enough);
-        row.list(end.clone(), places, candidates, listed);
-        // What is heavier than all that was listed, and what of that is kept.
-        kept = end.start;
-        let before = kept.mass.sum;
-        let mut sum = before;
-        let last = listed.iter().position(|weight| {
-            sum += weight;
+    let (mut kept, mut goal) = (total, draw * total);
+    if enough < total {
+        kept = row.find(around(enough), enough, part);
+        let mut sum = kept;
+        let last = part.sorted.iter().position(|token| {
+            sum += row.weight(token);
             sum >= enough
         });
-        listed.truncate(last.map_or(listed.len(), |last| last + 1));
-        goal = draw * (before + listed.iter().sum::<f64>());
-        if goal >= before {
-            return candidates[walk(listed, goal - before)].0;
+        let those = &part.sorted[..last.map_or(part.sorted.len(), |last| last + 1)];
+        let held: f64 = those.iter().map(|token| row.weight(token)).sum();
+        goal = draw * (kept + held);
+        if goal >= kept {
+            return row.pick(those, goal - kept);
         }
     }
-    // (A draw just below 1 may be rounded up.)
-    let goal = goal.min(kept.mass.sum.next_down());
-    let around = row.narrow(nothing, kept, goal);
-    row.list(around.clone(), places, candidates, listed);
-    candidates[walk(listed, goal - around.start.mass.sum)].0
+    // (A draw just below 1 may be rounded up, and sums of parts are not rounded as those of all.)
+    let goal = goal.min(kept.min(total).next_down());
+    let before = row.find(around(goal), goal, part);
+    row.pick(&part.sorted, goal - before)
 }
 
-/// The tokens of some weight or more, from the heaviest.
+/// The tokens of some weight or more.
 #[derive(Debug, Clone, Copy)]
 struct Cut {
     /// Of the least weight that belongs to it: positive floats are in the order of their bits.
@@ -92,39 +113,87 @@ struct Cut {
     mass: Mass,
 }
 
+/// The cuts at four weights, heaviest first, which are moved between two others. `before` is what is heavier than all `weights`.
+fn cuts(weights: &[f32], before: Mass, between: &Range<Cut>, bits: [u32; 4]) -> [Cut; 4] {
+    let bits = bits.map(|bits| bits.clamp(between.end.bits + 1, between.start.bits - 1));
+    let masses = rows::masses(weights, bits.map(f32::from_bits));
+    [0, 1, 2, 3].map(|at| Cut {
+        bits: bits[at],
+        mass: Mass {
+            sum: before.sum + masses[at].sum,
+            count: before.count + masses[at].count,
+        },
+    })
+}
+
+/// The weights between two cuts.
+fn range(between: &Range<Cut>) -> Range<f32> {
+    f32::from_bits(between.end.bits)..f32::from_bits(between.start.bits)
+}
+
 struct Row<'a> {
     logits: &'a [f32],
     /// `e^(logit - largest)`, or 0 for what may not be drawn.
     weights: &'a [f32],
-    /// Some of them that are above zero, heaviest first.
-    sample: &'a [f32],
+    /// Bits of some of them that are above zero, heaviest first.
+    sample: &'a [u32],
 }
 
 impl Row<'_> {
-    fn cuts(&self, bits: [u32; 2]) -> [Cut; 2] {
-        let masses = rows::masses(self.weights, bits.map(f32::from_bits));
-        [0, 1].map(|at| Cut {
-            bits: bits[at],
-            mass: masses[at],
-        })
+    fn weight(&self, token: &(u32, f32)) -> f64 {
+        f64::from(self.weights[token.0 as usize])
     }
 
-    /// Two cuts with few tokens between them, or with tokens of one weight: the first has at most `goal`, the second more. `above` and `below` are two
-    /// such cuts.
-    fn narrow(&self, above: Cut, below: Cut, goal: f64) -> Range<Cut> {
-        let mut around = above..below;
+    /// The token at which the running sum of their weights exceeds `goal`.
+    fn pick(&self, tokens: &[(u32, f32)], goal: f64) -> u32 {
+        tokens[walk(tokens.iter().map(|token| self.weight(token)), goal)].0
+    }
+
+    /// Lists a few tokens, or some of one weight, among which the running sum of all weights, heaviest first, exceeds `goal`; what is heavier than they
+    /// are weighs at most that, and is returned. Of the cuts `around`, the first has at most `goal`, the second more.
+    fn find(&self, around: Range<Cut>, goal: f64, part: &mut Part) -> f64 {
+        let nothing = Mass::default();
+        let most = (self.weights.len() / PART).max(FEW);
+        let mut around = self.narrow(self.weights, nothing, around, goal, most);
+        part.ids.clear();
+        rows::within(self.weights, range(&around), usize::MAX, &mut part.ids);
+        part.weights.clear();
+        let weights = part.ids.iter().map(|&id| self.weights[id as usize]);
+        part.weights.extend(weights);
+        let before = around.start.mass;
+        around.end.mass.count = before.count + part.ids.len();
+        let around = self.narrow(&part.weights, before, around, goal, FEW);
+        part.left.clear();
+        rows::within(&part.weights, range(&around), usize::MAX, &mut part.left);
+        part.sorted.clear();
+        let ids = part.left.iter().map(|&at| part.ids[at as usize]);
+        part.sorted
+            .extend(ids.map(|id| (id, self.logits[id as usize])));
+        part.sorted.sort_unstable_by(|a, b| better(*a, *b));
+        around.start.mass.sum
+    }
+
+    /// Two cuts with at most `most` tokens between them, or with tokens of one weight, as [`Row::find`] wants and is given them. `weights` are those
+    /// between the ones given, `before` is what is heavier.
+    fn narrow(
+        &self,
+        weights: &[f32],
+        before: Mass,
+        mut around: Range<Cut>,
+        goal: f64,
+        most: usize,
+    ) -> Range<Cut> {
         for look in 0.. {
             let Range { start, end } = around;
-            if end.mass.count - start.mass.count <= FEW || start.bits - end.bits <= 1 {
+            if end.mass.count - start.mass.count <= most || start.bits - end.bits <= 1 {
                 break;
             }
-            let guesses = if look < GUESSES {
+            let bits = if look < GUESSES {
                 self.guess(&around, goal)
             } else {
-                [end.bits + (start.bits - end.bits) / 2; 2]
+                [end.bits + (start.bits - end.bits) / 2; 4]
             };
-            let cuts = self.cuts(guesses.map(|bits| bits.clamp(end.bits + 1, start.bits - 1)));
-            for cut in cuts {
+            for cut in cuts(weights, before, &(start..end), bits) {
                 if cut.mass.sum > goal {
                     around.end = cut;
                     break;
@@ -135,55 +204,51 @@ impl Row<'_> {
         around
     }
 
-    /// Two weights between which the goal is likely to be, the heavier first.
-    fn guess(&self, around: &Range<Cut>, goal: f64) -> [u32; 2] {
+    /// Four weights, the heaviest first: the goal is likely to be between the inner two, and hardly outside of the others.
+    fn guess(&self, around: &Range<Cut>, goal: f64) -> [u32; 4] {
         let Range { start, end } = around;
         let share = (goal - start.mass.sum) / (end.mass.sum - start.mass.sum);
-        let before = |bits: u32| self.sample.partition_point(|w| w.to_bits() >= bits);
+        let before = |bits: u32| self.sample.partition_point(|&w| w >= bits);
         let between = &self.sample[before(start.bits)..before(end.bits)];
         if between.len() < TELLING {
             // As if the weights were even.
             let width = f64::from(start.bits - end.bits);
             let count = (end.mass.count - start.mass.count) as f64;
-            let margin = (width * FEW as f64 / (3.0 * count)) as u32;
+            let near = (width * FEW as f64 / (3.0 * count)) as u32;
+            let far = near.saturating_mul(4);
             let middle = start.bits - (width * share) as u32;
-            return [middle.saturating_add(margin), middle.saturating_sub(margin)];
+            return [
+                middle.saturating_add(far),
+                middle.saturating_add(near),
+                middle.saturating_sub(near),
+                middle.saturating_sub(far),
+            ];
         }
-        let all = between.iter().map(|&w| f64::from(w)).sum::<f64>();
+        let weight = |&bits: &u32| f64::from(f32::from_bits(bits));
+        let all = between.iter().map(weight).sum::<f64>();
         let mut sum = 0.0;
-        let at = between.iter().position(|&w| {
-            sum += f64::from(w);
+        let at = between.iter().position(|bits| {
+            sum += weight(bits);
             sum > share * all
         });
-        let at = at.unwrap_or(between.len() - 1);
+        let last = between.len() - 1;
+        let at = at.unwrap_or(last);
         // A binomial's deviation is half of the root at most.
-        let margin = between.len().isqrt();
-        let below = (at + margin).min(between.len() - 1);
-        [at.saturating_sub(margin), below].map(|at| between[at].to_bits())
-    }
-
-    /// The tokens between two cuts, best first, and their weights.
-    fn list(
-        &self,
-        around: Range<Cut>,
-        places: &mut Vec<u32>,
-        candidates: &mut Vec<(u32, f32)>,
-        weights: &mut Vec<f64>,
-    ) {
-        places.clear();
-        let range = f32::from_bits(around.end.bits)..f32::from_bits(around.start.bits);
-        rows::within(self.weights, range, usize::MAX, places);
-        candidates.clear();
-        candidates.extend(places.iter().map(|&id| (id, self.logits[id as usize])));
-        candidates.sort_unstable_by(|a, b| better(*a, *b));
-        weights.clear();
-        let weight = |c: &(u32, f32)| f64::from(self.weights[c.0 as usize]);
-        weights.extend(candidates.iter().map(weight));
+        let far = between.len().isqrt();
+        let near = far / 3;
+        [
+            at.saturating_sub(far),
+            at.saturating_sub(near),
+            (at + near).min(last),
+            (at + far).min(last),
+        ]
+        .map(|at| between[at])
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::filter::weigh;
     use super::*;
 
     /// Logits that fall evenly between 0 and `-depth`, not in order.
@@ -194,9 +259,9 @@ mod tests {
     }
 
     fn run(logits: &[f32], least: f32, top_p: f32, draw: f64, scratch: &mut Scratch) -> u32 {
-        scratch.exponentials.resize(logits.len(), 0.0);
-        rows::exponentials(logits, rows::largest(logits), &mut scratch.exponentials);
-        drawn(logits, least, top_p, draw, scratch)
+        let mut weights = Vec::new();
+        let total = weigh(logits, rows::largest(logits), least, &mut weights);
+        drawn(logits, &weights, total, top_p, draw, scratch)
     }
 
     /// The same from a sorted list, and how far the draw is from the token's edges, as a share of all.

@@ -9,7 +9,7 @@ use quire_scheduler::TokenId;
 use super::filter::walk;
 use super::logprobs::{self, TokenLogprobs};
 use super::penalties::{self, Seen, forbid};
-use super::{SamplingParams, filter, random};
+use super::{SamplingParams, filter, flat, random};
 
 /// Temperatures below this are greedy, as in vLLM.
 const GREEDY_BELOW: f32 = 1e-5;
@@ -35,7 +35,7 @@ pub struct Scratch {
     pub(super) weights: Vec<f64>,
     pub(super) exponentials: Vec<f32>,
     pub(super) places: Vec<u32>,
-    pub(super) sample: Vec<f32>,
+    pub(super) flat: flat::Scratch,
 }
 
 /// Chooses one sample's tokens. Lives as long as the sample and survives preemption.
@@ -231,7 +231,7 @@ fn drawn(params: &SamplingParams, logits: &[f32], draw: f64, scratch: &mut Scrat
             .map(|part| f64::from(part.iter().sum::<f32>()))
             .sum();
         if left < sum || at + chunk.len() == weights.len() {
-            return TokenId((at + walk(chunk, left)) as u32);
+            return TokenId((at + walk(chunk.iter().map(|&w| f64::from(w)), left)) as u32);
         }
         left -= sum;
         at += chunk.len();

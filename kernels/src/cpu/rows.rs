@@ -6,7 +6,7 @@ use super::simd::{Isa, LANES, PANEL, Simd, dispatch, largest as largest_lane, su
 
 /// Elements that are added up in f32 before they join the sum in f64.
 const CHUNK: usize = 1024;
-/// Elements that are looked at together, and closer if one of them is in a range.
+/// Elements that are looked at together, a bit of a word each.
 const RUN: usize = 4 * PANEL;
 /// What [`vexp`] makes of minus infinity, or a little more.
 const NOTHING: f32 = 1.2e-38;
@@ -105,42 +105,44 @@ pub struct Mass {
     pub count: usize,
 }
 
-/// The mass of the weights that are at least `least[0]`, and of those that are at least `least[1]`. The same bits on every processor; it is never
-/// smaller where `least` is not larger. Not-a-number is no weight.
-pub fn masses(weights: &[f32], least: [f32; 2]) -> [Mass; 2] {
-    let mut masses = [Mass::default(); 2];
+/// For each of `least`, the mass of the weights that are at least that. The same bits on every processor; it is never smaller where `least` is not
+/// larger, and what [`exponentials`] returned where all belong to it. Not-a-number is no weight.
+pub fn masses(weights: &[f32], least: [f32; 4]) -> [Mass; 4] {
+    let mut masses = [Mass::default(); 4];
     let to = &mut masses;
     let isa = Isa::best();
-    dispatch!(isa, masses_of(weights: &[f32], least: [f32; 2], to: &mut [Mass; 2]));
+    dispatch!(isa, masses_of(weights: &[f32], least: [f32; 4], to: &mut [Mass; 4]));
     masses
 }
 
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-unsafe fn masses_of<S: Simd>(weights: &[f32], least: [f32; 2], to: &mut [Mass; 2]) {
+unsafe fn masses_of<S: Simd>(weights: &[f32], least: [f32; 4], to: &mut [Mass; 4]) {
     for chunk in weights.chunks(CHUNK) {
         let (panels, tail) = chunk.as_chunks::<PANEL>();
         let mut last = [f32::NAN; PANEL];
         last[..tail.len()].copy_from_slice(tail);
         unsafe {
-            // Of what is at least the one, and of what is at least the other, in sixteen lanes, however wide a vector is.
-            let mut sums = [[S::vsplat(0.0); 2]; 2];
-            let mut counts = [[S::vsplat(0.0); 2]; 2];
+            // Of what is at least each: the sum in sixteen lanes, however wide a vector is, and the count, which is exact, in as many as that has.
+            let mut sums = [[S::vsplat(0.0); 2]; 4];
+            let mut counts = [S::vsplat(0.0); 4];
             for at in 0..panels.len() + usize::from(!tail.is_empty()) {
                 let panel = panels.get(at).unwrap_or(&last).as_ptr();
                 for half in 0..S::HALVES {
                     let w = S::vload(panel.add(half * S::WIDE));
-                    for which in 0..2 {
+                    for which in 0..4 {
                         let least = S::vsplat(least[which]);
-                        let (sum, count) = (&mut sums[which][half], &mut counts[which][half]);
+                        let (sum, count) = (&mut sums[which][half], &mut counts[which]);
                         *sum = S::vadd(*sum, S::vwhere(w, least, w));
                         *count = S::vadd(*count, S::vwhere(w, least, S::vsplat(1.0)));
                     }
                 }
             }
-            for which in 0..2 {
+            for which in 0..4 {
                 to[which].sum += f64::from(lanes_sum::<S>(sums[which]));
-                to[which].count += lanes_sum::<S>(counts[which]) as usize;
+                let mut lanes = [0.0_f32; PANEL];
+                S::vstore(lanes.as_mut_ptr(), counts[which]);
+                to[which].count += lanes.iter().sum::<f32>() as usize;
             }
         }
     }
@@ -171,6 +173,7 @@ pub fn within(x: &[f32], range: Range<f32>, most: usize, places: &mut Vec<u32>) 
 }
 
 #[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
 unsafe fn within_of<S: Simd>(
     x: &[f32],
     range: Range<f32>,
@@ -178,44 +181,37 @@ unsafe fn within_of<S: Simd>(
     to: &mut Vec<u32>,
     done: &mut bool,
 ) {
-    let mut first = 0;
-    for run in x.chunks(RUN) {
-        // SAFETY: the caller's promise.
-        if unsafe { any_within::<S>(run, &range) } {
-            for (panel, x) in run.chunks(PANEL).enumerate() {
-                // SAFETY: as above.
-                if unsafe { any_within::<S>(x, &range) } {
-                    let places = first + (panel * PANEL) as u32..;
-                    let those = places.zip(x).filter(|(_, x)| range.contains(*x));
-                    to.extend(those.map(|(place, _)| place));
-                }
+    static LANE: [u8; PANEL] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+    let mut last = [f32::NAN; RUN];
+    let (runs, tail) = x.as_chunks::<RUN>();
+    last[..tail.len()].copy_from_slice(tail);
+    for at in 0..runs.len() + usize::from(!tail.is_empty()) {
+        let run = runs.get(at).unwrap_or(&last).as_ptr();
+        unsafe {
+            let (start, end) = (S::vsplat(range.start), S::vsplat(range.end));
+            let mut inside = 0_u64;
+            for i in (0..RUN).step_by(S::WIDE) {
+                inside |= u64::from(S::vbetween(S::vload(run.add(i)), start, end)) << i;
             }
-            if to.len() > most {
-                *done = false;
-                return;
+            if inside == 0 {
+                continue;
             }
+            to.reserve(RUN + PANEL);
+            let mut next = to.as_mut_ptr().add(to.len());
+            for i in (0..RUN).step_by(S::WIDE) {
+                let lanes = (inside >> i) as u32 & ((1 << S::WIDE) - 1);
+                let first = S::wsplat((at * RUN + i) as i32);
+                let places = S::wadd(S::wload_u8(LANE.as_ptr()), first);
+                S::wpack(next, places, lanes);
+                next = next.add(lanes.count_ones() as usize);
+            }
+            // So many were written, and there was room for them and a vector more.
+            to.set_len(to.len() + inside.count_ones() as usize);
         }
-        first += RUN as u32;
-    }
-}
-
-#[inline(always)]
-#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-unsafe fn any_within<S: Simd>(x: &[f32], range: &Range<f32>) -> bool {
-    let (panels, tail) = x.as_chunks::<PANEL>();
-    unsafe {
-        // 1 where an element is in the range.
-        let (start, end) = (S::vsplat(range.start), S::vsplat(range.end));
-        let mut there = S::vsplat(0.0);
-        for panel in panels {
-            for half in 0..S::HALVES {
-                let x = S::vload(panel.as_ptr().add(half * S::WIDE));
-                let one = S::vsplat(1.0);
-                let inside = S::vsub(S::vwhere(x, start, one), S::vwhere(x, end, one));
-                there = S::vmax(there, inside);
-            }
+        if to.len() > most {
+            *done = false;
+            return;
         }
-        S::vlargest(there) > 0.0 || tail.iter().any(|x| range.contains(x))
     }
 }
 
@@ -256,6 +252,7 @@ mod tests {
             }
             assert!((total - expected).abs() < 1e-6 * expected);
             assert_eq!(weights[n..], [0.0, 0.0]);
+            assert_eq!(masses(&weights, [0.0; 4]).map(|mass| mass.sum), [total; 4]);
         }
     }
 
@@ -264,7 +261,7 @@ mod tests {
         for n in [0, 1, 15, 16, 17, 1024, 5000] {
             let mut weights: Vec<f32> = row(n).iter().map(|x| x.abs()).collect();
             weights.push(f32::NAN);
-            let least = [4.0, 0.0];
+            let least = [4.0, 0.0, 8.5, 1e-3];
             for (mass, least) in masses(&weights, least).iter().zip(least) {
                 let heavy = weights.iter().filter(|w| **w >= least);
                 assert_eq!(mass.count, heavy.clone().count());

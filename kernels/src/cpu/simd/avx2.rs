@@ -19,6 +19,24 @@ fn settled(mut x: __m256i) -> __m256i {
     x
 }
 
+/// For each set of lanes, as bits: which they are, in order.
+static PACKED: [[u8; LANES]; 1 << LANES] = {
+    let mut packed = [[0; LANES]; 1 << LANES];
+    let mut lanes = 0;
+    while lanes < packed.len() {
+        let (mut lane, mut to) = (0, 0);
+        while lane < LANES {
+            if lanes >> lane & 1 == 1 {
+                packed[lanes][to] = lane as u8;
+                to += 1;
+            }
+            lane += 1;
+        }
+        lanes += 1;
+    }
+    packed
+};
+
 /// Adds to sums of pairs those of the products of a group of nibbles, low halves and then high ones, with eight activations of each row; see
 /// [`Simd::dot_q4`].
 #[inline(always)]
@@ -289,6 +307,14 @@ impl<P: Products> Simd for Avx2<P> {
         unsafe { _mm256_and_ps(y, _mm256_cmp_ps::<_CMP_GE_OQ>(x, least)) }
     }
     #[inline(always)]
+    unsafe fn vbetween(x: Self::V, start: Self::V, end: Self::V) -> u32 {
+        unsafe {
+            let from = _mm256_cmp_ps::<_CMP_GE_OQ>(x, start);
+            let inside = _mm256_and_ps(from, _mm256_cmp_ps::<_CMP_LT_OQ>(x, end));
+            _mm256_movemask_ps(inside).cast_unsigned()
+        }
+    }
+    #[inline(always)]
     unsafe fn vto_int(x: Self::V) -> Self::W {
         unsafe { Self::to_int(x) }
     }
@@ -350,6 +376,14 @@ impl<P: Products> Simd for Avx2<P> {
     #[inline(always)]
     unsafe fn wload_i8(p: *const u8) -> Self::W {
         unsafe { _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn wpack(p: *mut u32, x: Self::W, lanes: u32) {
+        unsafe {
+            let order = PACKED.as_ptr().add(lanes as usize);
+            let order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(order.cast()));
+            _mm256_storeu_si256(p.cast(), _mm256_permutevar8x32_epi32(x, order));
+        }
     }
     #[inline(always)]
     unsafe fn wsub(a: Self::W, b: Self::W) -> Self::W {

@@ -160,6 +160,13 @@ impl Simd for Avx512 {
         unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, least), y) }
     }
     #[inline(always)]
+    unsafe fn vbetween(x: Self::V, start: Self::V, end: Self::V) -> u32 {
+        unsafe {
+            let from = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, start);
+            u32::from(_mm512_mask_cmp_ps_mask::<_CMP_LT_OQ>(from, x, end))
+        }
+    }
+    #[inline(always)]
     unsafe fn vto_int(x: Self::V) -> Self::W {
         unsafe { _mm512_cvtps_epi32(x) }
     }
@@ -214,6 +221,11 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn wload_i8(p: *const u8) -> Self::W {
         unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn wpack(p: *mut u32, x: Self::W, lanes: u32) {
+        // Not `compressstoreu`, which takes hundreds of cycles on some processors.
+        unsafe { _mm512_storeu_si512(p.cast(), _mm512_maskz_compress_epi32(lanes as __mmask16, x)) }
     }
     #[inline(always)]
     unsafe fn wsub(a: Self::W, b: Self::W) -> Self::W {

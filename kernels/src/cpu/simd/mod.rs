@@ -77,6 +77,7 @@ impl Isa {
                 is_x86_feature_detected!("avx2")
                     && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("f16c")
+                    && is_x86_feature_detected!("popcnt")
             }
             #[cfg(target_arch = "x86_64")]
             Self::AvxVnni => Self::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
@@ -207,6 +208,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn vmin(a: Self::V, b: Self::V) -> Self::V;
     /// `y` where `x` is not less than `least` (and neither is not-a-number), else 0.
     unsafe fn vwhere(x: Self::V, least: Self::V, y: Self::V) -> Self::V;
+    /// A bit for each lane, the first lowest: where `x` is not less than `start`, less than `end`, and a number.
+    unsafe fn vbetween(x: Self::V, start: Self::V, end: Self::V) -> u32;
     unsafe fn vto_int(x: Self::V) -> Self::W;
     unsafe fn vto_float(x: Self::W) -> Self::V;
     unsafe fn vexp2_int(n: Self::W) -> Self::V;
@@ -224,6 +227,19 @@ pub(crate) trait Simd: Copy {
     unsafe fn wload_u8(p: *const u8) -> Self::W;
     /// Widens [`Simd::WIDE`] signed bytes.
     unsafe fn wload_i8(p: *const u8) -> Self::W;
+    /// Stores the lanes whose bits are set in `lanes` one after the other. What follows them, up to [`Simd::WIDE`] elements in all, may be overwritten.
+    #[inline(always)]
+    #[allow(clippy::undocumented_unsafe_blocks)] // the trait's promise; `W` is so many i32
+    unsafe fn wpack(p: *mut u32, x: Self::W, lanes: u32) {
+        let x = (&raw const x).cast::<u32>();
+        let mut to = p;
+        for lane in 0..Self::WIDE {
+            unsafe {
+                to.write_unaligned(x.add(lane).read());
+                to = to.add((lanes >> lane & 1) as usize);
+            }
+        }
+    }
     unsafe fn wsub(a: Self::W, b: Self::W) -> Self::W;
     unsafe fn wand(a: Self::W, mask: i32) -> Self::W;
     /// Shifts zeroes in from above.
@@ -318,21 +334,21 @@ pub(crate) use pairs_are_sums;
 macro_rules! dispatch {
     ($isa:expr, $f:ident ( $($arg:ident : $ty:ty),* $(,)? )) => {{
         #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx2,fma,f16c")]
+        #[target_feature(enable = "avx2,fma,f16c,popcnt")]
         #[allow(clippy::too_many_arguments)]
         unsafe fn with_avx2($($arg: $ty),*) {
             // SAFETY: the instructions are enabled here; the arguments are the caller's promise.
             unsafe { $f::<$crate::cpu::simd::Avx2<$crate::cpu::simd::Maddubs>>($($arg),*) }
         }
         #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+        #[target_feature(enable = "avx2,fma,f16c,popcnt,avxvnni")]
         #[allow(clippy::too_many_arguments)]
         unsafe fn with_avx_vnni($($arg: $ty),*) {
             // SAFETY: the instructions are enabled here; the arguments are the caller's promise.
             unsafe { $f::<$crate::cpu::simd::Avx2<$crate::cpu::simd::Vnni>>($($arg),*) }
         }
         #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        #[target_feature(enable = "avx2,fma,f16c,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
         #[allow(clippy::too_many_arguments)]
         unsafe fn with_avx512($($arg: $ty),*) {
             // SAFETY: the instructions are enabled here; the arguments are the caller's promise.

@@ -229,6 +229,19 @@ impl<P: Products> Simd for Neon<P> {
         }
     }
     #[inline(always)]
+    unsafe fn vbetween(x: Self::V, start: Self::V, end: Self::V) -> u32 {
+        let mut lanes = 0;
+        for i in 0..REGISTERS {
+            unsafe {
+                let inside = vandq_u32(vcgeq_f32(x[i], start[i]), vcltq_f32(x[i], end[i]));
+                // A bit of each lane's ones, lane by lane.
+                let bits = vandq_u32(inside, vld1q_u32([1, 2, 4, 8].as_ptr()));
+                lanes |= vaddvq_u32(bits) << (i * REGISTER);
+            }
+        }
+        lanes
+    }
+    #[inline(always)]
     unsafe fn vto_int(x: Self::V) -> Self::W {
         unsafe { Self::to_int(x) }
     }

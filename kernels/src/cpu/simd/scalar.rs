@@ -146,6 +146,11 @@ impl Simd for Scalar {
         std::array::from_fn(|i| if x[i] >= least[i] { y[i] } else { 0.0 })
     }
     #[inline(always)]
+    unsafe fn vbetween(x: Self::V, start: Self::V, end: Self::V) -> u32 {
+        let bit = |i: usize| u32::from(x[i] >= start[i] && x[i] < end[i]) << i;
+        (0..Self::WIDE).map(bit).sum()
+    }
+    #[inline(always)]
     unsafe fn vto_int(x: Self::V) -> Self::W {
         x.map(|x| x.round_ties_even() as i32)
     }

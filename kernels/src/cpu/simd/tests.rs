@@ -130,6 +130,11 @@ kernel! { arithmetic(x: [[f32; PANEL]; 3], out) {
     wide!(out, |i| S::vmin(S::vload(a.add(i)), S::vload(b.add(i))));
     wide!(out, |i| S::vfma(S::vload(a.add(i)), S::vload(b.add(i)), S::vload(c.add(i))));
     wide!(out, |i| S::vwhere(S::vload(a.add(i)), S::vload(b.add(i)), S::vload(c.add(i))));
+    let mut bits = 0;
+    for i in (0..PANEL).step_by(S::WIDE) {
+        bits |= S::vbetween(S::vload(a.add(i)), S::vload(b.add(i)), S::vload(c.add(i))) << i;
+    }
+    out.push(bits);
     wide!(out, |i| vexp::<S>(S::vload(a.add(i))));
     wide!(out, |i| vexp2::<S>(S::vload(a.add(i))));
     wide!(out, |i| vtanh::<S>(S::vload(a.add(i))));
@@ -198,6 +203,34 @@ kernel! { rounding(x: [f32; PANEL], out) {
         out.extend(bytes.map(|q| i32::from(q).cast_unsigned()));
     }
 } }
+
+kernel! { packing(lanes: u32, out) {
+    let bytes: [u8; PANEL] = std::array::from_fn(|i| 200 + i as u8);
+    let (mut packed, mut count) = ([0_u32; 2 * PANEL], 0);
+    for i in (0..PANEL).step_by(S::WIDE) {
+        let lanes = lanes >> i & ((1 << S::WIDE) - 1);
+        S::wpack(packed.as_mut_ptr().add(count), S::wload_u8(bytes.as_ptr().add(i)), lanes);
+        count += lanes.count_ones() as usize;
+    }
+    out.extend_from_slice(&packed[..count]);
+    out.push(count as u32);
+} }
+
+#[test]
+fn lanes_are_packed_in_order() {
+    for lanes in 0..=0xffff_u32 {
+        let mut out = Vec::new();
+        packing(Isa::Scalar, &lanes, &mut out);
+        let expected = (0..16).filter(|lane| lanes >> lane & 1 == 1);
+        assert!(
+            out[..out.len() - 1]
+                .iter()
+                .copied()
+                .eq(expected.map(|lane| 200 + lane))
+        );
+        agree(packing, &lanes);
+    }
+}
 
 #[test]
 fn halves_round_to_even_and_bytes_keep_their_sign() {
