@@ -3,7 +3,7 @@
     python benches/random_gguf.py q4b.gguf --vocab ggml-vocab-qwen2.gguf
     python benches/start.py q4b.gguf --llama-bench PATH/llama-bench [--runs 3]
 
-Both start as processes, read a prompt of six tokens and give one token. Times are of the whole process; those of the processor (user + system)
+Both start as processes and read a prompt of six tokens; ours also gives the token that follows. Times are of the whole process; those of the processor (user + system)
 say more on a machine that does other things as well. Memory is the kernel's high-water mark of the resident size, and the resident size
 while quire's server is ready and idle, against the size of the file.
 """

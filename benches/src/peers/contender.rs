@@ -14,6 +14,8 @@ use super::program;
 pub enum Who {
     /// `quire serve`.
     Quire,
+    /// The same with the checkpoint that vLLM reads: what of a ratio to vLLM is not the quantised file's.
+    QuireSame,
     /// llama.cpp's `llama-server`.
     LlamaServer,
     /// `python -m vllm.entrypoints.openai.api_server`.
@@ -25,6 +27,7 @@ impl Who {
     pub fn name(self) -> &'static str {
         match self {
             Self::Quire => "quire",
+            Self::QuireSame => "quire, vLLM's checkpoint",
             Self::LlamaServer => "llama-server",
             Self::Vllm => "vLLM",
         }
@@ -33,7 +36,7 @@ impl Who {
     /// How many times its output tokens a second ours are to be.
     pub fn bar(self) -> Option<f64> {
         match self {
-            Self::Quire => None,
+            Self::Quire | Self::QuireSame => None,
             Self::LlamaServer => Some(3.0),
             Self::Vllm => Some(5.0),
         }
@@ -42,7 +45,7 @@ impl Who {
     /// How long it may take from its start until it is ready.
     pub fn patience(self) -> Duration {
         match self {
-            Self::Quire | Self::LlamaServer => Duration::from_secs(300),
+            Self::Quire | Self::QuireSame | Self::LlamaServer => Duration::from_secs(300),
             // It compiles as it starts.
             Self::Vllm => Duration::from_secs(900),
         }
@@ -106,7 +109,7 @@ pub fn find(places: &Places<'_>) -> anyhow::Result<(Vec<Contender>, Vec<String>)
     let model = places.model.to_path_buf();
     let mut there = vec![Contender {
         who: Who::Quire,
-        program: quire,
+        program: quire.clone(),
         model: model.clone(),
         more: Vec::new(),
     }];
@@ -124,12 +127,20 @@ pub fn find(places: &Places<'_>) -> anyhow::Result<(Vec<Contender>, Vec<String>)
         ),
     }
     match (places.vllm_python, places.hf_model) {
-        (Some(python), Some(model)) => there.push(Contender {
-            who: Who::Vllm,
-            program: python.to_path_buf(),
-            model: model.to_path_buf(),
-            more: places.vllm_args.split_whitespace().map(str::to_owned).collect(),
-        }),
+        (Some(python), Some(model)) => there.extend([
+            Contender {
+                who: Who::QuireSame,
+                program: quire,
+                model: model.to_path_buf(),
+                more: Vec::new(),
+            },
+            Contender {
+                who: Who::Vllm,
+                program: python.to_path_buf(),
+                model: model.to_path_buf(),
+                more: places.vllm_args.split_whitespace().map(str::to_owned).collect(),
+            },
+        ]),
         _ => absent.push(
             "vLLM is skipped: install its CPU build as docs/measure.md says, then name its Python with --vllm-python and a directory of the same model with --hf-model"
                 .to_owned(),
@@ -149,7 +160,7 @@ impl Contender {
         let mut command = Command::new(&self.program);
         let listen = ["--host", "127.0.0.1", "--port"];
         match self.who {
-            Who::Quire => {
+            Who::Quire | Who::QuireSame => {
                 command.args(["serve", "--http", &format!("127.0.0.1:{port}")]);
                 // A free one: nobody asks it.
                 command.args(["--grpc", "127.0.0.1:0", "--threads", &threads.to_string()]);

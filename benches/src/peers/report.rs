@@ -2,9 +2,10 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 
+use super::contender::Who;
 use super::engine::Column;
 use super::ratio::median;
-use super::serve::{Figures, Side};
+use super::serve::{Figures, Match, Side, matches};
 use super::work::Work;
 
 fn table(header: impl IntoIterator<Item = String>) -> Table {
@@ -135,29 +136,37 @@ fn opened(side: &Side, show: impl Fn(&Figures) -> String) -> String {
 
 /// A line for each bar: how our server stands to each peer.
 pub fn server_bars(sides: &[Side]) -> Vec<String> {
-    let Some((ours, peers)) = sides.split_first() else {
-        return Vec::new();
-    };
     let below = |what: &str, who: &str, ours: f64, theirs: f64| {
         let verdict = if ours < theirs { "reached" } else { "missed" };
         format!("{what}: {ours:.0} ms, {who} {theirs:.0} ms (below, {verdict})")
     };
     let mut lines = Vec::new();
-    for ((who, pair), theirs) in super::serve::pairs(sides).iter().zip(peers) {
-        let who = who.name();
-        lines.push(format!("output tokens/s, times {who}'s: {}", pair.show()));
+    for both in matches(sides) {
+        let Match { ours, theirs } = both;
+        let who = both.name();
+        let pair = both.output().show();
+        lines.push(format!("output tokens/s, times that of {who}: {pair}"));
         lines.push(below(
             "p99 between tokens",
-            who,
+            &who,
             ours.median(|f| f.inter_token.1),
             theirs.median(|f| f.inter_token.1),
         ));
         if let (Some(ours), Some(theirs)) = (&ours.open, &theirs.open) {
+            let what = "open load, p99 TTFT";
+            lines.push(below(what, &who, ours.ttft.1, theirs.ttft.1));
+        }
+        if let Some([theirs, with_ours]) = &theirs.paced
+            && ours.who == Who::Quire
+        {
+            let what = "open load it can bear, p99 TTFT";
+            lines.push(below(what, &who, with_ours.ttft.1, theirs.ttft.1));
+            let what = "open load it can bear, p99 between tokens";
             lines.push(below(
-                "open load, p99 TTFT",
-                who,
-                ours.ttft.1,
-                theirs.ttft.1,
+                what,
+                &who,
+                with_ours.inter_token.1,
+                theirs.inter_token.1,
             ));
         }
     }
@@ -166,7 +175,6 @@ pub fn server_bars(sides: &[Side]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::contender::Who;
     use super::super::engine::{Column, Row};
     use super::super::ratio::Pair;
     use super::*;
@@ -232,22 +240,29 @@ mod tests {
             who,
             closed: vec![of(output, gap)],
             open: Some(of(output, gap)),
+            paced: (who == Who::LlamaServer).then(|| [of(output, 90.0), of(output, 80.0)]),
         };
         let sides = [
             side(Who::Quire, 90.0, 500.0),
             side(Who::LlamaServer, 25.0, 2800.0),
+            side(Who::QuireSame, 57.0, 300.0),
             side(Who::Vllm, 19.0, 400.0),
         ];
         let lines = server_bars(&sides);
         assert_eq!(
             lines,
             [
-                "output tokens/s, times llama-server's: 3.60 (≥ 3 reached)",
+                "output tokens/s, times that of llama-server: 3.60 (≥ 3 reached)",
                 "p99 between tokens: 500 ms, llama-server 2800 ms (below, reached)",
                 "open load, p99 TTFT: 900 ms, llama-server 900 ms (below, missed)",
-                "output tokens/s, times vLLM's: 4.74 (≥ 5 missed)",
+                "open load it can bear, p99 TTFT: 900 ms, llama-server 900 ms (below, missed)",
+                "open load it can bear, p99 between tokens: 80 ms, llama-server 90 ms (below, reached)",
+                "output tokens/s, times that of vLLM: 4.74 (≥ 5 missed)",
                 "p99 between tokens: 500 ms, vLLM 400 ms (below, missed)",
                 "open load, p99 TTFT: 900 ms, vLLM 900 ms (below, missed)",
+                "output tokens/s, times that of vLLM (same checkpoint): 3.00",
+                "p99 between tokens: 300 ms, vLLM (same checkpoint) 400 ms (below, reached)",
+                "open load, p99 TTFT: 900 ms, vLLM (same checkpoint) 900 ms (below, missed)",
             ]
         );
         let table = servers(&sides);

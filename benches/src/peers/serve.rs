@@ -27,7 +27,9 @@ use crate::serve::requests::Requests;
 /// First a closed load: --clients clients, each of which sends its next request when the
 /// last is answered. So many rounds, in each of them every server once, started anew and
 /// left alone for --settle seconds, with prompts no server has seen. Then an open one: Poisson arrivals at --share of the
-/// requests a second that ours answered, whether a server keeps up or not.
+/// requests a second that ours answered, whether a server keeps up or not; with
+/// --peer-pace, another for each peer at --share of what that one answered, which it can bear.
+/// Where there is vLLM, ours takes part with vLLM's checkpoint as well.
 ///
 /// Bars: three times the output tokens of llama-server, five times vLLM's, with a p99
 /// between tokens below both; and below both in p99 TTFT under the open load.
@@ -54,11 +56,13 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE", requires = "hf_model")]
     vllm_python: Option<PathBuf>,
 
-    /// What vLLM is told beside model, port and sizes
+    /// What vLLM is told beside model, port and sizes, as "--dtype float32 --enforce-eager"
+    /// where there are no instructions for bfloat16
     #[arg(
         long,
         value_name = "ARGUMENTS",
-        default_value = "--dtype float32 --enforce-eager",
+        default_value = "",
+        hide_default_value = true,
         allow_hyphen_values = true
     )]
     vllm_args: String,
@@ -99,6 +103,10 @@ pub struct Arguments {
     #[arg(long, value_name = "SHARE", default_value_t = 0.7)]
     share: f64,
 
+    /// Also an open load at this share of each peer's own capacity, for it and ours
+    #[arg(long)]
+    peer_pace: bool,
+
     /// Of prompts and arrivals
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -119,7 +127,7 @@ Examples:
   Against llama-server:
     quire-bench peers serve --model q4_0.gguf --llama-bin llama.cpp/build/bin
   Against vLLM's CPU build too:
-    quire-bench peers serve --model q4_0.gguf --llama-bin llama.cpp/build/bin --vllm-python vllm/bin/python --hf-model qwen3-0.6b
+    quire-bench peers serve --model q4_0.gguf --llama-bin llama.cpp/build/bin --vllm-python vllm/bin/python --hf-model qwen3-0.6b --vllm-args \"--dtype bfloat16\"
 How to build and install them is in docs/measure.md. Who is absent is skipped by name. Our server
 takes the best instruction set there is: give it a llama-server that was built natively (GGML_NATIVE).";
 
@@ -154,6 +162,8 @@ pub struct Side {
     pub closed: Vec<Figures>,
     /// Of the open load.
     pub open: Option<Figures>,
+    /// Of a peer under an open load it can bear, and ours under the same.
+    pub paced: Option<[Figures; 2]>,
 }
 
 impl Side {
@@ -201,9 +211,10 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     if let Some(path) = &arguments.plot {
-        let bars = pairs(&sides).into_iter().filter_map(|(who, pair)| {
+        let bars = matches(&sides).into_iter().filter_map(|both| {
+            let pair = both.output();
             Some(plot::Bar {
-                label: who.name().to_owned(),
+                label: both.name(),
                 value: pair.ratio()?,
                 goal: pair.bar,
             })
@@ -217,18 +228,53 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Our output tokens a second beside those of each peer.
-pub fn pairs(sides: &[Side]) -> Vec<(Who, Pair)> {
-    let output = |side: &Side| side.closed.iter().map(|f| f.output).collect::<Vec<f64>>();
-    let Some((ours, peers)) = sides.split_first() else {
-        return Vec::new();
-    };
-    let pair = |side: &Side| Pair {
-        ours: output(ours),
-        theirs: output(side),
-        bar: side.who.bar(),
-    };
-    peers.iter().map(|side| (side.who, pair(side))).collect()
+/// Ours and a peer, each as it was measured.
+#[derive(Debug, Clone, Copy)]
+pub struct Match<'a> {
+    /// Ours.
+    pub ours: &'a Side,
+    /// The peer.
+    pub theirs: &'a Side,
+}
+
+impl Match<'_> {
+    /// The peer's name, and whose checkpoint both read if that was not the file given.
+    pub fn name(&self) -> String {
+        let same = match self.ours.who {
+            Who::QuireSame => " (same checkpoint)",
+            _ => "",
+        };
+        format!("{}{same}", self.theirs.who.name())
+    }
+
+    /// Output tokens a second of both. The bar is the one for the file that ours is best with.
+    pub fn output(&self) -> Pair {
+        let output = |side: &Side| side.closed.iter().map(|f| f.output).collect();
+        Pair {
+            ours: output(self.ours),
+            theirs: output(self.theirs),
+            bar: match self.ours.who {
+                Who::QuireSame => None,
+                _ => self.theirs.who.bar(),
+            },
+        }
+    }
+}
+
+/// Ours beside each peer, and with vLLM's checkpoint beside vLLM.
+pub fn matches(sides: &[Side]) -> Vec<Match<'_>> {
+    let of = |who: Who| sides.iter().find(move |side| side.who == who);
+    let mut matches = Vec::new();
+    for (ours, theirs) in [
+        (Who::Quire, Who::LlamaServer),
+        (Who::Quire, Who::Vllm),
+        (Who::QuireSame, Who::Vllm),
+    ] {
+        if let (Some(ours), Some(theirs)) = (of(ours), of(theirs)) {
+            matches.push(Match { ours, theirs });
+        }
+    }
+    matches
 }
 
 async fn measure(arguments: &Arguments, contenders: &[Contender]) -> anyhow::Result<Vec<Side>> {
@@ -238,6 +284,7 @@ async fn measure(arguments: &Arguments, contenders: &[Contender]) -> anyhow::Res
             who: contender.who,
             closed: Vec::new(),
             open: None,
+            paced: None,
         })
         .collect();
     for round in 0..arguments.rounds {
@@ -251,20 +298,27 @@ async fn measure(arguments: &Arguments, contenders: &[Contender]) -> anyhow::Res
             side.closed.push(figures);
         }
     }
-    if arguments.open_requests > 0 {
-        let rate = arguments.share * sides[0].median(|figures| figures.requests);
-        let seed = arguments.seed.wrapping_add(u64::from(arguments.rounds));
-        for (contender, side) in contenders.iter().zip(&mut sides) {
-            eprintln!("{rate:.2} requests a second, {} …", contender.who.name());
-            let arrivals = Arrivals::Open { rate, burst: 1 };
-            let open = turn(
-                arguments,
-                contender,
-                arrivals,
-                arguments.open_requests,
-                seed,
-            );
-            side.open = Some(open.await?);
+    if arguments.open_requests == 0 {
+        return Ok(sides);
+    }
+    let seed = arguments.seed.wrapping_add(u64::from(arguments.rounds));
+    let pace = |side: &Side| arguments.share * side.median(|figures| figures.requests);
+    let open = async |rate: f64, contender: &Contender| {
+        eprintln!("{rate:.2} requests a second, {} …", contender.who.name());
+        let arrivals = Arrivals::Open { rate, burst: 1 };
+        let requests = arguments.open_requests;
+        turn(arguments, contender, arrivals, requests, seed).await
+    };
+    let rate = pace(&sides[0]);
+    for (contender, side) in contenders.iter().zip(&mut sides) {
+        side.open = Some(open(rate, contender).await?);
+    }
+    for (contender, side) in contenders.iter().zip(&mut sides) {
+        let peer = !matches!(contender.who, Who::Quire | Who::QuireSame);
+        if peer && arguments.peer_pace {
+            let rate = pace(side);
+            let theirs = open(rate, contender).await?;
+            side.paced = Some([theirs, open(rate, &contenders[0]).await?]);
         }
     }
     Ok(sides)

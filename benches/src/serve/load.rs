@@ -82,14 +82,15 @@ impl Sender {
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
         Outcome {
             meant,
-            sent,
+            sent: Some(sent),
             ended: Instant::now(),
             asked,
             result,
         }
     }
 
-    /// Has the `n`th conversation, which was meant to begin at `meant`: each turn is meant to be sent when the last is answered, and a turn that failed is the last.
+    /// Has the `n`th conversation, which was meant to begin at `meant`: each turn is meant to be sent when the last is answered. Those after one
+    /// that failed cannot be sent, and failed as well: a server that fails first turns is not to look better than one that fails last turns.
     async fn converse(&self, n: u32, mut meant: Instant) {
         let n = u64::from(n);
         let mut ask = self.requests.nth(n);
@@ -104,7 +105,18 @@ impl Sender {
             meant = outcome.ended;
             // The other end is open until the last sender is gone.
             let _ = self.outcomes.send(outcome);
-            let Some(next) = next else { return };
+            let Some(next) = next else {
+                for _ in turn..self.requests.turns {
+                    let _ = self.outcomes.send(Outcome {
+                        meant,
+                        sent: None,
+                        ended: meant,
+                        asked: 0,
+                        result: Err(Failure::new("not sent", "the turn before it failed")),
+                    });
+                }
+                return;
+            };
             ask = next;
         }
     }
@@ -212,5 +224,52 @@ impl Progress {
 
     fn finish(self) {
         self.0.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ask::Sampling;
+    use super::super::lengths::Lengths;
+    use super::super::prompt::Prompts;
+    use super::*;
+
+    #[tokio::test]
+    async fn turns_after_one_that_failed_have_failed_as_well() {
+        // A port that was free a moment ago: nobody answers there.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        drop(listener);
+        let requests = Requests {
+            prompts: Prompts {
+                seed: 1,
+                shared: 0,
+                vocab: None,
+            },
+            prompt_tokens: Lengths::Fixed(4),
+            max_tokens: Lengths::Fixed(4),
+            dataset: Vec::new(),
+            trace: Vec::new(),
+            sampling: Sampling::GREEDY,
+            turns: 3,
+        };
+        let load = Load {
+            arrivals: Arrivals::Closed { clients: 2 },
+            requests: 2,
+            warmup: 0,
+            timeout: Duration::from_secs(60),
+            slo: None,
+            seed: 1,
+        };
+        let client = Client::http(&url, Some("model")).await.unwrap();
+        let measured = run(Arc::new(client), requests, load).await.unwrap();
+        assert_eq!(measured.completed, 0);
+        let kinds: Vec<_> = measured
+            .failures
+            .iter()
+            .map(|(kind, (count, _))| (kind.as_str(), *count))
+            .collect();
+        assert_eq!(kinds, [("connection", 2), ("not sent", 4)]);
+        assert_eq!(measured.lateness.summary().unwrap().count, 2);
     }
 }

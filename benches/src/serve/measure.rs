@@ -64,8 +64,8 @@ impl Latency {
 pub struct Outcome {
     /// When it was meant to be sent.
     pub meant: Instant,
-    /// When it was sent.
-    pub sent: Instant,
+    /// When it was sent, if it was.
+    pub sent: Option<Instant>,
     /// When its answer, or its failure, was complete.
     pub ended: Instant,
     /// Tokens that were asked for.
@@ -141,7 +141,9 @@ impl Measured {
             result,
         } = outcome;
         self.elapsed = self.elapsed.max(ended.duration_since(began));
-        self.lateness.record(sent.duration_since(meant));
+        if let Some(sent) = sent {
+            self.lateness.record(sent.duration_since(meant));
+        }
         match result {
             Ok(answer) => self.answered(&answer, asked, meant, ended),
             Err(Failure { kind, message }) => {
@@ -231,7 +233,7 @@ mod tests {
         measured.record(
             Outcome {
                 meant: at(100),
-                sent: at(300),
+                sent: Some(at(300)),
                 ended: at(1000),
                 asked: 4,
                 result: Ok(Answer {
@@ -263,7 +265,7 @@ mod tests {
         for message in ["full", "still full"] {
             let outcome = Outcome {
                 meant: began,
-                sent: began,
+                sent: Some(began),
                 ended: began,
                 asked: 4,
                 result: Err(Failure::new("HTTP 429", message)),

@@ -177,7 +177,7 @@ mod tests {
             measured.record(
                 Outcome {
                     meant,
-                    sent,
+                    sent: Some(sent),
                     ended,
                     asked: 3,
                     result,

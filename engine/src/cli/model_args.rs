@@ -43,7 +43,7 @@ pub(super) struct ModelArgs {
     pub deterministic: bool,
 
     /// On a GPU, wait for each step's tokens before the next one is planned: slower, for comparisons
-    #[arg(long, env = "QUIRE_NO_PLAN_AHEAD", hide = true, value_parser = clap::builder::BoolishValueParser::new())]
+    #[arg(long, env = "QUIRE_NO_PLAN_AHEAD", value_parser = clap::builder::BoolishValueParser::new())]
     pub no_plan_ahead: bool,
 
     /// Threads that compute [default: the cores this process may use]

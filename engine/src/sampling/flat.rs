@@ -89,11 +89,11 @@ pub(super) fn drawn(
         kept = row.find(around(enough), enough, part);
         let mut sum = kept;
         let last = part.sorted.iter().position(|token| {
-            sum += row.weight(token);
+            sum += row.weight(*token);
             sum >= enough
         });
         let those = &part.sorted[..last.map_or(part.sorted.len(), |last| last + 1)];
-        let held: f64 = those.iter().map(|token| row.weight(token)).sum();
+        let held: f64 = those.iter().map(|token| row.weight(*token)).sum();
         goal = draw * (kept + held);
         if goal >= kept {
             return row.pick(those, goal - kept);
@@ -140,13 +140,13 @@ struct Row<'a> {
 }
 
 impl Row<'_> {
-    fn weight(&self, token: &(u32, f32)) -> f64 {
+    fn weight(&self, token: (u32, f32)) -> f64 {
         f64::from(self.weights[token.0 as usize])
     }
 
     /// The token at which the running sum of their weights exceeds `goal`.
     fn pick(&self, tokens: &[(u32, f32)], goal: f64) -> u32 {
-        tokens[walk(tokens.iter().map(|token| self.weight(token)), goal)].0
+        tokens[walk(tokens.iter().map(|token| self.weight(*token)), goal)].0
     }
 
     /// Lists a few tokens, or some of one weight, among which the running sum of all weights, heaviest first, exceeds `goal`; what is heavier than they
