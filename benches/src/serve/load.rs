@@ -236,10 +236,14 @@ mod tests {
 
     #[tokio::test]
     async fn turns_after_one_that_failed_have_failed_as_well() {
-        // A port that was free a moment ago: nobody answers there.
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        // Who comes is let go without an answer.
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        drop(listener);
+        let server = tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                drop(stream);
+            }
+        });
         let requests = Requests {
             prompts: Prompts {
                 seed: 1,
@@ -271,5 +275,6 @@ mod tests {
             .collect();
         assert_eq!(kinds, [("connection", 2), ("not sent", 4)]);
         assert_eq!(measured.lateness.summary().unwrap().count, 2);
+        server.abort();
     }
 }
