@@ -6,10 +6,13 @@
     reason = "minijinja hands a filter its arguments by value"
 )]
 
-use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, Output, State, filters, formatting};
+use minijinja::formatting::{self, FormatStyle};
+use minijinja::value::{
+    Kwargs, Rest, StringInput, Tuple, Value, ValueKind, ValueOrKwargs, from_args,
+};
+use minijinja::{Environment, Error, ErrorKind, Output, State, filters};
 
-use super::{json, methods};
+use super::{budget, json, methods};
 
 /// Deepest nesting of a value that is kept; JSON from outside has at most 128 levels.
 const DEEPEST: usize = 256;
@@ -22,6 +25,23 @@ pub(super) fn add_to(environment: &mut Environment<'_>) {
     environment.add_filter("list", list);
     environment.add_filter("trim", trim);
     environment.add_filter("join", join);
+    environment.add_filter("format", format);
+    for (name, filter) in [
+        ("string", Value::from_function(filters::string)),
+        ("lower", Value::from_function(filters::lower)),
+        ("upper", Value::from_function(filters::upper)),
+        ("title", Value::from_function(filters::title)),
+        ("capitalize", Value::from_function(filters::capitalize)),
+        ("pprint", Value::from_function(filters::pprint)),
+    ] {
+        environment.add_filter(
+            name,
+            move |state: &mut State<'_, '_>, value: &Value| -> Result<Value, Error> {
+                budget::text(state, value)?;
+                filter.call(state, std::slice::from_ref(value))
+            },
+        );
+    }
     environment.add_filter("int", int);
     environment.add_filter("float", float_filter);
     environment.add_filter("dictsort", dictsort);
@@ -118,12 +138,58 @@ fn check_depth(state: &State<'_, '_>, value: &Value, data_only: bool) -> Result<
     Ok(())
 }
 
-fn printf(text: &str, values: &Value) -> Result<String, Error> {
+fn printf(state: &State<'_, '_>, text: &str, values: &Value) -> Result<String, Error> {
     let values: Vec<Value> = match values.downcast_object_ref::<Tuple>() {
         Some(_) => values.try_iter()?.collect(),
         None => vec![values.clone()],
     };
-    formatting::format(formatting::FormatStyle::Printf, text, &values)
+    afford_format(state, FormatStyle::Printf, text, &values)?;
+    formatting::format(FormatStyle::Printf, text, &values)
+}
+
+fn format(
+    state: &mut State<'_, '_>,
+    text: &Value,
+    values: Rest<ValueOrKwargs>,
+) -> Result<Value, Error> {
+    let values = values.into_values();
+    afford_format(
+        state,
+        FormatStyle::Printf,
+        text.as_str().unwrap_or_default(),
+        &values,
+    )?;
+    filters::format(
+        state,
+        text,
+        Rest(values.into_iter().map(Into::into).collect()),
+    )
+}
+
+/// Refuses to format what could become too long a text.
+pub(super) fn afford_format(
+    state: &State<'_, '_>,
+    style: FormatStyle,
+    text: &str,
+    values: &[Value],
+) -> Result<(), Error> {
+    let sign = match style {
+        FormatStyle::Printf => '%',
+        FormatStyle::StrFormat => '{',
+    };
+    let mut bytes = 0_usize;
+    for value in values {
+        bytes = bytes.saturating_add(budget::text(state, value)?);
+    }
+    // Each field can be all of the values, and any number behind the first sign a field's width.
+    bytes = bytes.saturating_mul(text.matches(sign).count());
+    let fields = text.find(sign).map_or("", |first| &text[first..]);
+    for width in fields.split(|c: char| !c.is_ascii_digit()) {
+        if !width.is_empty() {
+            bytes = bytes.saturating_add(width.parse().unwrap_or(usize::MAX));
+        }
+    }
+    budget::afford(state, bytes.saturating_add(text.len()))
 }
 
 /// The value as a float, if it is one and not an integer.
@@ -167,13 +233,16 @@ fn print(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Resu
 }
 
 /// transformers' `tojson`: `json.dumps` with these arguments, in this order.
-fn tojson(
-    value: &Value,
-    ensure_ascii: Option<bool>,
-    indent: Option<Value>,
-    separators: Option<Value>,
-    named: Kwargs,
-) -> Result<String, Error> {
+fn tojson(state: &State<'_, '_>, args: Rest<ValueOrKwargs>) -> Result<String, Error> {
+    type Args<'a> = (
+        &'a Value,
+        Option<bool>,
+        Option<Value>,
+        Option<Value>,
+        Kwargs,
+    );
+    let args = args.into_values();
+    let (value, ensure_ascii, indent, separators, named): Args<'_> = from_args(&args)?;
     let indent = or_named(indent, &named, "indent")?;
     let separators = or_named(separators, &named, "separators")?;
     let style = json::Style {
@@ -200,7 +269,7 @@ fn tojson(
         sort_keys: named.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
     };
     named.assert_all_used()?;
-    json::dumps(value, &style)
+    json::dumps(state, value, &style)
 }
 
 pub(super) fn or_named<'a, T>(
@@ -222,7 +291,8 @@ fn trim(
     value: &Value,
     characters: Option<&str>,
 ) -> Result<Value, Error> {
-    let text = minijinja::value::StringInput::new(state, value)?;
+    budget::text(state, value)?;
+    let text = StringInput::new(state, value)?;
     let strip = |c: char| characters.map_or_else(|| is_space(c), |all| all.contains(c));
     Ok(text.preserve_safety(text.as_str().trim_matches(strip).to_owned()))
 }
@@ -243,7 +313,15 @@ fn join(
         Some(separator) => separator,
         None => Value::from(""),
     };
-    let separator = minijinja::value::StringInput::new(state, &separator)?;
+    budget::text(state, &separator)?;
+    let separator = StringInput::new(state, &separator)?;
+    let mut bytes = 0_usize;
+    for item in value.try_iter()? {
+        state.consume_fuel(1)?;
+        let item = budget::text(state, &item)?;
+        bytes = bytes.saturating_add(item.saturating_add(separator.as_str().len()));
+        budget::afford(state, bytes)?;
+    }
     filters::join(state, &value, Some(separator), attribute.as_deref(), named)
 }
 
@@ -296,10 +374,11 @@ fn dictsort(
 }
 
 /// markupsafe's `escape`.
-fn escape(value: &Value) -> Value {
+fn escape(state: &State<'_, '_>, value: &Value) -> Result<Value, Error> {
     if value.is_safe() {
-        return value.clone();
+        return Ok(value.clone());
     }
+    budget::text(state, value)?;
     let mut out = String::new();
     for c in value.to_string().chars() {
         match c {
@@ -311,7 +390,7 @@ fn escape(value: &Value) -> Value {
             c => out.push(c),
         }
     }
-    Value::from_safe_string(out)
+    Ok(Value::from_safe_string(out))
 }
 
 /// Python's `str.isspace`: Unicode's white space and four separators of ASCII.
