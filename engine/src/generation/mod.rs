@@ -12,6 +12,7 @@ mod observe;
 mod output;
 mod request;
 mod stop;
+mod turns;
 
 pub use error::GenerateError;
 pub use generator::Generator;
