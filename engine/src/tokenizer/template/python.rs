@@ -48,6 +48,12 @@ pub(super) fn add_to(environment: &mut Environment<'_>) {
     for name in ["e", "escape", "forceescape"] {
         environment.add_filter(name, escape);
     }
+    environment.add_filter("indent", indent);
+    environment.add_filter("replace", replace);
+    // minijinja's own, which jinja2 does not have: lists of texts that nobody pays for.
+    environment.remove_filter("lines");
+    environment.remove_filter("split");
+    environment.add_filter(CONCATENATED, concatenated);
     environment.add_filter(ITERATED, iterated);
     environment.add_filter(PRINTF, printf);
     environment.add_filter(KEPT, kept);
@@ -73,6 +79,8 @@ pub(super) fn add_to(environment: &mut Environment<'_>) {
     environment.remove_global("debug");
 }
 
+/// A filter: what `~` joins.
+pub(super) const CONCATENATED: &str = "__concatenated";
 /// A filter: what a `for` loop runs over, refused where Python would.
 pub(super) const ITERATED: &str = "__iterated";
 /// A filter: `text % values`.
@@ -86,6 +94,11 @@ pub(super) fn iterated(value: Value) -> Result<Value, Error> {
     if value.is_none() {
         return Err(invalid("'NoneType' object is not iterable"));
     }
+    Ok(value)
+}
+
+fn concatenated(state: &State<'_, '_>, value: Value) -> Result<Value, Error> {
+    budget::text(state, &value)?;
     Ok(value)
 }
 
@@ -190,6 +203,43 @@ pub(super) fn afford_format(
         }
     }
     budget::afford(state, bytes.saturating_add(text.len()))
+}
+
+fn indent(state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let args = args.into_values();
+    let (value, width, _, _, named): (&Value, Option<usize>, Option<bool>, Option<bool>, Kwargs) =
+        from_args(&args)?;
+    let width = or_named(width, &named, "width")?.unwrap_or(4);
+    let bytes = budget::text(state, value)?;
+    let lines = value
+        .as_str()
+        .map_or(bytes, |text| text.matches('\n').count() + 1);
+    budget::afford(state, lines.saturating_mul(width).saturating_add(bytes))?;
+    Value::from_function(filters::indent).call(state, &args)
+}
+
+fn replace(state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    type Args<'a> = (&'a Value, &'a Value, &'a Value, Option<i64>, Kwargs);
+    let args = args.into_values();
+    let (value, from, to, count, named): Args<'_> = from_args(&args)?;
+    let count = or_named(count, &named, "count")?.map_or(usize::MAX, |count| {
+        usize::try_from(count).unwrap_or(usize::MAX)
+    });
+    named.assert_all_used()?;
+    for text in [value, from, to] {
+        budget::text(state, text)?;
+    }
+    let value = StringInput::new(state, value)?;
+    let from = StringInput::new(state, from)?;
+    let to = StringInput::new(state, to)?;
+    if count == usize::MAX {
+        return filters::replace(state, value, from, to);
+    }
+    let text = value.as_str();
+    let places = text.matches(from.as_str()).take(count).count();
+    let bytes = places.saturating_mul(to.as_str().len());
+    budget::afford(state, bytes.saturating_add(text.len()))?;
+    Ok(value.preserve_safety(text.replacen(from.as_str(), to.as_str(), count)))
 }
 
 /// The value as a float, if it is one and not an integer.
