@@ -11,6 +11,7 @@
 
 mod grpc;
 mod http;
+mod held;
 mod listener;
 mod metrics;
 mod registry;

@@ -5,9 +5,8 @@ mod error;
 mod openai;
 mod tokenize;
 
-use axum::body::Bytes;
-use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
+use axum::body::Body;
+use axum::extract::{Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -15,7 +14,7 @@ use axum::{Json, Router};
 use serde_json::json;
 use tower_http::catch_panic::CatchPanicLayer;
 
-use super::{LARGEST_REQUEST, Metrics};
+use super::Metrics;
 use crate::generation::Generator;
 use error::ApiError;
 
@@ -44,7 +43,6 @@ pub(super) fn router(generator: Generator, metrics: Metrics) -> Router {
         .route("/version", get(version))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(axum::extract::DefaultBodyLimit::max(LARGEST_REQUEST))
         .layer(CatchPanicLayer::custom(|_| {
             ApiError::internal("the handler panicked; the server's log says where").into_response()
         }))
@@ -87,7 +85,7 @@ async fn version() -> Response {
     Json(json!({"version": env!("CARGO_PKG_VERSION")})).into_response()
 }
 
-async fn no_route(method: Method, uri: Uri, body: Result<Bytes, BytesRejection>) -> ApiError {
+async fn no_route(method: Method, uri: Uri, body: Body) -> ApiError {
     let error = ApiError::new(
         StatusCode::NOT_FOUND,
         format!(
@@ -95,21 +93,21 @@ async fn no_route(method: Method, uri: Uri, body: Result<Bytes, BytesRejection>)
             uri.path()
         ),
     );
-    if body.is_err() {
-        error.closing()
-    } else {
+    if body::discard(body).await {
         error
     }
 }
 
-async fn no_method(method: Method, uri: Uri, body: Result<Bytes, BytesRejection>) -> ApiError {
+async fn no_method(method: Method, uri: Uri, body: Body) -> ApiError {
     let error = ApiError::new(
         StatusCode::METHOD_NOT_ALLOWED,
         format!("{} does not take {method}", uri.path()),
     );
-    if body.is_err() {
-        error.closing()
-    } else {
+    if body::discard(body).await {
         error
     }
 }
+    } else {
+        error.closing()
+    } else {
+        error.closing()

@@ -38,7 +38,7 @@ pub(in super::super) async fn chat_completions(
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let (parameters, body): (Parameters, Body) = body.read_both()?;
+    let (parameters, body, held): (Parameters, Body, _) = body.read_both()?;
     app.generator.check_model(parameters.model())?;
     let delivery = parameters.delivery()?;
     let logprobs = logprobs(&body)?;
@@ -76,6 +76,7 @@ fn logprobs(body: &Body) -> Result<Option<u32>, ApiError> {
         return Err(ApiError::param(
             "prompt_logprobs",
             "prompt_logprobs is not supported; /v1/completions reports those of its prompt, with echo and logprobs",
+    drop(held);
         ));
     }
     match (body.logprobs.unwrap_or(false), body.top_logprobs) {

@@ -63,7 +63,7 @@ pub(in super::super) async fn completions(
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let (parameters, body): (Parameters, Body) = body.read_both()?;
+    let (parameters, body, held): (Parameters, Body, _) = body.read_both()?;
     app.generator.check_model(parameters.model())?;
     refuse_unsupported(&body, &parameters)?;
     let delivery = parameters.delivery()?;
@@ -99,6 +99,7 @@ pub(in super::super) async fn completions(
     }
     let answer = Answer {
         endpoint: Endpoint::Completion,
+    drop(held);
         id,
         model: app.generator.engine().model().name.clone(),
         created: now(),
