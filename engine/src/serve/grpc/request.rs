@@ -210,14 +210,10 @@ pub(super) fn status(error: &GenerateError) -> Status {
         GenerateError::Aborted => Code::Aborted,
         GenerateError::Internal(_) => Code::Internal,
     };
-    let mut metadata = MetadataMap::new();
-    if let GenerateError::Overloaded { retry_after_s, .. } = error {
-        // When to try again, as retrying clients read it.
-        let pushback = u64::from(*retry_after_s) * 1000;
-        if let Ok(value) = pushback.to_string().parse() {
-            metadata.insert("grpc-retry-pushback-ms", value);
-        }
-    }
+    let metadata = match error {
+        GenerateError::Overloaded { retry_after_s, .. } => pushback(*retry_after_s),
+        _ => MetadataMap::new(),
+    };
     let message = match error {
         GenerateError::Invalid {
             param: Some(param),
@@ -226,6 +222,14 @@ pub(super) fn status(error: &GenerateError) -> Status {
         other => other.to_string(),
     };
     Status::with_metadata(code, message, metadata)
+/// When to try again, as retrying clients read it.
+pub(super) fn pushback(seconds: u32) -> MetadataMap {
+    let mut metadata = MetadataMap::new();
+    let milliseconds = u64::from(seconds) * 1000;
+    metadata.insert("grpc-retry-pushback-ms", milliseconds.into());
+    metadata
+}
+
 }
 
 #[cfg(test)]
