@@ -8,6 +8,7 @@ mod tokenize;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
+use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -46,11 +47,25 @@ pub(super) fn router(generator: Generator, metrics: Metrics) -> Router {
         .layer(CatchPanicLayer::custom(|_| {
             ApiError::internal("the handler panicked; the server's log says where").into_response()
         }))
+        .layer(from_fn(named))
         .with_state(App {
             generator,
             metrics,
             started: openai::now(),
         })
+}
+
+/// A layer: every answer, errors too, has the id that its request came with or is given here.
+async fn named(mut request: Request, next: Next) -> Response {
+    let id = HeaderValue::from_str(&openai::request_id(request.headers())).ok();
+    if let Some(id) = id.clone() {
+        request.headers_mut().insert(openai::REQUEST_ID, id);
+    }
+    let mut response = next.run(request).await;
+    if let Some(id) = id {
+        response.headers_mut().insert(openai::REQUEST_ID, id);
+    }
+    response
 }
 
 /// Whether new work is welcome: the readiness probe.
@@ -95,6 +110,8 @@ async fn no_route(method: Method, uri: Uri, body: Body) -> ApiError {
     );
     if body::discard(body).await {
         error
+    } else {
+        error.closing()
     }
 }
 
@@ -105,9 +122,7 @@ async fn no_method(method: Method, uri: Uri, body: Body) -> ApiError {
     );
     if body::discard(body).await {
         error
+    } else {
+        error.closing()
     }
 }
-    } else {
-        error.closing()
-    } else {
-        error.closing()
