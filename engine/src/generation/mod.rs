@@ -19,7 +19,7 @@ pub use generator::Generator;
 pub(crate) use observe::{SECONDS, labels};
 pub use output::{Generation, Output, OutputToken, StopCause, Usage};
 pub use request::{
-    GenerationRequest, MAX_MESSAGES, MAX_STOP_STRINGS, MAX_TOOLS, Prompt, SamplingRequest,
+    GenerationRequest, MAX_JSON, MAX_MESSAGES, MAX_STOP_STRINGS, MAX_TOOLS, Prompt, SamplingRequest,
 };
 pub(crate) use turns::Turns;
 
