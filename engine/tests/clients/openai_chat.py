@@ -169,6 +169,10 @@ def a_wrong_parameter_is_named(server: Server) -> None:
                 client.chat.completions.create(**GREEDY | {param: value}, stream=True)
         with expect.raises(openai.BadRequestError, param="prompt_logprobs"):
             client.chat.completions.create(**GREEDY, extra_body={"prompt_logprobs": 1})
+        with expect.raises(openai.BadRequestError, param="top_logprobs"):
+            client.chat.completions.create(**GREEDY, logprobs=True, top_logprobs=21)
+        with expect.raises(openai.BadRequestError, param="max_completion_tokens"):
+            client.chat.completions.create(**GREEDY, max_completion_tokens=0)
 
 
 def an_unknown_model_is_not_found(server: Server) -> None:

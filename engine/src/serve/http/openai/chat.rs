@@ -16,6 +16,7 @@ use super::now;
 use super::parameters::Parameters;
 use super::response::{Answer, Endpoint, request_id};
 use crate::generation::Prompt;
+use crate::sampling::MAX_LOGPROBS;
 
 #[derive(Debug, Deserialize)]
 struct Body {
@@ -50,10 +51,17 @@ pub(in super::super) async fn chat_completions(
         body.chat_template_kwargs.unwrap_or_default(),
     )?;
     let id = request_id(&headers);
+    if body.max_completion_tokens == Some(0) {
+        return Err(ApiError::param(
+            "max_completion_tokens",
+            "max_completion_tokens is 0, expected at least 1",
+        ));
+    }
     let max_tokens = body.max_completion_tokens.or(body.max_tokens);
     let prompt = Prompt::Chat(Box::new(conversation));
     let request = parameters.request(&id, prompt, max_tokens, logprobs, None)?;
     let generation = app.generator.generate(request).await?;
+    drop(held);
     let answer = Answer {
         endpoint: Endpoint::Chat,
         id,
@@ -76,10 +84,13 @@ fn logprobs(body: &Body) -> Result<Option<u32>, ApiError> {
         return Err(ApiError::param(
             "prompt_logprobs",
             "prompt_logprobs is not supported; /v1/completions reports those of its prompt, with echo and logprobs",
-    drop(held);
         ));
     }
     match (body.logprobs.unwrap_or(false), body.top_logprobs) {
+        (true, Some(count)) if count > MAX_LOGPROBS => Err(ApiError::param(
+            "top_logprobs",
+            format!("top_logprobs is {count}, expected at most {MAX_LOGPROBS}"),
+        )),
         (true, count) => Ok(Some(count.unwrap_or(0))),
         (false, None | Some(0)) => Ok(None),
         (false, Some(_)) => Err(ApiError::param(
