@@ -156,7 +156,10 @@ impl Generator {
         if request.deadline.is_some_and(|deadline| deadline <= arrived) {
             return Err(GenerateError::DeadlineExceeded);
         }
-        let tokens: Arc<[TokenId]> = self.tokenize(request.prompt, true).await?.into();
+        let tokens: Arc<[TokenId]> = self
+            .tokenize(request.prompt, request.add_special)
+            .await?
+            .into();
         let model = inner.engine.model();
         self.check_tokens("prompt", &tokens)?;
         if tokens.is_empty() {

@@ -89,6 +89,8 @@ pub struct GenerationRequest {
     pub id: Arc<str>,
     /// What to continue.
     pub prompt: Prompt,
+    /// Begin a text with what the tokenizer adds (BOS …).
+    pub add_special: bool,
     /// How tokens are chosen.
     pub sampling: SamplingRequest,
     /// Strings that end a sample; at most [`MAX_STOP_STRINGS`], none empty.
@@ -113,6 +115,7 @@ impl GenerationRequest {
         Self {
             id: id.into(),
             prompt,
+            add_special: true,
             sampling: SamplingRequest::default(),
             stop: Vec::new(),
             include_stop: false,

@@ -13,10 +13,18 @@ use super::super::body::JsonBody;
 use super::super::error::ApiError;
 use super::messages::conversation;
 use super::now;
-use super::parameters::Parameters;
+use super::parameters::{Parameters, refuse_unsupported};
 use super::response::{Answer, Endpoint, request_id};
 use crate::generation::Prompt;
 use crate::sampling::MAX_LOGPROBS;
+
+/// Fields of vLLM's that are not supported. (The template itself adds special tokens.)
+const UNSUPPORTED: [&str; 4] = [
+    "add_special_tokens",
+    "chat_template",
+    "continue_final_message",
+    "echo",
+];
 
 #[derive(Debug, Deserialize)]
 struct Body {
@@ -31,6 +39,7 @@ struct Body {
     functions: Option<Value>,
     add_generation_prompt: Option<bool>,
     chat_template_kwargs: Option<Map<String, Value>>,
+    reasoning_effort: Option<String>,
 }
 
 /// Answers a conversation.
@@ -39,16 +48,23 @@ pub(in super::super) async fn chat_completions(
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
+    refuse_unsupported(&body, &UNSUPPORTED)?;
     let (parameters, body, held): (Parameters, Body, _) = body.read_both()?;
     app.generator.check_model(parameters.model())?;
     let delivery = parameters.delivery()?;
     let logprobs = logprobs(&body)?;
     let tools = tools(&body)?;
+    let mut variables = body.chat_template_kwargs.unwrap_or_default();
+    if let Some(effort) = body.reasoning_effort {
+        variables
+            .entry("reasoning_effort")
+            .or_insert_with(|| effort.into());
+    }
     let conversation = conversation(
         body.messages,
         tools,
         body.add_generation_prompt.unwrap_or(true),
-        body.chat_template_kwargs.unwrap_or_default(),
+        variables,
     )?;
     let id = request_id(&headers);
     if body.max_completion_tokens == Some(0) {
