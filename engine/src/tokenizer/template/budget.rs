@@ -47,10 +47,10 @@ pub(super) fn text(state: &State<'_, '_>, value: &Value) -> Result<usize, Error>
         if !keyed && !matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable) {
             continue;
         }
-        for item in value.try_iter()? {
+        for item in value.try_iter().into_iter().flatten() {
             state.consume_fuel(1)?;
             if keyed {
-                open.push(value.get_item(&item)?);
+                open.push(value.get_item(&item).unwrap_or_default());
             }
             open.push(item);
         }

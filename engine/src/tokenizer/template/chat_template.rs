@@ -238,6 +238,21 @@ mod tests {
     }
 
     #[test]
+    fn lists_are_added_up_one_behind_the_other() {
+        for (source, expected) in [
+            ("{{ ([[1]] * 100000) | sum(start=[]) | length }}", "100000"),
+            (
+                "{{ [{'a': [1]}, {'a': [2, 3]}] | sum('a', [0]) | join(' ') }}",
+                "0 1 2 3",
+            ),
+            ("{{ [{'a': 1}, {'a': 2}] | sum(attribute='a') }}", "3"),
+        ] {
+            let got = template(source).render(&conversation());
+            assert_eq!(got.expect("it renders"), expected);
+        }
+    }
+
+    #[test]
     fn a_template_cannot_exhaust_memory() {
         // A few words that mean terabytes.
         let much = "(['x' * 50000000] * 100000)";
@@ -276,6 +291,14 @@ mod tests {
             format!("{{{{ {much} | replace('x', 'y') }}}}"),
             format!("{{{{ 'x' | replace('x', {much}, 1) }}}}"),
             "{{ ('x' * 50000000) | replace('x', 'y' * 50000000, count=9999999) }}".to_owned(),
+            format!("{{{{ {much} }}}}"),
+            format!("{{{{ [{much}] }}}}"),
+            format!("{{{{ {much} | safe }}}}"),
+            format!("{{{{ ['x'] | select({much}) }}}}"),
+            format!("{{{{ ['x'] | join(attribute={much}) }}}}"),
+            format!("{{{{ 'x'.split({much}) }}}}"),
+            format!("{{{{ {much} | sum(start='') }}}}"),
+            format!("{{{{ [{much}] | sum(start=[]) }}}}"),
             format!("{{{{ {much} | trim }}}}"),
             format!("{{{{ {much} | escape }}}}"),
             format!("{{{{ [1].index({much}) }}}}"),

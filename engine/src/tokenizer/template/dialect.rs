@@ -269,8 +269,8 @@ impl Block {
             }
             let begin = (0..at).rfind(|&i| self.delimits(source, i, at));
             let begin = begin.map_or(0, |before| before + 1);
-            let words = (0..begin).rev().map(|at| self.text(source, at));
-            let tested = words.skip_while(|&word| word == "not").next() == Some("is");
+            let mut words = (0..begin).rev().map(|at| self.text(source, at));
+            let tested = words.find(|&word| word != "not") == Some("is");
             if !rights.contains(&begin) && !tested {
                 self.filter(begin, at, CONCATENATED, edits);
             }

@@ -232,8 +232,8 @@ fn search(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>, Error
 
 /// The arguments of `split` and `rsplit`: a separator, and how often to split at most.
 fn split_arguments(args: &[Value]) -> Result<(Option<String>, usize), Error> {
-    let (separator, most, named): (Option<String>, Option<i64>, Kwargs) = from_args(args)?;
-    let separator = or_named(separator, &named, "sep")?;
+    let (separator, most, named): (Option<&str>, Option<i64>, Kwargs) = from_args(args)?;
+    let separator = or_named(separator, &named, "sep")?.map(str::to_owned);
     let most = or_named(most, &named, "maxsplit")?.unwrap_or(-1);
     named.assert_all_used()?;
     if let Some(separator) = &separator {

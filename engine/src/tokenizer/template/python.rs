@@ -26,19 +26,27 @@ pub(super) fn add_to(environment: &mut Environment<'_>) {
     environment.add_filter("trim", trim);
     environment.add_filter("join", join);
     environment.add_filter("format", format);
-    for (name, filter) in [
-        ("string", Value::from_function(filters::string)),
-        ("lower", Value::from_function(filters::lower)),
-        ("upper", Value::from_function(filters::upper)),
-        ("title", Value::from_function(filters::title)),
-        ("capitalize", Value::from_function(filters::capitalize)),
-        ("pprint", Value::from_function(filters::pprint)),
+    // minijinja's own, of whose arguments all but the first few may become texts.
+    for (name, lists, filter) in [
+        ("string", 0, Value::from_function(filters::string)),
+        ("lower", 0, Value::from_function(filters::lower)),
+        ("upper", 0, Value::from_function(filters::upper)),
+        ("title", 0, Value::from_function(filters::title)),
+        ("capitalize", 0, Value::from_function(filters::capitalize)),
+        ("pprint", 0, Value::from_function(filters::pprint)),
+        ("safe", 0, Value::from_function(filters::safe)),
+        ("select", 1, Value::from_function(filters::select)),
+        ("reject", 1, Value::from_function(filters::reject)),
+        ("selectattr", 1, Value::from_function(filters::selectattr)),
+        ("rejectattr", 1, Value::from_function(filters::rejectattr)),
     ] {
         environment.add_filter(
             name,
-            move |state: &mut State<'_, '_>, value: &Value| -> Result<Value, Error> {
-                budget::text(state, value)?;
-                filter.call(state, std::slice::from_ref(value))
+            move |state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>| -> Result<Value, Error> {
+                for text in args.iter().skip(lists) {
+                    budget::text(state, text)?;
+                }
+                filter.call(state, &args.into_values())
             },
         );
     }
@@ -50,9 +58,12 @@ pub(super) fn add_to(environment: &mut Environment<'_>) {
     }
     environment.add_filter("indent", indent);
     environment.add_filter("replace", replace);
-    // minijinja's own, which jinja2 does not have: lists of texts that nobody pays for.
+    environment.add_filter("sum", sum);
+    // minijinja's own, which jinja2 does not have: texts that nobody pays for.
     environment.remove_filter("lines");
     environment.remove_filter("split");
+    environment.remove_test("startingwith");
+    environment.remove_test("endingwith");
     environment.add_filter(CONCATENATED, concatenated);
     environment.add_filter(ITERATED, iterated);
     environment.add_filter(PRINTF, printf);
@@ -242,6 +253,38 @@ fn replace(state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>) -> Result<Value
     Ok(value.preserve_safety(text.replacen(from.as_str(), to.as_str(), count)))
 }
 
+/// minijinja adds lists by remembering both, a hundred thousand deep if need be.
+fn sum(state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let args = args.into_values();
+    let (values, attribute, start, named): (Value, Option<&str>, Option<Value>, Kwargs) =
+        from_args(&args)?;
+    let attribute = or_named(attribute, &named, "attribute")?;
+    let start = or_named(start, &named, "start")?.unwrap_or_else(|| 0.into());
+    named.assert_all_used()?;
+    let none = Kwargs::from_iter(Vec::<(String, Value)>::new());
+    if start.is_number() {
+        return filters::sum(state, values, attribute, Some(start), none);
+    }
+    if !matches!(start.kind(), ValueKind::Seq | ValueKind::Iterable) {
+        return Err(invalid(format!("cannot sum from a {}", start.kind())));
+    }
+    let values = match attribute {
+        Some(name) => {
+            let name = Kwargs::from_iter([("attribute", Value::from(name))]);
+            state.apply_filter("map", &[values, name.into()])?
+        }
+        None => values,
+    };
+    let mut all: Vec<Value> = start.try_iter()?.collect();
+    for list in values.try_iter()? {
+        for item in list.try_iter()? {
+            state.consume_fuel(1)?;
+            all.push(item);
+        }
+    }
+    Ok(all.into())
+}
+
 /// The value as a float, if it is one and not an integer.
 pub(super) fn as_float(value: &Value) -> Option<f64> {
     if value.is_number() && !value.is_integer() {
@@ -276,10 +319,11 @@ pub(super) fn float(value: f64) -> String {
 
 /// What `{{ … }}` writes.
 fn print(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
-    match as_float(value) {
-        Some(number) => out.write_str(&float(number)).map_err(Error::from),
-        None => minijinja::escape_formatter(out, state, value),
+    if let Some(number) = as_float(value) {
+        return out.write_str(&float(number)).map_err(Error::from);
     }
+    budget::text(state, value)?;
+    minijinja::escape_formatter(out, state, value)
 }
 
 /// transformers' `tojson`: `json.dumps` with these arguments, in this order.
@@ -355,7 +399,7 @@ fn join(
     state: &mut State<'_, '_>,
     value: Value,
     separator: Option<Value>,
-    attribute: Option<String>,
+    attribute: Option<&str>,
     named: Kwargs,
 ) -> Result<Value, Error> {
     let value = iterated(value)?;
@@ -372,7 +416,7 @@ fn join(
         bytes = bytes.saturating_add(item.saturating_add(separator.as_str().len()));
         budget::afford(state, bytes)?;
     }
-    filters::join(state, &value, Some(separator), attribute.as_deref(), named)
+    filters::join(state, &value, Some(separator), attribute, named)
 }
 
 fn int(
