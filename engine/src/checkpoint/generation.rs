@@ -52,10 +52,13 @@ pub(super) fn parse(
             },
         }
     };
-    // `do_sample: false` is transformers' spelling of greedy; the other numbers are then leftovers.
+    let repetition_penalty = number("repetition_penalty", f32::MIN_POSITIVE, 100.0)?;
+    // `do_sample: false` is transformers' spelling of greedy; the numbers that say how to sample are then leftovers.
     if generation["do_sample"] == false {
         return Ok(GenerationDefaults {
             eos,
+            temperature: Some(0.0),
+            repetition_penalty,
             ..GenerationDefaults::default()
         });
     }
@@ -65,7 +68,7 @@ pub(super) fn parse(
         top_k: number("top_k", 0.0, 1e9)?.map(|k| k as u32),
         top_p: number("top_p", f32::MIN_POSITIVE, 1.0)?,
         min_p: number("min_p", 0.0, 1.0)?,
-        repetition_penalty: number("repetition_penalty", f32::MIN_POSITIVE, 100.0)?,
+        repetition_penalty,
     })
 }
 
@@ -116,15 +119,20 @@ mod tests {
     }
 
     #[test]
-    fn a_greedy_recommendation_drops_the_sampling_numbers() {
+    fn a_greedy_recommendation_drops_the_numbers_that_say_how_to_sample() {
         let got = parse(
-            &json!({"do_sample": false, "temperature": 0.6}),
+            &json!({"do_sample": false, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}),
             &Value::Null,
             None,
             10,
         )
         .expect("valid");
-        assert_eq!(got.temperature, None);
+        let greedy = GenerationDefaults {
+            temperature: Some(0.0),
+            repetition_penalty: Some(1.1),
+            ..GenerationDefaults::default()
+        };
+        assert_eq!(got, greedy);
     }
 
     #[test]

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quire_scheduler::{AddError, TokenId};
-use tokio::sync::Semaphore;
 
 use super::observe::{Histograms, Observation};
 use super::output::TextOptions;
+use super::turns::Turns;
 use super::{GenerateError, Generation, GenerationRequest, MAX_STOP_STRINGS, Prompt};
 use crate::checkpoint::{Checkpoint, GenerationDefaults};
 use crate::core::{Engine, Request};
@@ -29,8 +29,8 @@ struct Inner {
     template: Option<Arc<ChatTemplate>>,
     defaults: GenerationDefaults,
     histograms: Histograms,
-    /// Prompts that may be tokenised at once: more would only delay each other, and the engine's threads.
-    tokenising: Semaphore,
+    /// Prompts that are tokenised at once.
+    tokenising: Turns,
     /// Each answer that is not read to its end holds a clone.
     unread: Arc<()>,
 }
@@ -54,7 +54,7 @@ impl Generator {
                 tokenizer: Arc::clone(&checkpoint.tokenizer),
                 template: checkpoint.chat_template.clone(),
                 defaults: checkpoint.generation.clone(),
-                tokenising: Semaphore::new(cores),
+                tokenising: Turns::new(cores),
                 unread: Arc::new(()),
             }),
         }
@@ -136,13 +136,10 @@ impl Generator {
         skip_special: bool,
     ) -> Result<String, GenerateError> {
         self.check_tokens(param, &tokens)?;
-        let permit = self.inner.tokenising.acquire().await;
         let inner = Arc::clone(&self.inner);
-        let done =
-            tokio::task::spawn_blocking(move || inner.tokenizer.decode(&tokens, skip_special));
-        let text = done.await;
-        drop(permit);
-        text.map_err(|error| GenerateError::Internal(format!("detokenising failed: {error}")))
+        let decode = move || inner.tokenizer.decode(&tokens, skip_special);
+        let done = self.inner.tokenising.run(decode).await;
+        done.map_err(|error| GenerateError::Internal(format!("detokenising failed: {error}")))
     }
 
     /// Checks a request and hands it to the engine.
@@ -159,7 +156,10 @@ impl Generator {
         if request.deadline.is_some_and(|deadline| deadline <= arrived) {
             return Err(GenerateError::DeadlineExceeded);
         }
-        let tokens: Arc<[TokenId]> = self.tokenize(request.prompt, true).await?.into();
+        let tokens: Arc<[TokenId]> = self
+            .tokenize(request.prompt, request.add_special)
+            .await?
+            .into();
         let model = inner.engine.model();
         self.check_tokens("prompt", &tokens)?;
         if tokens.is_empty() {
@@ -226,15 +226,13 @@ impl Generator {
         if let Prompt::Tokens(tokens) = prompt {
             return Ok(tokens);
         }
-        let permit = self.inner.tokenising.acquire().await;
         let inner = Arc::clone(&self.inner);
-        let done = tokio::task::spawn_blocking(move || match prompt {
+        let encode = move || match prompt {
             Prompt::Tokens(tokens) => Ok(tokens),
             Prompt::Text(text) => inner.encode(&text, add_special),
             Prompt::Chat(conversation) => inner.encode(&inner.render(&conversation)?, false),
-        })
-        .await;
-        drop(permit);
+        };
+        let done = self.inner.tokenising.run(encode).await;
         done.map_err(|error| GenerateError::Internal(format!("tokenising failed: {error}")))?
     }
 }

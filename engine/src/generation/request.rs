@@ -13,6 +13,8 @@ use crate::tokenizer::Conversation;
 pub const MAX_MESSAGES: usize = 16_384;
 /// Most tools of a conversation.
 pub const MAX_TOOLS: usize = 1024;
+/// Most bytes of JSON in a conversation, of tools, calls and variables together: parsed, it takes fifty times the memory.
+pub const MAX_JSON: usize = 1 << 20;
 /// Most stop strings of a request.
 pub const MAX_STOP_STRINGS: usize = 16;
 
@@ -87,6 +89,8 @@ pub struct GenerationRequest {
     pub id: Arc<str>,
     /// What to continue.
     pub prompt: Prompt,
+    /// Begin a text with what the tokenizer adds (BOS …).
+    pub add_special: bool,
     /// How tokens are chosen.
     pub sampling: SamplingRequest,
     /// Strings that end a sample; at most [`MAX_STOP_STRINGS`], none empty.
@@ -111,6 +115,7 @@ impl GenerationRequest {
         Self {
             id: id.into(),
             prompt,
+            add_special: true,
             sampling: SamplingRequest::default(),
             stop: Vec::new(),
             include_stop: false,

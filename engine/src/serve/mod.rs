@@ -9,7 +9,9 @@
 //!
 //! **Invariant:** a frontend never touches a tensor.
 
+mod greeting;
 mod grpc;
+mod held;
 mod http;
 mod listener;
 mod metrics;
@@ -148,12 +150,14 @@ impl Server {
             self.http,
             http::router(self.generator.clone(), self.metrics),
             Protocol::Http,
+            listener::PATIENCE,
             closed(closing.clone()),
         );
         let grpc = listener::serve(
             self.grpc,
             grpc::router(self.generator.clone(), health.clone(), self.tokenizer_files),
             Protocol::Grpc,
+            listener::PATIENCE,
             closed(closing),
         );
         let mut listening = std::pin::pin!(async { tokio::join!(http, grpc) });

@@ -1,17 +1,22 @@
 """A thousand wrong HTTP requests from a seeded table: each gets a 4xx whose body says why, in OpenAI's form."""
 
+import contextlib
 import dataclasses
 import json
 import random
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import httpx
 
 import checks
 import expect
+from quire_client import QuireClient
 from server import Server
+from stubs import pb
 
 SEED = 20_240_607
 COUNT = 1000
@@ -39,6 +44,8 @@ class Literal(str):
 
 COMPLETION = {"model": "demo", "prompt": "Hello", "max_tokens": 4}
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+# More than may be held when the room is full, and than the context takes.
+TOO_LONG = {"prompt": "word " * (600 << 10), "max_tokens": 1}
 NUMBERS = [Literal(text) for text in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1e", "--1", "0x10", "01", ".5")]
 NOT_NUMBERS = ["hot", "", [1], {"value": 1}, True]
 NOT_COUNTS = [-1, 1.5, 1e30, 2**64, -(2**63), *NOT_NUMBERS]
@@ -198,6 +205,55 @@ def _send_at_once(server: Server, path: str, body: bytes, times: int) -> None:
     server.stays_responsive([send] * times, f"large bodies to {path}")
     expect.equal(len(statuses), times, f"answers of {path}")
     expect.equal(set(statuses) - {200, 400, 413}, set(), f"statuses of {path}")
+
+
+def bodies_that_do_not_come_stall_nobody(server: Server) -> None:
+    """Sockets that announce large bodies, or bodies of no length, and send none."""
+    with contextlib.ExitStack() as stack:
+        for index in range(80):
+            length = "transfer-encoding: chunked" if index % 2 else "content-length: 8000000"
+            _begin(stack, server, f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{length}\r\n\r\n")
+        began = time.monotonic()
+        expect.equal(httpx.post(server.url + "/v1/completions", json=TOO_LONG, timeout=30, trust_env=False).status_code, 400)
+        took = time.monotonic() - began
+        expect.that(took < 10, f"a large request took {took:.1f} s")
+    server.comes_to_rest()
+
+
+def a_body_nobody_wants_is_not_waited_for_long(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        head = "HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\nx"
+        wires = [(_begin(stack, server, f"POST {path} {head}"), status) for path, status in [("/nothing", "404"), ("/health", "405")]]
+        for wire, status in wires:
+            answer = wire.recv(4096).decode().lower()
+            expect.contains(answer.split("\r\n")[0], status)
+            expect.contains(answer, "connection: close")
+
+
+def what_requests_hold_together_has_an_end(server: Server) -> None:
+    """Bodies that arrive but for their last byte: large requests are refused meanwhile, small ones are served, on both ports."""
+    completion = lambda body: httpx.post(server.url + "/v1/completions", json=body, timeout=30, trust_env=False)
+    with QuireClient(server) as client, contextlib.ExitStack() as stack:
+        for _ in range(17):
+            head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 8388608\r\n\r\n"
+            wire = _begin(stack, server, head)
+            with contextlib.suppress(OSError):
+                wire.sendall(b"x" * (8388608 - 1))
+        refused = expect.within(20, lambda: (r := completion(TOO_LONG)).status_code == 429 and r, "a large request is refused")
+        expect.equal(refused.headers.get("retry-after"), "1")
+        expect.equal(refused.json()["error"]["code"], "overloaded")
+        with expect.status(grpc.StatusCode.RESOURCE_EXHAUSTED):
+            client.stub.Generate(pb.GenerateRequest(text=TOO_LONG["prompt"]), timeout=20)
+        expect.equal(completion(COMPLETION).status_code, 200, "a small request")
+        client.Generate(pb.GenerateRequest(text="Hello", stop=pb.StopConditions(max_tokens=1)))
+    expect.within(20, lambda: completion(TOO_LONG).status_code == 400, "afterwards a large request is read")
+    server.comes_to_rest()
+
+
+def _begin(stack: contextlib.ExitStack, server: Server, head: str) -> socket.socket:
+    wire = stack.enter_context(socket.create_connection(("127.0.0.1", server.http_port), timeout=20))
+    wire.sendall(head.encode())
+    return wire
 
 
 def rubbish_on_the_socket_harms_nobody(server: Server) -> None:

@@ -154,6 +154,19 @@ def a_request_keeps_the_id_its_client_gave_it(server: Server) -> None:
     expect.equal(len(ids), 2, f"ids the server chose: {ids}")
 
 
+def a_refusal_has_its_requests_id_too(server: Server) -> None:
+    for method, path, body, status in [
+        ("POST", "/v1/chat/completions", CHAT | {"temperature": -1}, 400),
+        ("POST", "/v1/completions", {"prompt": 5}, 400),
+        ("POST", "/v1/completions", {"model": "other", "prompt": "x"}, 404),
+        ("POST", "/v1/nothing", {}, 404),
+        ("PUT", "/v1/completions", {}, 405),
+    ]:
+        response = server.http.request(method, path, json=body, headers={"X-Request-Id": "one-of-mine"})
+        expect.equal((response.status_code, response.headers.get("x-request-id")), (status, "one-of-mine"), f"{method} {path}")
+        expect.that(server.http.request(method, path, json=body).headers.get("x-request-id"), f"{method} {path} without an id")
+
+
 def _response(wire: socket.socket) -> http.client.HTTPResponse:
     response = http.client.HTTPResponse(wire)
     response.begin()

@@ -1,12 +1,17 @@
 """The openai package against /v1/chat/completions."""
 
+import json
 import math
+import pathlib
+import shutil
+import tempfile
 
 import openai
 
 import expect
 from server import Server
 
+DEMO = pathlib.Path(__file__).parents[2] / "demo-model"
 QUESTION = [{"role": "user", "content": "What does `Vec::push` do?"}]
 GREEDY = {"model": "demo", "messages": QUESTION, "temperature": 0, "max_tokens": 200}
 
@@ -169,6 +174,61 @@ def a_wrong_parameter_is_named(server: Server) -> None:
                 client.chat.completions.create(**GREEDY | {param: value}, stream=True)
         with expect.raises(openai.BadRequestError, param="prompt_logprobs"):
             client.chat.completions.create(**GREEDY, extra_body={"prompt_logprobs": 1})
+        with expect.raises(openai.BadRequestError, param="top_logprobs"):
+            client.chat.completions.create(**GREEDY, logprobs=True, top_logprobs=21)
+        with expect.raises(openai.BadRequestError, param="max_completion_tokens"):
+            client.chat.completions.create(**GREEDY, max_completion_tokens=0)
+
+
+def what_would_change_an_answer_and_is_not_supported_is_refused_by_name(server: Server) -> None:
+    both = {
+        "guided_json": {"type": "object"},
+        "guided_regex": "a+",
+        "guided_choice": ["a"],
+        "guided_grammar": "root ::= 'a'",
+        "structured_outputs": {"choice": ["a"]},
+        "bad_words": ["a"],
+        "allowed_token_ids": [5],
+        "truncate_prompt_tokens": 1,
+        "use_beam_search": True,
+    }
+    chat = {"add_special_tokens": True, "chat_template": "x", "continue_final_message": True, "echo": True}
+    completion = {"model": "demo", "prompt": "x", "max_tokens": 1}
+    nothing = {str: "", list: [], dict: {}, int: None, bool: False}
+    for path, base, fields in [("/v1/completions", completion, both), ("/v1/chat/completions", GREEDY | {"max_tokens": 1}, both | chat)]:
+        for field, value in fields.items():
+            response = server.http.post(path, json=base | {field: value})
+            expect.equal((response.status_code, response.json().get("error", {}).get("param")), (400, field), f"{path} {field}")
+        # Clients send what they leave alone, too.
+        server.post(path, base | {field: nothing[type(value)] for field, value in fields.items()})
+
+
+def what_a_prompt_is_made_with_is_taken(start) -> None:
+    """A tokenizer that begins texts with a token, a template that shows the effort."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = pathlib.Path(name)
+        shutil.copytree(DEMO, directory, dirs_exist_ok=True)
+        tokenizer = json.loads((directory / "tokenizer.json").read_text())
+        begin = tokenizer["added_tokens"][0]
+        tokenizer["post_processor"]["single"].insert(0, {"SpecialToken": {"id": begin["content"], "type_id": 0}})
+        tokenizer["post_processor"]["special_tokens"] = {
+            begin["content"]: {"id": begin["content"], "ids": [begin["id"]], "tokens": [begin["content"]]}
+        }
+        (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (directory / "chat_template.jinja").write_text("{{ reasoning_effort | default('none') }}")
+        server = start("--model", name)
+        once = {"max_tokens": 1, "return_token_ids": True}
+        prompt = lambda answer: answer["choices"][0].get("prompt_token_ids") or answer["prompt_token_ids"]
+        plain = prompt(server.post("/v1/completions", once | {"prompt": "Hello"}))
+        bare = prompt(server.post("/v1/completions", once | {"prompt": "Hello", "add_special_tokens": False}))
+        expect.equal(plain, [begin["id"], *bare])
+        for more, shown in [
+            ({}, "none"),
+            ({"reasoning_effort": "high"}, "high"),
+            ({"reasoning_effort": "high", "chat_template_kwargs": {"reasoning_effort": "low"}}, "low"),
+        ]:
+            chat = server.post("/v1/chat/completions", once | more | {"messages": QUESTION})
+            expect.equal(server.post("/detokenize", {"tokens": prompt(chat)})["prompt"], shown, f"with {more}")
 
 
 def an_unknown_model_is_not_found(server: Server) -> None:

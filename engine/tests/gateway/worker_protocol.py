@@ -130,6 +130,7 @@ def the_model_and_the_server_are_described(server: Server) -> None:
     client = VllmClient(server)
     model = client.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=10)
     expect.equal((model.served_model_name, model.is_generation, model.vocab_size), ("demo", True, 3072))
+    expect.equal(model.max_req_input_len, 2047, "the longest prompt that leaves room for a token")
     expect.equal((model.max_context_length, list(model.eos_token_ids), model.model_type), (2048, [3071], "qwen3"))
     info = client.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=10)
     expect.equal((info.server_type, info.data_parallel_size, info.block_size, info.is_paused), ("vllm-grpc", 1, 16, False))

@@ -1,5 +1,6 @@
 //! gRPC: `quire.v1.Generation`, `vllm.grpc.engine.VllmEngine`, `grpc.health.v1` and reflection on one listener.
 
+mod arrival;
 mod generation;
 mod request;
 mod response;
@@ -88,6 +89,7 @@ pub(super) fn router(
         .add_service(reflection().build_v1alpha().expect(described));
     routes
         .into_axum_router()
+        .layer(axum::middleware::from_fn(arrival::gathered))
         .layer(CatchPanicLayer::custom(|_| {
             Status::internal("the handler panicked; the server's log says where")
                 .into_http::<Body>()

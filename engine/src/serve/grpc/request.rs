@@ -10,14 +10,12 @@ use tonic::metadata::MetadataMap;
 use tonic::{Code, Status};
 
 use crate::generation::{
-    GenerateError, GenerationRequest, MAX_MESSAGES, MAX_TOOLS, Prompt, SamplingRequest,
+    GenerateError, GenerationRequest, MAX_JSON, MAX_MESSAGES, MAX_TOOLS, Prompt, SamplingRequest,
 };
 use crate::tokenizer::Conversation;
 
 /// Longest `request_id`, in bytes.
 const LONGEST_ID: usize = 256;
-/// Most bytes of JSON in one message, of all fields that hold some: parsed, it takes fifty times the memory.
-const MOST_JSON: usize = 1 << 20;
 
 /// A request for the generator. `id`: from [`request_id`].
 pub(super) fn generation(
@@ -109,9 +107,9 @@ pub(super) fn conversation(chat: v1::Chat) -> Result<Conversation, Status> {
     let calls = chat.messages.iter().flat_map(|m| &m.tool_calls_json);
     let texts = chat.tools_json.iter().chain(calls);
     let json = texts.map(String::len).sum::<usize>() + chat.template_variables_json.len();
-    if json > MOST_JSON {
+    if json > MAX_JSON {
         return Err(Status::invalid_argument(format!(
-            "chat has {json} bytes in its tools_json, tool_calls_json and template_variables_json, expected at most {MOST_JSON}"
+            "chat has {json} bytes in its tools_json, tool_calls_json and template_variables_json, expected at most {MAX_JSON}"
         )));
     }
     let messages = chat
@@ -210,14 +208,10 @@ pub(super) fn status(error: &GenerateError) -> Status {
         GenerateError::Aborted => Code::Aborted,
         GenerateError::Internal(_) => Code::Internal,
     };
-    let mut metadata = MetadataMap::new();
-    if let GenerateError::Overloaded { retry_after_s, .. } = error {
-        // When to try again, as retrying clients read it.
-        let pushback = u64::from(*retry_after_s) * 1000;
-        if let Ok(value) = pushback.to_string().parse() {
-            metadata.insert("grpc-retry-pushback-ms", value);
-        }
-    }
+    let metadata = match error {
+        GenerateError::Overloaded { retry_after_s, .. } => pushback(*retry_after_s),
+        _ => MetadataMap::new(),
+    };
     let message = match error {
         GenerateError::Invalid {
             param: Some(param),
@@ -226,6 +220,14 @@ pub(super) fn status(error: &GenerateError) -> Status {
         other => other.to_string(),
     };
     Status::with_metadata(code, message, metadata)
+}
+
+/// When to try again, as retrying clients read it.
+pub(super) fn pushback(seconds: u32) -> MetadataMap {
+    let mut metadata = MetadataMap::new();
+    let milliseconds = u64::from(seconds) * 1000;
+    metadata.insert("grpc-retry-pushback-ms", milliseconds.into());
+    metadata
 }
 
 #[cfg(test)]

@@ -1,58 +1,50 @@
 //! [`JsonBody`]: a request's JSON, read so that whatever is wrong with it is said in OpenAI's shape and names the field.
 //!
 //! Parsed JSON takes many times the memory of its text, and a long text takes a while: large bodies are parsed one after the other, off the
-//! async threads, and only so many are held at once.
+//! async threads, and only so much of them is [`Held`] at once, from the first byte until the engine has the request.
 
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
+use axum::body::Body;
 use axum::extract::{FromRequest, Request};
 use axum::http::{HeaderMap, StatusCode, header};
+use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
 use super::error::ApiError;
+use crate::generation::Turns;
 use crate::serve::LARGEST_REQUEST;
+use crate::serve::held::{Held, SMALL};
 
-/// Bodies of more bytes are large.
-const LARGE: usize = 64 << 10;
-/// Large bodies that are held at once.
-const LARGE_AT_ONCE: usize = 32;
-/// How long a body may take to arrive.
+/// How long a body may take to arrive,
 const PATIENCE: Duration = Duration::from_secs(60);
+/// and one that nobody is going to read.
+const SHORT_PATIENCE: Duration = Duration::from_secs(5);
 
-static HOLDING: LazyLock<Semaphore> = LazyLock::new(|| Semaphore::new(LARGE_AT_ONCE));
-static PARSING: Semaphore = Semaphore::const_new(1);
+static PARSING: LazyLock<Turns> = LazyLock::new(|| Turns::new(1));
 
 /// A request's body as a JSON object.
 #[derive(Debug)]
-pub(super) struct JsonBody(Value);
+pub(super) struct JsonBody {
+    value: Value,
+    held: Held,
+}
 
 impl<S: Send + Sync> FromRequest<S> for JsonBody {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let length = request
-            .headers()
-            .get(header::CONTENT_LENGTH)
-            .and_then(|length| length.to_str().ok()?.parse().ok());
-        let _held = if length.is_none_or(|length: usize| length > LARGE) {
-            HOLDING.acquire().await.ok()
-        } else {
-            None
-        };
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
         let kind = media_type(request.headers());
         // Read even if it is refused: a connection with an unread body cannot be used again.
-        let bytes = tokio::time::timeout(PATIENCE, Bytes::from_request(request, state))
+        let (bytes, held) = timeout(PATIENCE, read(request.into_body()))
             .await
             .map_err(|_| {
                 let message = format!("the body did not arrive within {} s", PATIENCE.as_secs());
                 ApiError::new(StatusCode::REQUEST_TIMEOUT, message).closing()
-            })?
-            .map_err(|rejection| rejected(&rejection))?;
+            })??;
         // A browser sends other types across origins without asking; this one it does not.
         if kind != "application/json" && !kind.ends_with("+json") {
             return Err(ApiError::new(
@@ -60,32 +52,84 @@ impl<S: Send + Sync> FromRequest<S> for JsonBody {
                 format!("Content-Type is `{kind}`, expected application/json"),
             ));
         }
-        if bytes.len() <= LARGE {
-            return parse(&bytes);
+        if bytes.len() <= SMALL {
+            return parse(&bytes, held);
         }
-        let _turn = PARSING.acquire().await.ok();
-        tokio::task::spawn_blocking(move || parse(&bytes))
+        PARSING
+            .run(move || parse(&bytes, held))
             .await
             .map_err(|error| ApiError::internal(format!("reading the body: {error}")))?
     }
 }
 
 impl JsonBody {
-    /// The fields of `A` and of `B`, both read from the one body; fields that belong to neither are left alone.
-    ///
-    /// # Errors
-    /// A field is missing or of the wrong type; the error names it.
-    pub fn read_both<A: DeserializeOwned, B: DeserializeOwned>(self) -> Result<(A, B), ApiError> {
-        Ok((fields(&self.0)?, fields(&self.0)?))
+    /// Whether the field asks for something: null, false and what is empty do not.
+    pub fn asks(&self, field: &str) -> bool {
+        match &self.value[field] {
+            Value::Null | Value::Bool(false) => false,
+            Value::String(text) => !text.is_empty(),
+            Value::Array(items) => !items.is_empty(),
+            Value::Object(fields) => !fields.is_empty(),
+            Value::Bool(true) | Value::Number(_) => true,
+        }
     }
 
-    /// The fields of `T`; others are left alone.
+    /// The fields of `A` and of `B`, both read from the one body, fields that belong to neither left alone; and what is to be kept as long
+    /// as they are.
     ///
     /// # Errors
     /// A field is missing or of the wrong type; the error names it.
-    pub fn read<T: DeserializeOwned>(self) -> Result<T, ApiError> {
-        fields(&self.0)
+    pub fn read_both<A: DeserializeOwned, B: DeserializeOwned>(
+        self,
+    ) -> Result<(A, B, Held), ApiError> {
+        Ok((fields(&self.value)?, fields(&self.value)?, self.held))
     }
+
+    /// The fields of `T`, others left alone; and what is to be kept as long as they are.
+    ///
+    /// # Errors
+    /// A field is missing or of the wrong type; the error names it.
+    pub fn read<T: DeserializeOwned>(self) -> Result<(T, Held), ApiError> {
+        Ok((fields(&self.value)?, self.held))
+    }
+}
+
+/// A body's bytes. It is read no further than it may be long.
+async fn read(body: Body) -> Result<(Vec<u8>, Held), ApiError> {
+    let mut bytes = Vec::new();
+    let mut held = Held::default();
+    let mut chunks = body.into_data_stream();
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.map_err(|error| {
+            let message = format!("the body did not arrive: {error}");
+            ApiError::new(StatusCode::BAD_REQUEST, message).closing()
+        })?;
+        if bytes.len() + chunk.len() > LARGEST_REQUEST {
+            let message =
+                format!("the body is larger than {LARGEST_REQUEST} bytes, the most there may be");
+            return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message).closing());
+        }
+        held.add(chunk.len())
+            .map_err(|full| ApiError::from(full).closing())?;
+        bytes.extend_from_slice(&chunk);
+    }
+    Ok((bytes, held))
+}
+
+/// Reads a body that nobody wants, because a connection with an unread body cannot be used again; false if there is too much of it.
+pub(super) async fn discard(body: Body) -> bool {
+    let mut left = LARGEST_REQUEST;
+    let mut chunks = body.into_data_stream();
+    let all = async {
+        while let Some(chunk) = chunks.next().await {
+            match chunk.ok().and_then(|chunk| left.checked_sub(chunk.len())) {
+                Some(rest) => left = rest,
+                None => return false,
+            }
+        }
+        true
+    };
+    timeout(SHORT_PATIENCE, all).await.unwrap_or(false)
 }
 
 fn fields<T: DeserializeOwned>(body: &Value) -> Result<T, ApiError> {
@@ -105,9 +149,9 @@ fn fields<T: DeserializeOwned>(body: &Value) -> Result<T, ApiError> {
     })
 }
 
-fn parse(bytes: &[u8]) -> Result<JsonBody, ApiError> {
+fn parse(bytes: &[u8], held: Held) -> Result<JsonBody, ApiError> {
     match serde_json::from_slice(bytes) {
-        Ok(value @ Value::Object(_)) => Ok(JsonBody(value)),
+        Ok(value @ Value::Object(_)) => Ok(JsonBody { value, held }),
         Ok(_) => Err(ApiError::new(
             StatusCode::BAD_REQUEST,
             "the body is JSON but not an object",
@@ -128,14 +172,4 @@ fn media_type(headers: &HeaderMap) -> String {
         .unwrap_or_default()
         .trim()
         .to_ascii_lowercase()
-}
-
-fn rejected(rejection: &BytesRejection) -> ApiError {
-    let status = rejection.status();
-    let message = if status == StatusCode::PAYLOAD_TOO_LARGE {
-        format!("the body is larger than {LARGEST_REQUEST} bytes, the most there may be")
-    } else {
-        rejection.body_text()
-    };
-    ApiError::new(status, message).closing()
 }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::core::FinishReason;
 use crate::generation::GenerateError;
+use crate::serve::held::{Full, RETRY_AFTER};
 
 /// Longest message, in bytes.
 const LONGEST_MESSAGE: usize = 1000;
@@ -111,6 +112,16 @@ impl IntoResponse for ApiError {
                 .insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         response
+    }
+}
+
+impl From<Full> for ApiError {
+    fn from(full: Full) -> Self {
+        Self {
+            code: Some("overloaded"),
+            retry_after_s: Some(RETRY_AFTER),
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, full.to_string())
+        }
     }
 }
 

@@ -5,17 +5,17 @@ mod error;
 mod openai;
 mod tokenize;
 
-use axum::body::Bytes;
-use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
+use axum::body::Body;
+use axum::extract::{Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
+use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::json;
 use tower_http::catch_panic::CatchPanicLayer;
 
-use super::{LARGEST_REQUEST, Metrics};
+use super::Metrics;
 use crate::generation::Generator;
 use error::ApiError;
 
@@ -44,15 +44,28 @@ pub(super) fn router(generator: Generator, metrics: Metrics) -> Router {
         .route("/version", get(version))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(axum::extract::DefaultBodyLimit::max(LARGEST_REQUEST))
         .layer(CatchPanicLayer::custom(|_| {
             ApiError::internal("the handler panicked; the server's log says where").into_response()
         }))
+        .layer(from_fn(named))
         .with_state(App {
             generator,
             metrics,
             started: openai::now(),
         })
+}
+
+/// A layer: every answer, errors too, has the id that its request came with or is given here.
+async fn named(mut request: Request, next: Next) -> Response {
+    let id = HeaderValue::from_str(&openai::request_id(request.headers())).ok();
+    if let Some(id) = id.clone() {
+        request.headers_mut().insert(openai::REQUEST_ID, id);
+    }
+    let mut response = next.run(request).await;
+    if let Some(id) = id {
+        response.headers_mut().insert(openai::REQUEST_ID, id);
+    }
+    response
 }
 
 /// Whether new work is welcome: the readiness probe.
@@ -87,7 +100,7 @@ async fn version() -> Response {
     Json(json!({"version": env!("CARGO_PKG_VERSION")})).into_response()
 }
 
-async fn no_route(method: Method, uri: Uri, body: Result<Bytes, BytesRejection>) -> ApiError {
+async fn no_route(method: Method, uri: Uri, body: Body) -> ApiError {
     let error = ApiError::new(
         StatusCode::NOT_FOUND,
         format!(
@@ -95,21 +108,21 @@ async fn no_route(method: Method, uri: Uri, body: Result<Bytes, BytesRejection>)
             uri.path()
         ),
     );
-    if body.is_err() {
-        error.closing()
-    } else {
+    if body::discard(body).await {
         error
+    } else {
+        error.closing()
     }
 }
 
-async fn no_method(method: Method, uri: Uri, body: Result<Bytes, BytesRejection>) -> ApiError {
+async fn no_method(method: Method, uri: Uri, body: Body) -> ApiError {
     let error = ApiError::new(
         StatusCode::METHOD_NOT_ALLOWED,
         format!("{} does not take {method}", uri.path()),
     );
-    if body.is_err() {
-        error.closing()
-    } else {
+    if body::discard(body).await {
         error
+    } else {
+        error.closing()
     }
 }

@@ -36,7 +36,7 @@ pub(super) async fn tokenize(
     State(app): State<App>,
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
-    let body: TokenizeBody = body.read()?;
+    let (body, _held): (TokenizeBody, _) = body.read()?;
     app.generator
         .check_model(body.model.as_deref().unwrap_or_default())?;
     let prompt = match (body.prompt, body.messages) {
@@ -78,7 +78,7 @@ pub(super) async fn detokenize(
     State(app): State<App>,
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
-    let body: DetokenizeBody = body.read()?;
+    let (body, _held): (DetokenizeBody, _) = body.read()?;
     app.generator
         .check_model(body.model.as_deref().unwrap_or_default())?;
     let tokens: Vec<TokenId> = body.tokens.into_iter().map(TokenId).collect();

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, Value};
-use minijinja::{Environment, Error, ErrorKind};
+use minijinja::{Environment, Error, ErrorKind, State};
 
-use super::{dialect, python};
+use super::{budget, dialect, python};
 
 /// Instructions a template may execute: a hostile one must end.
 const FUEL: u64 = 10_000_000;
@@ -88,8 +88,9 @@ impl ChatTemplate {
         python::add_to(&mut environment);
         environment.add_function(
             "raise_exception",
-            |message: String| -> Result<Value, Error> {
-                Err(Error::new(ErrorKind::InvalidOperation, message))
+            |state: &State<'_, '_>, message: &Value| -> Result<Value, Error> {
+                budget::text(state, message)?;
+                Err(Error::new(ErrorKind::InvalidOperation, message.to_string()))
             },
         );
         environment.add_function("strftime_now", move |format: &str| clock(format));
@@ -234,6 +235,78 @@ mod tests {
             template(source).render(&conversation()),
             Err(TemplateError::Render(_))
         ));
+    }
+
+    #[test]
+    fn lists_are_added_up_one_behind_the_other() {
+        for (source, expected) in [
+            ("{{ ([[1]] * 100000) | sum(start=[]) | length }}", "100000"),
+            (
+                "{{ [{'a': [1]}, {'a': [2, 3]}] | sum('a', [0]) | join(' ') }}",
+                "0 1 2 3",
+            ),
+            ("{{ [{'a': 1}, {'a': 2}] | sum(attribute='a') }}", "3"),
+        ] {
+            let got = template(source).render(&conversation());
+            assert_eq!(got.expect("it renders"), expected);
+        }
+    }
+
+    #[test]
+    fn a_template_cannot_exhaust_memory() {
+        // A few words that mean terabytes.
+        let much = "(['x' * 50000000] * 100000)";
+        for source in [
+            "{{ '%999999999999s' % 'x' }}".to_owned(),
+            "{{ '%.999999999999d' % 1 }}".to_owned(),
+            "{{ '%99999999999999999999999s' % 'x' }}".to_owned(),
+            format!("{{{{ '%s' % {much} }}}}"),
+            "{{ ('%(a)s' * 1000000) | format(a='x' * 50000000) }}".to_owned(),
+            "{{ '{:>999999999999}'.format('x') }}".to_owned(),
+            "{{ ('{0}' * 1000000).format('x' * 50000000) }}".to_owned(),
+            format!("{{{{ '{{}}'.format({much}) }}}}"),
+            format!("{{{{ ''.join({much}) }}}}"),
+            "{{ ('x' * 50000000).join(range(100000) | map('string') | list) }}".to_owned(),
+            format!("{{{{ {much} | join }}}}"),
+            "{{ range(100000) | join('x' * 50000000) }}".to_owned(),
+            format!("{{{{ {much} | tojson }}}}"),
+            "{{ ([1] * 100000) | tojson(indent='x' * 50000000) }}".to_owned(),
+            "{{ ([1] * 100000) | tojson(separators=('x' * 50000000, '')) }}".to_owned(),
+            "{{ (['\\u0001' * 100000000] * 2) | tojson }}".to_owned(),
+            "{{ [('x,' * 50000000).split(',')] }}".to_owned(),
+            "{{ [('x,' * 50000000).rsplit(',')] }}".to_owned(),
+            "{{ [('x ' * 50000000).split()] }}".to_owned(),
+            "{{ [('x ' * 50000000).rsplit()] }}".to_owned(),
+            "{{ [('x\\n' * 50000000).splitlines()] }}".to_owned(),
+            "{% set x = 'x' * 50000000 %}{% set ns = namespace(all=[]) %}\
+             {% for i in range(10000) %}{% set ns.all = ns.all + [x.partition('y')] %}{% endfor %}"
+                .to_owned(),
+            format!("{{{{ {much} | string }}}}"),
+            format!("{{{{ {much} | upper }}}}"),
+            format!("{{{{ {much} | pprint }}}}"),
+            format!("{{{{ {much} ~ 'x' }}}}"),
+            format!("{{{{ 'x' ~ {much} * 2 ~ 'y' }}}}"),
+            format!("{{{{ {much} | indent }}}}"),
+            "{{ ('\\n' * 50000000) | indent(999999999) }}".to_owned(),
+            format!("{{{{ {much} | replace('x', 'y') }}}}"),
+            format!("{{{{ 'x' | replace('x', {much}, 1) }}}}"),
+            "{{ ('x' * 50000000) | replace('x', 'y' * 50000000, count=9999999) }}".to_owned(),
+            format!("{{{{ {much} }}}}"),
+            format!("{{{{ [{much}] }}}}"),
+            format!("{{{{ {much} | safe }}}}"),
+            format!("{{{{ ['x'] | select({much}) }}}}"),
+            format!("{{{{ ['x'] | join(attribute={much}) }}}}"),
+            format!("{{{{ 'x'.split({much}) }}}}"),
+            format!("{{{{ {much} | sum(start='') }}}}"),
+            format!("{{{{ [{much}] | sum(start=[]) }}}}"),
+            format!("{{{{ {much} | trim }}}}"),
+            format!("{{{{ {much} | escape }}}}"),
+            format!("{{{{ [1].index({much}) }}}}"),
+            format!("{{{{ raise_exception({much}) }}}}"),
+        ] {
+            let error = template(&source).render(&conversation()).unwrap_err();
+            assert!(matches!(error, TemplateError::Render(_)), "{error}");
+        }
     }
 
     #[test]

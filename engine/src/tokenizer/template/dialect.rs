@@ -5,13 +5,28 @@
 //! - `{% generation %}` marks what training counts as the assistant's own; transformers renders its contents. So does `{% if true %}`.
 //! - `{% for x in none %}` raises in Python: what a loop runs over goes through a filter that does.
 //! - `'%s' % x` formats, where the left side is a literal.
+//! - `a ~ b` makes texts of lists, which can be endless for all their brevity: what it joins goes through a filter that looks first.
 //! - `{% set x = [x] %}`, repeated, makes a value so deep that dropping it overflows the stack: what is kept goes through a filter that
 //!   refuses such values. (It is the only way to keep something from one turn of a loop to the next.)
 //!
 //! What is not understood is left as it is, for the compiler to complain about.
 
-use super::python::{ITERATED, KEPT, KEPT_IN_NAMESPACE, PRINTF};
+use std::collections::HashSet;
 
+use super::python::{CONCATENATED, ITERATED, KEPT, KEPT_IN_NAMESPACE, PRINTF};
+
+/// Words that stand between operands.
+const KEYWORDS: [&str; 9] = [
+    "and",
+    "or",
+    "not",
+    "in",
+    "is",
+    "if",
+    "else",
+    "recursive",
+    "scoped",
+];
 /// Most tokens between one pair of braces, and most `elif`s of a template: minijinja's parser recurses over both. Real templates have a few
 /// dozen.
 const MOST_TOKENS: usize = 1500;
@@ -210,6 +225,7 @@ impl Block {
         };
         // First, so that what it ends is ended first.
         self.format_strings(edits);
+        self.guard_concatenations(source, edits);
         match self.word(source, 0) {
             Some("generation") if self.tokens.len() == 1 => edits.push(replace("if true")),
             Some("endgeneration") if self.tokens.len() == 1 => edits.push(replace("endif")),
@@ -241,6 +257,59 @@ impl Block {
         let dotted = (1..marker).any(|at| self.sign(at) == Some(b'.'));
         let filter = if dotted { KEPT_IN_NAMESPACE } else { KEPT };
         self.filter(marker + 1, self.tokens.len(), filter, edits);
+    }
+
+    /// `a ~ b` becomes `(a)|__concatenated ~ (b)|__concatenated`.
+    fn guard_concatenations(&self, source: &str, edits: &mut Vec<Edit>) {
+        // Where right sides begin: the right side of one `~` is the left side of the next.
+        let mut rights = HashSet::new();
+        for at in 1..self.tokens.len() {
+            if self.sign(at) != Some(b'~') {
+                continue;
+            }
+            let begin = (0..at).rfind(|&i| self.delimits(source, i, at));
+            let begin = begin.map_or(0, |before| before + 1);
+            let mut words = (0..begin).rev().map(|at| self.text(source, at));
+            let tested = words.find(|&word| word != "not") == Some("is");
+            if !rights.contains(&begin) && !tested {
+                self.filter(begin, at, CONCATENATED, edits);
+            }
+            let end = (at + 1..self.tokens.len()).find(|&i| self.delimits(source, i, at));
+            let end = end.unwrap_or(self.tokens.len());
+            self.filter(at + 1, end, CONCATENATED, edits);
+            rights.insert(at + 1);
+        }
+    }
+
+    /// Whether the token at `at` ends an operand of the `~` at `operator`.
+    fn delimits(&self, source: &str, at: usize, operator: usize) -> bool {
+        let (token, depth) = (self.tokens[at], self.tokens[operator].depth);
+        if token.depth != depth {
+            return token.depth < depth;
+        }
+        match token.kind {
+            Kind::String => false,
+            Kind::Word => {
+                let first = at == 0 && self.statement;
+                let attribute = at > 0 && self.sign(at - 1) == Some(b'.');
+                first || !attribute && KEYWORDS.contains(&self.text(source, at))
+            }
+            Kind::Sign(b'+' | b'-') => at > 0 && self.ends_operand(source, at - 1),
+            Kind::Sign(sign) => b"~,:=<>!".contains(&sign),
+        }
+    }
+
+    /// Whether what stands behind the token at `at` is a binary operator: a sign that could be unary is then none.
+    fn ends_operand(&self, source: &str, at: usize) -> bool {
+        match self.tokens[at].kind {
+            Kind::String | Kind::Sign(b')' | b']' | b'}') => true,
+            Kind::Word => !KEYWORDS.contains(&self.text(source, at)),
+            Kind::Sign(_) => false,
+        }
+    }
+
+    fn text<'a>(&self, source: &'a str, at: usize) -> &'a str {
+        &source[self.tokens[at].begin..self.tokens[at].end]
     }
 
     /// Puts the expression that is the tokens from `first` up to `end` through a filter.
@@ -374,13 +443,45 @@ mod tests {
     #[test]
     fn literals_format() {
         assert_eq!(
-            adapted("{{ 'a' ~ '%s' '%d' % (x, y[1]) ~ z }}"),
-            "{{ 'a' ~ ('%s' '%d' |__printf( (x, y[1]))) ~ z }}"
+            adapted("{{ 'a' + '%s' '%d' % (x, y[1]) + z }}"),
+            "{{ 'a' + ('%s' '%d' |__printf( (x, y[1]))) + z }}"
         );
         assert_eq!(
             adapted("{% set y = '%s' % x.y(1)|upper %}"),
             "{% set y = (('%s' |__printf( x.y(1)|upper)))|__kept %}"
         );
+    }
+
+    #[test]
+    fn what_is_concatenated_is_guarded() {
+        for (source, expected) in [
+            (
+                "{{ a ~ b ~ c }}",
+                "{{ (a)|__concatenated ~ (b)|__concatenated ~ (c)|__concatenated }}",
+            ),
+            (
+                "{{ a * 2 + x.in[1] * -1 ~ f(y ~ 'z')|upper - 1 }}",
+                "{{ a * 2 + (x.in[1] * -1)|__concatenated ~ (f((y)|__concatenated ~ ('z')|__concatenated)|upper)|__concatenated - 1 }}",
+            ),
+            (
+                "{% if not a ~ b == c and d ~ -e %}",
+                "{% if not (a)|__concatenated ~ (b)|__concatenated == c and (d)|__concatenated ~ (-e)|__concatenated %}",
+            ),
+            (
+                "{{ a is string ~ b }}",
+                "{{ a is string ~ (b)|__concatenated }}",
+            ),
+            (
+                "{{ a is not string ~ b }}",
+                "{{ a is not string ~ (b)|__concatenated }}",
+            ),
+            (
+                "{% set x = '%s' % y ~ z %}",
+                "{% set x = ((('%s' |__printf( y)))|__concatenated ~ (z)|__concatenated)|__kept %}",
+            ),
+        ] {
+            assert_eq!(adapted(source), expected);
+        }
     }
 
     #[test]

@@ -1,11 +1,9 @@
 //! JSON as Python's `json.dumps` writes it: chat templates were written, and models trained, on its spaces.
 
-use std::fmt::Write as _;
-
 use minijinja::value::{Value, ValueKind};
-use minijinja::{Error, ErrorKind};
+use minijinja::{Error, ErrorKind, State};
 
-use super::python;
+use super::{budget, python};
 
 /// Deeper values are refused, about where Python gives up.
 const DEEPEST: usize = 500;
@@ -24,14 +22,15 @@ pub(super) struct Style {
 }
 
 /// # Errors
-/// The value, or something in it, is not JSON.
-pub(super) fn dumps(value: &Value, style: &Style) -> Result<String, Error> {
+/// The value, or something in it, is not JSON, or its text is more than the template may still write.
+pub(super) fn dumps(state: &State<'_, '_>, value: &Value, style: &Style) -> Result<String, Error> {
     let (item, key) = match &style.separators {
         Some((item, key)) => (item.as_str(), key.as_str()),
         None if style.indent.is_some() => (",", ": "),
         None => (", ", ": "),
     };
     let mut writer = Writer {
+        state,
         style,
         item,
         key,
@@ -42,6 +41,7 @@ pub(super) fn dumps(value: &Value, style: &Style) -> Result<String, Error> {
 }
 
 struct Writer<'a> {
+    state: &'a State<'a, 'a>,
     style: &'a Style,
     item: &'a str,
     key: &'a str,
@@ -54,36 +54,36 @@ impl Writer<'_> {
             return Err(not_json("a value that is nested too deep"));
         }
         match value.kind() {
-            ValueKind::None => self.out.push_str("null"),
-            ValueKind::Bool => self
-                .out
-                .push_str(if value.is_true() { "true" } else { "false" }),
-            ValueKind::Number => self.out.push_str(&number(value)),
-            ValueKind::String => self.string(value.as_str().unwrap_or_default()),
+            ValueKind::None => self.push("null")?,
+            ValueKind::Bool => self.push(if value.is_true() { "true" } else { "false" })?,
+            ValueKind::Number => self.push(&number(value))?,
+            ValueKind::String => self.string(value.as_str().unwrap_or_default())?,
             ValueKind::Seq | ValueKind::Iterable => {
-                self.open('[');
+                self.push("[")?;
                 for (at, item) in value.try_iter()?.enumerate() {
-                    self.next(at, depth + 1);
+                    self.next(at, depth + 1)?;
                     self.value(&item, depth + 1)?;
                 }
-                self.close(']', value.len() == Some(0), depth);
+                self.close("]", value.len() == Some(0), depth)?;
             }
             ValueKind::Map => {
                 let mut pairs = Vec::new();
                 for key in value.try_iter()? {
-                    pairs.push((Self::object_key(&key)?, value.get_item(&key)?));
+                    let name = Self::object_key(&key)?;
+                    budget::charge(self.state, name.len())?;
+                    pairs.push((name, value.get_item(&key)?));
                 }
                 if self.style.sort_keys {
                     pairs.sort_by(|a, b| a.0.cmp(&b.0));
                 }
-                self.open('{');
+                self.push("{")?;
                 for (at, (key, item)) in pairs.iter().enumerate() {
-                    self.next(at, depth + 1);
-                    self.string(key);
-                    self.out.push_str(self.key);
+                    self.next(at, depth + 1)?;
+                    self.string(key)?;
+                    self.push(self.key)?;
                     self.value(item, depth + 1)?;
                 }
-                self.close('}', pairs.is_empty(), depth);
+                self.close("}", pairs.is_empty(), depth)?;
             }
             other => return Err(not_json(&other.to_string())),
         }
@@ -100,48 +100,55 @@ impl Writer<'_> {
         })
     }
 
-    fn open(&mut self, bracket: char) {
-        self.out.push(bracket);
+    fn push(&mut self, text: &str) -> Result<(), Error> {
+        budget::afford(self.state, self.out.len() + text.len())?;
+        self.out.push_str(text);
+        Ok(())
     }
 
     /// What stands before an item.
-    fn next(&mut self, at: usize, depth: usize) {
+    fn next(&mut self, at: usize, depth: usize) -> Result<(), Error> {
         if at > 0 {
-            self.out.push_str(self.item);
+            self.push(self.item)?;
         }
-        self.line(depth);
+        self.line(depth)
     }
 
-    fn close(&mut self, bracket: char, empty: bool, depth: usize) {
+    fn close(&mut self, bracket: &str, empty: bool, depth: usize) -> Result<(), Error> {
         if !empty {
-            self.line(depth);
+            self.line(depth)?;
         }
-        self.out.push(bracket);
+        self.push(bracket)
     }
 
-    fn line(&mut self, depth: usize) {
+    fn line(&mut self, depth: usize) -> Result<(), Error> {
         if let Some(indent) = &self.style.indent {
-            self.out.push('\n');
-            self.out.extend(std::iter::repeat_n(indent.as_str(), depth));
+            self.push("\n")?;
+            for _ in 0..depth {
+                self.push(indent)?;
+            }
         }
+        Ok(())
     }
 
-    fn string(&mut self, text: &str) {
+    fn string(&mut self, text: &str) -> Result<(), Error> {
+        // Six bytes for a control character.
+        budget::afford(self.state, text.len().saturating_mul(6))?;
         // serde_json escapes what Python does with `ensure_ascii=False`: quotes, backslashes and controls below U+0020.
         let quoted = serde_json::Value::from(text).to_string();
         if !self.style.ensure_ascii {
-            self.out.push_str(&quoted);
-            return;
+            return self.push(&quoted);
         }
         for c in quoted.chars() {
             if (' '..='~').contains(&c) {
-                self.out.push(c);
+                self.push(c.encode_utf8(&mut [0; 4]))?;
             } else {
                 for unit in c.encode_utf16(&mut [0; 2]) {
-                    let _ = write!(self.out, "\\u{unit:04x}");
+                    self.push(&format!("\\u{unit:04x}"))?;
                 }
             }
         }
+        Ok(())
     }
 }
 
@@ -164,6 +171,7 @@ fn not_json(what: &str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use minijinja::Environment;
     use minijinja::value::Serde;
     use serde_json::json;
 
@@ -174,7 +182,12 @@ mod tests {
             indent: indent.map(str::to_owned),
             ..Style::default()
         };
-        dumps(&Value::from(Serde(value)), &style).expect("JSON")
+        dumps(
+            &Environment::new().empty_state(),
+            &Value::from(Serde(value)),
+            &style,
+        )
+        .expect("JSON")
     }
 
     #[test]
@@ -201,6 +214,7 @@ mod tests {
         for _ in 0..2 * DEEPEST {
             value = Value::from(vec![value]);
         }
-        assert!(dumps(&value, &Style::default()).is_err());
+        let environment = Environment::new();
+        assert!(dumps(&environment.empty_state(), &value, &Style::default()).is_err());
     }
 }

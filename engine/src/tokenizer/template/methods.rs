@@ -2,11 +2,13 @@
 //!
 //! Everything here follows the Python of the same name; `tests/templates/idioms.json` compares.
 
+use minijinja::formatting::{FormatStyle, format};
 use minijinja::value::{Kwargs, Tuple, Value, ValueKind, from_args};
 use minijinja::{Error, State};
 use minijinja_contrib::pycompat;
 
-use super::python::{invalid, is_space, iterated, or_named};
+use super::budget;
+use super::python::{afford_format, invalid, is_space, iterated, or_named};
 
 /// Longest text a padding method makes.
 const LONGEST: usize = 1 << 20;
@@ -19,7 +21,7 @@ pub(super) fn call(
     args: &[Value],
 ) -> Result<Value, Error> {
     let known = match value.kind() {
-        ValueKind::String => string_method(value.as_str().unwrap_or_default(), name, args)?,
+        ValueKind::String => string_method(state, value.as_str().unwrap_or_default(), name, args)?,
         ValueKind::Seq => sequence_method(value, name, args)?,
         ValueKind::Map if name == "copy" => {
             let () = from_args(args)?;
@@ -45,13 +47,18 @@ fn sequence_method(value: &Value, name: &str, args: &[Value]) -> Result<Option<V
                 .try_iter()?
                 .position(|item| item == *wanted)
                 .map(Value::from)
-                .ok_or_else(|| invalid(format!("{wanted} is not in list")))?
+                .ok_or_else(|| invalid("the item is not in the list"))?
         }
         _ => return Ok(None),
     }))
 }
 
-fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>, Error> {
+fn string_method(
+    state: &State<'_, '_>,
+    text: &str,
+    name: &str,
+    args: &[Value],
+) -> Result<Option<Value>, Error> {
     let pair = || from_args::<(&str,)>(args).map(|(separator,)| separator);
     Ok(Some(match name {
         "swapcase" => {
@@ -72,16 +79,16 @@ fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>
         "removeprefix" => text.strip_prefix(pair()?).unwrap_or(text).into(),
         "removesuffix" => text.strip_suffix(pair()?).unwrap_or(text).into(),
         "partition" => match text.split_once(not_empty(pair()?)?) {
-            Some((before, after)) => triple(before, pair()?, after),
-            None => triple(text, "", ""),
+            Some((before, after)) => triple(state, before, pair()?, after)?,
+            None => triple(state, text, "", "")?,
         },
         "rpartition" => match text.rsplit_once(not_empty(pair()?)?) {
-            Some((before, after)) => triple(before, pair()?, after),
-            None => triple("", "", text),
+            Some((before, after)) => triple(state, before, pair()?, after)?,
+            None => triple(state, "", "", text)?,
         },
-        "split" => split(text, args)?,
-        "rsplit" => rsplit(text, args)?,
-        "splitlines" => split_lines(text, args)?,
+        "split" => split(state, text, args)?,
+        "rsplit" => rsplit(state, text, args)?,
+        "splitlines" => split_lines(state, text, args)?,
         "strip" | "lstrip" | "rstrip" => {
             let (characters,): (Option<&str>,) = from_args(args)?;
             let strip = |c: char| characters.map_or_else(|| is_space(c), |all| all.contains(c));
@@ -111,17 +118,27 @@ fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>
         }
         "join" => {
             let (items,): (&Value,) = from_args(args)?;
-            let mut parts = Vec::new();
+            let mut joined = String::new();
             for (at, item) in iterated(items.clone())?.try_iter()?.enumerate() {
-                let part = item.as_str().map(str::to_owned).ok_or_else(|| {
+                let part = item.as_str().ok_or_else(|| {
                     invalid(format!(
                         "sequence item {at}: expected a string, found {}",
                         item.kind()
                     ))
                 })?;
-                parts.push(part);
+                state.consume_fuel(1)?;
+                let length = joined.len().saturating_add(text.len());
+                budget::afford(state, length.saturating_add(part.len()))?;
+                if at > 0 {
+                    joined.push_str(text);
+                }
+                joined.push_str(part);
             }
-            parts.join(text).into()
+            joined.into()
+        }
+        "format" => {
+            afford_format(state, FormatStyle::StrFormat, text, args)?;
+            format(FormatStyle::StrFormat, text, args)?.into()
         }
         "find" | "rfind" | "index" | "rindex" | "count" | "startswith" | "endswith" => {
             return search(text, name, args);
@@ -215,8 +232,8 @@ fn search(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>, Error
 
 /// The arguments of `split` and `rsplit`: a separator, and how often to split at most.
 fn split_arguments(args: &[Value]) -> Result<(Option<String>, usize), Error> {
-    let (separator, most, named): (Option<String>, Option<i64>, Kwargs) = from_args(args)?;
-    let separator = or_named(separator, &named, "sep")?;
+    let (separator, most, named): (Option<&str>, Option<i64>, Kwargs) = from_args(args)?;
+    let separator = or_named(separator, &named, "sep")?.map(str::to_owned);
     let most = or_named(most, &named, "maxsplit")?.unwrap_or(-1);
     named.assert_all_used()?;
     if let Some(separator) = &separator {
@@ -225,10 +242,14 @@ fn split_arguments(args: &[Value]) -> Result<(Option<String>, usize), Error> {
     Ok((separator, usize::try_from(most).unwrap_or(usize::MAX - 1)))
 }
 
-fn split(text: &str, args: &[Value]) -> Result<Value, Error> {
+fn split(state: &State<'_, '_>, text: &str, args: &[Value]) -> Result<Value, Error> {
     let (separator, most) = split_arguments(args)?;
     if let Some(separator) = separator {
-        return Ok(text.splitn(most + 1, &separator).map(Value::from).collect());
+        let mut words = Vec::new();
+        for word in text.splitn(most + 1, &separator) {
+            budget::push(state, &mut words, word)?;
+        }
+        return Ok(words.into());
     }
     let mut words = Vec::new();
     let mut rest = text.trim_start_matches(is_space);
@@ -237,17 +258,19 @@ fn split(text: &str, args: &[Value]) -> Result<Value, Error> {
             Some(end) if words.len() < most => end,
             _ => rest.len(),
         };
-        words.push(Value::from(&rest[..end]));
+        budget::push(state, &mut words, &rest[..end])?;
         rest = rest[end..].trim_start_matches(is_space);
     }
     Ok(words.into())
 }
 
-fn rsplit(text: &str, args: &[Value]) -> Result<Value, Error> {
+fn rsplit(state: &State<'_, '_>, text: &str, args: &[Value]) -> Result<Value, Error> {
     let (separator, most) = split_arguments(args)?;
     let mut words: Vec<Value> = Vec::new();
     if let Some(separator) = separator {
-        words.extend(text.rsplitn(most + 1, &separator).map(Value::from));
+        for word in text.rsplitn(most + 1, &separator) {
+            budget::push(state, &mut words, word)?;
+        }
     } else {
         let mut rest = text.trim_end_matches(is_space);
         while !rest.is_empty() {
@@ -255,7 +278,7 @@ fn rsplit(text: &str, args: &[Value]) -> Result<Value, Error> {
                 Some((at, space)) if words.len() < most => at + space.len_utf8(),
                 _ => 0,
             };
-            words.push(Value::from(&rest[begin..]));
+            budget::push(state, &mut words, &rest[begin..])?;
             rest = rest[..begin].trim_end_matches(is_space);
         }
     }
@@ -263,7 +286,7 @@ fn rsplit(text: &str, args: &[Value]) -> Result<Value, Error> {
     Ok(words.into())
 }
 
-fn split_lines(text: &str, args: &[Value]) -> Result<Value, Error> {
+fn split_lines(state: &State<'_, '_>, text: &str, args: &[Value]) -> Result<Value, Error> {
     let (keep, named): (Option<bool>, Kwargs) = from_args(args)?;
     let keep = or_named(keep, &named, "keepends")?.unwrap_or(false);
     named.assert_all_used()?;
@@ -279,7 +302,7 @@ fn split_lines(text: &str, args: &[Value]) -> Result<Value, Error> {
             rest[line..].chars().next().map_or(0, char::len_utf8)
         };
         let shown = if keep { line + end } else { line };
-        lines.push(Value::from(&rest[..shown]));
+        budget::push(state, &mut lines, &rest[..shown])?;
         rest = &rest[line + end..];
     }
     Ok(lines.into())
@@ -292,10 +315,11 @@ fn not_empty(separator: &str) -> Result<&str, Error> {
     Ok(separator)
 }
 
-fn triple(a: &str, b: &str, c: &str) -> Value {
-    Value::from(Tuple::from([
+fn triple(state: &State<'_, '_>, a: &str, b: &str, c: &str) -> Result<Value, Error> {
+    budget::charge(state, a.len() + b.len() + c.len())?;
+    Ok(Value::from(Tuple::from([
         Value::from(a),
         Value::from(b),
         Value::from(c),
-    ]))
+    ])))
 }

@@ -4,8 +4,10 @@
 //! transformers' settings: [`python`] and [`methods`] add what minijinja lacks of Python, [`dialect`] adapts the source where adding does
 //! not suffice, [`json`] is `json.dumps`.
 //!
-//! **Invariant:** a template comes from outside. Whatever it does ends, in a text or an error, within bounded time and stack.
+//! **Invariant:** a template comes from outside. Whatever it does ends, in a text or an error, within bounded memory ([`budget`]) and stack, and within as much
+//! time as minijinja charges for: it does not for what is inside of lists that are compared.
 
+mod budget;
 mod chat_template;
 mod dialect;
 mod json;

@@ -6,10 +6,13 @@
     reason = "minijinja hands a filter its arguments by value"
 )]
 
-use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, Output, State, filters, formatting};
+use minijinja::formatting::{self, FormatStyle};
+use minijinja::value::{
+    Kwargs, Rest, StringInput, Tuple, Value, ValueKind, ValueOrKwargs, from_args,
+};
+use minijinja::{Environment, Error, ErrorKind, Output, State, filters};
 
-use super::{json, methods};
+use super::{budget, json, methods};
 
 /// Deepest nesting of a value that is kept; JSON from outside has at most 128 levels.
 const DEEPEST: usize = 256;
@@ -22,12 +25,46 @@ pub(super) fn add_to(environment: &mut Environment<'_>) {
     environment.add_filter("list", list);
     environment.add_filter("trim", trim);
     environment.add_filter("join", join);
+    environment.add_filter("format", format);
+    // minijinja's own, of whose arguments all but the first few may become texts.
+    for (name, lists, filter) in [
+        ("string", 0, Value::from_function(filters::string)),
+        ("lower", 0, Value::from_function(filters::lower)),
+        ("upper", 0, Value::from_function(filters::upper)),
+        ("title", 0, Value::from_function(filters::title)),
+        ("capitalize", 0, Value::from_function(filters::capitalize)),
+        ("pprint", 0, Value::from_function(filters::pprint)),
+        ("safe", 0, Value::from_function(filters::safe)),
+        ("select", 1, Value::from_function(filters::select)),
+        ("reject", 1, Value::from_function(filters::reject)),
+        ("selectattr", 1, Value::from_function(filters::selectattr)),
+        ("rejectattr", 1, Value::from_function(filters::rejectattr)),
+    ] {
+        environment.add_filter(
+            name,
+            move |state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>| -> Result<Value, Error> {
+                for text in args.iter().skip(lists) {
+                    budget::text(state, text)?;
+                }
+                filter.call(state, &args.into_values())
+            },
+        );
+    }
     environment.add_filter("int", int);
     environment.add_filter("float", float_filter);
     environment.add_filter("dictsort", dictsort);
     for name in ["e", "escape", "forceescape"] {
         environment.add_filter(name, escape);
     }
+    environment.add_filter("indent", indent);
+    environment.add_filter("replace", replace);
+    environment.add_filter("sum", sum);
+    // minijinja's own, which jinja2 does not have: texts that nobody pays for.
+    environment.remove_filter("lines");
+    environment.remove_filter("split");
+    environment.remove_test("startingwith");
+    environment.remove_test("endingwith");
+    environment.add_filter(CONCATENATED, concatenated);
     environment.add_filter(ITERATED, iterated);
     environment.add_filter(PRINTF, printf);
     environment.add_filter(KEPT, kept);
@@ -53,6 +90,8 @@ pub(super) fn add_to(environment: &mut Environment<'_>) {
     environment.remove_global("debug");
 }
 
+/// A filter: what `~` joins.
+pub(super) const CONCATENATED: &str = "__concatenated";
 /// A filter: what a `for` loop runs over, refused where Python would.
 pub(super) const ITERATED: &str = "__iterated";
 /// A filter: `text % values`.
@@ -66,6 +105,11 @@ pub(super) fn iterated(value: Value) -> Result<Value, Error> {
     if value.is_none() {
         return Err(invalid("'NoneType' object is not iterable"));
     }
+    Ok(value)
+}
+
+fn concatenated(state: &State<'_, '_>, value: Value) -> Result<Value, Error> {
+    budget::text(state, &value)?;
     Ok(value)
 }
 
@@ -118,12 +162,127 @@ fn check_depth(state: &State<'_, '_>, value: &Value, data_only: bool) -> Result<
     Ok(())
 }
 
-fn printf(text: &str, values: &Value) -> Result<String, Error> {
+fn printf(state: &State<'_, '_>, text: &str, values: &Value) -> Result<String, Error> {
     let values: Vec<Value> = match values.downcast_object_ref::<Tuple>() {
         Some(_) => values.try_iter()?.collect(),
         None => vec![values.clone()],
     };
-    formatting::format(formatting::FormatStyle::Printf, text, &values)
+    afford_format(state, FormatStyle::Printf, text, &values)?;
+    formatting::format(FormatStyle::Printf, text, &values)
+}
+
+fn format(
+    state: &mut State<'_, '_>,
+    text: &Value,
+    values: Rest<ValueOrKwargs>,
+) -> Result<Value, Error> {
+    let values = values.into_values();
+    afford_format(
+        state,
+        FormatStyle::Printf,
+        text.as_str().unwrap_or_default(),
+        &values,
+    )?;
+    filters::format(
+        state,
+        text,
+        Rest(values.into_iter().map(Into::into).collect()),
+    )
+}
+
+/// Refuses to format what could become too long a text.
+pub(super) fn afford_format(
+    state: &State<'_, '_>,
+    style: FormatStyle,
+    text: &str,
+    values: &[Value],
+) -> Result<(), Error> {
+    let sign = match style {
+        FormatStyle::Printf => '%',
+        FormatStyle::StrFormat => '{',
+    };
+    let mut bytes = 0_usize;
+    for value in values {
+        bytes = bytes.saturating_add(budget::text(state, value)?);
+    }
+    // Each field can be all of the values, and any number behind the first sign a field's width.
+    bytes = bytes.saturating_mul(text.matches(sign).count());
+    let fields = text.find(sign).map_or("", |first| &text[first..]);
+    for width in fields.split(|c: char| !c.is_ascii_digit()) {
+        if !width.is_empty() {
+            bytes = bytes.saturating_add(width.parse().unwrap_or(usize::MAX));
+        }
+    }
+    budget::afford(state, bytes.saturating_add(text.len()))
+}
+
+fn indent(state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let args = args.into_values();
+    let (value, width, _, _, named): (&Value, Option<usize>, Option<bool>, Option<bool>, Kwargs) =
+        from_args(&args)?;
+    let width = or_named(width, &named, "width")?.unwrap_or(4);
+    let bytes = budget::text(state, value)?;
+    let lines = value
+        .as_str()
+        .map_or(bytes, |text| text.matches('\n').count() + 1);
+    budget::afford(state, lines.saturating_mul(width).saturating_add(bytes))?;
+    Value::from_function(filters::indent).call(state, &args)
+}
+
+fn replace(state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    type Args<'a> = (&'a Value, &'a Value, &'a Value, Option<i64>, Kwargs);
+    let args = args.into_values();
+    let (value, from, to, count, named): Args<'_> = from_args(&args)?;
+    let count = or_named(count, &named, "count")?.map_or(usize::MAX, |count| {
+        usize::try_from(count).unwrap_or(usize::MAX)
+    });
+    named.assert_all_used()?;
+    for text in [value, from, to] {
+        budget::text(state, text)?;
+    }
+    let value = StringInput::new(state, value)?;
+    let from = StringInput::new(state, from)?;
+    let to = StringInput::new(state, to)?;
+    if count == usize::MAX {
+        return filters::replace(state, value, from, to);
+    }
+    let text = value.as_str();
+    let places = text.matches(from.as_str()).take(count).count();
+    let bytes = places.saturating_mul(to.as_str().len());
+    budget::afford(state, bytes.saturating_add(text.len()))?;
+    Ok(value.preserve_safety(text.replacen(from.as_str(), to.as_str(), count)))
+}
+
+/// minijinja adds lists by remembering both, a hundred thousand deep if need be.
+fn sum(state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let args = args.into_values();
+    let (values, attribute, start, named): (Value, Option<&str>, Option<Value>, Kwargs) =
+        from_args(&args)?;
+    let attribute = or_named(attribute, &named, "attribute")?;
+    let start = or_named(start, &named, "start")?.unwrap_or_else(|| 0.into());
+    named.assert_all_used()?;
+    let none = Kwargs::from_iter(Vec::<(String, Value)>::new());
+    if start.is_number() {
+        return filters::sum(state, values, attribute, Some(start), none);
+    }
+    if !matches!(start.kind(), ValueKind::Seq | ValueKind::Iterable) {
+        return Err(invalid(format!("cannot sum from a {}", start.kind())));
+    }
+    let values = match attribute {
+        Some(name) => {
+            let name = Kwargs::from_iter([("attribute", Value::from(name))]);
+            state.apply_filter("map", &[values, name.into()])?
+        }
+        None => values,
+    };
+    let mut all: Vec<Value> = start.try_iter()?.collect();
+    for list in values.try_iter()? {
+        for item in list.try_iter()? {
+            state.consume_fuel(1)?;
+            all.push(item);
+        }
+    }
+    Ok(all.into())
 }
 
 /// The value as a float, if it is one and not an integer.
@@ -160,20 +319,24 @@ pub(super) fn float(value: f64) -> String {
 
 /// What `{{ … }}` writes.
 fn print(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
-    match as_float(value) {
-        Some(number) => out.write_str(&float(number)).map_err(Error::from),
-        None => minijinja::escape_formatter(out, state, value),
+    if let Some(number) = as_float(value) {
+        return out.write_str(&float(number)).map_err(Error::from);
     }
+    budget::text(state, value)?;
+    minijinja::escape_formatter(out, state, value)
 }
 
 /// transformers' `tojson`: `json.dumps` with these arguments, in this order.
-fn tojson(
-    value: &Value,
-    ensure_ascii: Option<bool>,
-    indent: Option<Value>,
-    separators: Option<Value>,
-    named: Kwargs,
-) -> Result<String, Error> {
+fn tojson(state: &State<'_, '_>, args: Rest<ValueOrKwargs>) -> Result<String, Error> {
+    type Args<'a> = (
+        &'a Value,
+        Option<bool>,
+        Option<Value>,
+        Option<Value>,
+        Kwargs,
+    );
+    let args = args.into_values();
+    let (value, ensure_ascii, indent, separators, named): Args<'_> = from_args(&args)?;
     let indent = or_named(indent, &named, "indent")?;
     let separators = or_named(separators, &named, "separators")?;
     let style = json::Style {
@@ -200,7 +363,7 @@ fn tojson(
         sort_keys: named.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
     };
     named.assert_all_used()?;
-    json::dumps(value, &style)
+    json::dumps(state, value, &style)
 }
 
 pub(super) fn or_named<'a, T>(
@@ -222,7 +385,8 @@ fn trim(
     value: &Value,
     characters: Option<&str>,
 ) -> Result<Value, Error> {
-    let text = minijinja::value::StringInput::new(state, value)?;
+    budget::text(state, value)?;
+    let text = StringInput::new(state, value)?;
     let strip = |c: char| characters.map_or_else(|| is_space(c), |all| all.contains(c));
     Ok(text.preserve_safety(text.as_str().trim_matches(strip).to_owned()))
 }
@@ -235,7 +399,7 @@ fn join(
     state: &mut State<'_, '_>,
     value: Value,
     separator: Option<Value>,
-    attribute: Option<String>,
+    attribute: Option<&str>,
     named: Kwargs,
 ) -> Result<Value, Error> {
     let value = iterated(value)?;
@@ -243,8 +407,16 @@ fn join(
         Some(separator) => separator,
         None => Value::from(""),
     };
-    let separator = minijinja::value::StringInput::new(state, &separator)?;
-    filters::join(state, &value, Some(separator), attribute.as_deref(), named)
+    budget::text(state, &separator)?;
+    let separator = StringInput::new(state, &separator)?;
+    let mut bytes = 0_usize;
+    for item in value.try_iter()? {
+        state.consume_fuel(1)?;
+        let item = budget::text(state, &item)?;
+        bytes = bytes.saturating_add(item.saturating_add(separator.as_str().len()));
+        budget::afford(state, bytes)?;
+    }
+    filters::join(state, &value, Some(separator), attribute, named)
 }
 
 fn int(
@@ -296,10 +468,11 @@ fn dictsort(
 }
 
 /// markupsafe's `escape`.
-fn escape(value: &Value) -> Value {
+fn escape(state: &State<'_, '_>, value: &Value) -> Result<Value, Error> {
     if value.is_safe() {
-        return value.clone();
+        return Ok(value.clone());
     }
+    budget::text(state, value)?;
     let mut out = String::new();
     for c in value.to_string().chars() {
         match c {
@@ -311,7 +484,7 @@ fn escape(value: &Value) -> Value {
             c => out.push(c),
         }
     }
-    Value::from_safe_string(out)
+    Ok(Value::from_safe_string(out))
 }
 
 /// Python's `str.isspace`: Unicode's white space and four separators of ASCII.

@@ -218,7 +218,8 @@ impl VllmEngine for VllmService {
             tokenizer_path: path,
             model_type: model.family.clone(),
             eos_token_ids: model.eos.iter().map(|token| token.0 as i32).collect(),
-            max_req_input_len: model.max_model_len as i32,
+            // The answer needs a place, too.
+            max_req_input_len: model.max_model_len as i32 - 1,
             default_sampling_params_json: self.default_sampling_params(),
             ..vllm::GetModelInfoResponse::default()
         }))

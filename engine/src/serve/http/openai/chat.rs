@@ -13,9 +13,18 @@ use super::super::body::JsonBody;
 use super::super::error::ApiError;
 use super::messages::conversation;
 use super::now;
-use super::parameters::Parameters;
+use super::parameters::{Parameters, refuse_unsupported};
 use super::response::{Answer, Endpoint, request_id};
 use crate::generation::Prompt;
+use crate::sampling::MAX_LOGPROBS;
+
+/// Fields of vLLM's that are not supported. (The template itself adds special tokens.)
+const UNSUPPORTED: [&str; 4] = [
+    "add_special_tokens",
+    "chat_template",
+    "continue_final_message",
+    "echo",
+];
 
 #[derive(Debug, Deserialize)]
 struct Body {
@@ -30,6 +39,7 @@ struct Body {
     functions: Option<Value>,
     add_generation_prompt: Option<bool>,
     chat_template_kwargs: Option<Map<String, Value>>,
+    reasoning_effort: Option<String>,
 }
 
 /// Answers a conversation.
@@ -38,22 +48,36 @@ pub(in super::super) async fn chat_completions(
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let (parameters, body): (Parameters, Body) = body.read_both()?;
+    refuse_unsupported(&body, &UNSUPPORTED)?;
+    let (parameters, body, held): (Parameters, Body, _) = body.read_both()?;
     app.generator.check_model(parameters.model())?;
     let delivery = parameters.delivery()?;
     let logprobs = logprobs(&body)?;
     let tools = tools(&body)?;
+    let mut variables = body.chat_template_kwargs.unwrap_or_default();
+    if let Some(effort) = body.reasoning_effort {
+        variables
+            .entry("reasoning_effort")
+            .or_insert_with(|| effort.into());
+    }
     let conversation = conversation(
         body.messages,
         tools,
         body.add_generation_prompt.unwrap_or(true),
-        body.chat_template_kwargs.unwrap_or_default(),
+        variables,
     )?;
     let id = request_id(&headers);
+    if body.max_completion_tokens == Some(0) {
+        return Err(ApiError::param(
+            "max_completion_tokens",
+            "max_completion_tokens is 0, expected at least 1",
+        ));
+    }
     let max_tokens = body.max_completion_tokens.or(body.max_tokens);
     let prompt = Prompt::Chat(Box::new(conversation));
     let request = parameters.request(&id, prompt, max_tokens, logprobs, None)?;
     let generation = app.generator.generate(request).await?;
+    drop(held);
     let answer = Answer {
         endpoint: Endpoint::Chat,
         id,
@@ -79,6 +103,10 @@ fn logprobs(body: &Body) -> Result<Option<u32>, ApiError> {
         ));
     }
     match (body.logprobs.unwrap_or(false), body.top_logprobs) {
+        (true, Some(count)) if count > MAX_LOGPROBS => Err(ApiError::param(
+            "top_logprobs",
+            format!("top_logprobs is {count}, expected at most {MAX_LOGPROBS}"),
+        )),
         (true, count) => Ok(Some(count.unwrap_or(0))),
         (false, None | Some(0)) => Ok(None),
         (false, Some(_)) => Err(ApiError::param(

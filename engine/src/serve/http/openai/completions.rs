@@ -13,7 +13,7 @@ use super::super::App;
 use super::super::body::JsonBody;
 use super::super::error::ApiError;
 use super::now;
-use super::parameters::Parameters;
+use super::parameters::{Parameters, refuse_unsupported};
 use super::response::{Answer, Endpoint, request_id};
 use crate::generation::Prompt;
 
@@ -28,6 +28,7 @@ struct Body {
     max_tokens: Option<u32>,
     logprobs: Option<u32>,
     echo: Option<bool>,
+    add_special_tokens: Option<bool>,
     suffix: Option<Value>,
     best_of: Option<u32>,
     prompt_logprobs: Option<Value>,
@@ -63,9 +64,10 @@ pub(in super::super) async fn completions(
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let (parameters, body): (Parameters, Body) = body.read_both()?;
+    refuse_unsupported(&body, &[])?;
+    let (parameters, body, held): (Parameters, Body, _) = body.read_both()?;
     app.generator.check_model(parameters.model())?;
-    refuse_unsupported(&body, &parameters)?;
+    refuse_half_supported(&body, &parameters)?;
     let delivery = parameters.delivery()?;
     let prompts = body.prompt.prompts();
     if prompts.is_empty() || prompts.len() > MOST_PROMPTS {
@@ -88,15 +90,17 @@ pub(in super::super) async fn completions(
     let prompt_logprobs = body.logprobs.filter(|_| echo);
     let mut generations = Vec::with_capacity(prompts.len());
     for prompt in prompts {
-        let request = parameters.request(
+        let mut request = parameters.request(
             &id,
             prompt,
             Some(max_tokens),
             body.logprobs,
             prompt_logprobs,
         )?;
+        request.add_special = body.add_special_tokens.unwrap_or(true);
         generations.push(app.generator.generate(request).await?);
     }
+    drop(held);
     let answer = Answer {
         endpoint: Endpoint::Completion,
         id,
@@ -114,7 +118,7 @@ pub(in super::super) async fn completions(
     answer.respond(generations).await
 }
 
-fn refuse_unsupported(body: &Body, parameters: &Parameters) -> Result<(), ApiError> {
+fn refuse_half_supported(body: &Body, parameters: &Parameters) -> Result<(), ApiError> {
     let given = |value: &Option<Value>| value.as_ref().is_some_and(|value| !value.is_null());
     if body
         .suffix

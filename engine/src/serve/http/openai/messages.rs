@@ -1,15 +1,19 @@
 //! Chat messages as clients send them, made into the plain form that chat templates were written for.
 
+use std::io;
+
+use axum::http::StatusCode;
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::super::error::ApiError;
-use crate::generation::{MAX_MESSAGES, MAX_TOOLS};
+use crate::generation::{MAX_JSON, MAX_MESSAGES, MAX_TOOLS};
 use crate::tokenizer::Conversation;
 
 /// A conversation for the chat template.
 ///
 /// # Errors
-/// A message has no role, no content, or content that is not text; the error names it.
+/// A message has no role, no content, or content that is not text, and the error names it; or there is too much beside text.
 pub(in super::super) fn conversation(
     messages: Vec<Value>,
     tools: Vec<Value>,
@@ -34,6 +38,16 @@ pub(in super::super) fn conversation(
         let message = format!("{field} is not an object");
         return Err(ApiError::param(field, message));
     }
+    let json = [structured(&messages), length(&tools), length(&variables)];
+    let json = json.into_iter().fold(0, usize::saturating_add);
+    if json > MAX_JSON {
+        return Err(ApiError::new(
+            StatusCode::BAD_REQUEST,
+            format!(
+                "{json} bytes of JSON in tools, chat_template_kwargs and messages beside their content, expected at most {MAX_JSON}"
+            ),
+        ));
+    }
     let messages = messages
         .into_iter()
         .enumerate()
@@ -45,6 +59,35 @@ pub(in super::super) fn conversation(
         add_generation_prompt,
         variables,
     })
+}
+
+/// Bytes of what messages have beside text: calls, and whatever else a template may read. Content becomes text.
+fn structured(messages: &[Value]) -> usize {
+    let fields = messages.iter().filter_map(Value::as_object).flatten();
+    fields
+        .filter(|(name, value)| *name != "content" && (value.is_object() || value.is_array()))
+        .map(|(_, value)| length(value))
+        .fold(0, usize::saturating_add)
+}
+
+/// Bytes as JSON.
+fn length(value: &impl Serialize) -> usize {
+    struct Count(usize);
+    impl io::Write for Count {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0 += bytes.len();
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut count = Count(0);
+    match serde_json::to_writer(&mut count, value) {
+        Ok(()) => count.0,
+        Err(_) => usize::MAX,
+    }
 }
 
 fn plain(at: usize, message: Value) -> Result<Value, ApiError> {
@@ -168,6 +211,25 @@ mod tests {
             got["tool_calls"][0]["function"]["arguments"],
             json!({"x": 1})
         );
+    }
+
+    #[test]
+    fn much_besides_text_is_refused() {
+        let fits = |messages: Vec<Value>, tools: Vec<Value>, variables: Map<String, Value>| {
+            conversation(messages, tools, true, variables).is_ok()
+        };
+        let hello = || vec![json!({"role": "user", "content": "x".repeat(2 * MAX_JSON)})];
+        let much = Value::from(vec![1; MAX_JSON / 2]);
+        let object = json!({"much": much});
+        assert!(fits(hello(), Vec::new(), Map::new()));
+        assert!(!fits(hello(), vec![object.clone()], Map::new()));
+        let variables = object.as_object().cloned().expect("an object");
+        assert!(!fits(hello(), Vec::new(), variables));
+        let arguments = json!({"function": {"arguments": much.to_string()}});
+        let calls = json!({"role": "assistant", "tool_calls": [arguments]});
+        assert!(!fits(vec![calls], Vec::new(), Map::new()));
+        let other = json!({"role": "user", "content": "x", "other": much});
+        assert!(!fits(vec![other], Vec::new(), Map::new()));
     }
 
     #[test]

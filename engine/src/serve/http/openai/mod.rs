@@ -22,6 +22,7 @@ use super::error::ApiError;
 pub(super) use chat::chat_completions;
 pub(super) use completions::completions;
 pub(super) use messages::conversation;
+pub(super) use response::{REQUEST_ID, request_id};
 
 /// The models there are: one.
 pub(super) async fn models(State(app): State<App>) -> Json<Value> {

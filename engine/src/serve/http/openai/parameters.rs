@@ -7,8 +7,37 @@ use quire_scheduler::TokenId;
 use serde::Deserialize;
 use serde_json::{Number, Value};
 
+use super::super::body::JsonBody;
 use super::super::error::ApiError;
 use crate::generation::{GenerationRequest, Prompt, SamplingRequest};
+
+/// What other servers do and this one does not, of fields that change an answer.
+const UNSUPPORTED: [&str; 12] = [
+    "allowed_token_ids",
+    "bad_words",
+    "guided_choice",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "logits_processors",
+    "prompt_embeds",
+    "structured_outputs",
+    "thinking_token_budget",
+    "truncate_prompt_tokens",
+    "use_beam_search",
+];
+
+/// Refuses what is not supported at all, and of one endpoint `others`.
+pub(super) fn refuse_unsupported(body: &JsonBody, others: &[&str]) -> Result<(), ApiError> {
+    match UNSUPPORTED
+        .iter()
+        .chain(others)
+        .find(|field| body.asks(field))
+    {
+        Some(&field) => Err(ApiError::param(field, format!("{field} is not supported"))),
+        None => Ok(()),
+    }
+}
 
 /// Fields that `/v1/completions` and `/v1/chat/completions` share; beyond OpenAI's they are vLLM's.
 #[derive(Debug, Deserialize)]

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use axum::Json;
-use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::http::{HeaderMap, HeaderName};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, SelectAll, Stream, StreamExt};
@@ -20,7 +20,7 @@ use crate::sampling::TokenLogprobs;
 use crate::tokenizer::Tokenizer;
 
 /// The header that carries a request's id, both ways.
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(in super::super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// The two endpoints' answers differ in this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +60,7 @@ enum Item {
 }
 
 /// The id a client gave its request, or a new one.
-pub(super) fn request_id(headers: &HeaderMap) -> Arc<str> {
+pub(in super::super) fn request_id(headers: &HeaderMap) -> Arc<str> {
     headers
         .get(&REQUEST_ID)
         .and_then(|id| id.to_str().ok())
@@ -74,20 +74,15 @@ pub(super) fn request_id(headers: &HeaderMap) -> Arc<str> {
 impl Answer {
     /// Runs the generations to their ends; they stop early if the client goes away, because everything is then dropped.
     pub async fn respond(self, generations: Vec<Generation>) -> Result<Response, ApiError> {
-        let id = HeaderValue::from_str(&self.id).ok();
         let items = merge(generations);
-        let mut response = if self.delivery.stream {
+        Ok(if self.delivery.stream {
             let events = self.events(items);
             Sse::new(events)
                 .keep_alive(KeepAlive::default())
                 .into_response()
         } else {
             Json(self.whole(items).await?).into_response()
-        };
-        if let Some(id) = id {
-            response.headers_mut().insert(REQUEST_ID, id);
-        }
-        Ok(response)
+        })
     }
 
     async fn whole(self, mut items: SelectAll<Items>) -> Result<Value, ApiError> {
