@@ -186,6 +186,7 @@ impl Generator {
         let text = TextOptions {
             stops: request.stop.into(),
             include_stop: request.include_stop,
+            min_tokens: sampling.min_tokens,
             skip_special: request.skip_special,
             ends: ends.into(),
             samples: sampling.n,

@@ -81,6 +81,8 @@ pub struct Generation {
     stream: RequestStream,
     samples: Vec<Sample>,
     stops: Arc<[String]>,
+    /// Tokens of a sample that no stop string ends.
+    min_tokens: u32,
     /// Tokens that end a sample without being text.
     ends: Arc<[TokenId]>,
     pending: VecDeque<Output>,
@@ -111,6 +113,7 @@ struct Sample {
 pub(super) struct TextOptions {
     pub stops: Arc<[String]>,
     pub include_stop: bool,
+    pub min_tokens: u32,
     pub skip_special: bool,
     pub ends: Arc<[TokenId]>,
     pub samples: u32,
@@ -136,6 +139,7 @@ impl Generation {
             samples: (0..text.samples).map(sample).collect(),
             stream,
             stops: text.stops,
+            min_tokens: text.min_tokens,
             ends: text.ends,
             pending: VecDeque::new(),
             usage: Usage {
@@ -194,7 +198,7 @@ impl Generation {
             } => self.take_token(index, token, logprobs),
             Event::Finished { index, reason } => {
                 let sample = &mut self.samples[index as usize];
-                let mut text = sample.matcher.push(&sample.detokenizer.finish()).text;
+                let mut text = sample.matcher.push(&sample.detokenizer.finish(), true).text;
                 text.push_str(&sample.matcher.finish());
                 let stop = match reason {
                     FinishReason::Stop { token } => token.map(StopCause::Token),
@@ -228,7 +232,9 @@ impl Generation {
             (String::new(), None)
         } else {
             let text = sample.detokenizer.push(token);
-            let matched = sample.matcher.push(&text);
+            // As with tokens that end a sample, the first that may comes after so many others.
+            let stops = sample.tokens > self.min_tokens;
+            let matched = sample.matcher.push(&text, stops);
             (matched.text, matched.stop)
         };
         self.pending.push_back(Output::Chunk {

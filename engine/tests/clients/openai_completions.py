@@ -113,6 +113,20 @@ def a_stop_string_ends_the_text_before_itself(server: Server) -> None:
         expect.equal(kept.choices[0].text, before + stop, "with include_stop_str_in_output")
 
 
+def no_stop_string_ends_a_sample_before_min_tokens(server: Server) -> None:
+    extra = {"ignore_eos": True, "min_tokens": 20}
+    request = GREEDY | {"extra_body": extra}
+    with _lenient(server) as client:
+        free = client.completions.create(**request).choices[0].text
+        held = client.completions.create(**request, stop=free[9:14])
+        streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**request, stream=True, stop=free[9:14]))
+        # Complete with the last token.
+        late = client.completions.create(**request, stop=free[-6:])
+    expect.equal((held.choices[0].text, held.choices[0].finish_reason), (free, "length"), "a stop string among the first tokens")
+    expect.equal(streamed, free, "streamed")
+    expect.equal(late.choices[0].finish_reason, "stop", "one that is complete after them")
+
+
 def a_stop_token_ends_a_sample(server: Server) -> None:
     extra = {"ignore_eos": True, "return_token_ids": True}
     with server.openai() as client:
