@@ -66,6 +66,8 @@ pub(super) struct Observation {
     last_token: Instant,
     prompt_tokens: usize,
     generation_tokens: u32,
+    /// Samples whose end was not counted.
+    open: u32,
     reported: bool,
 }
 
@@ -87,6 +89,7 @@ impl Observation {
             last_token: arrived,
             prompt_tokens,
             generation_tokens: 0,
+            open: n,
             reported: false,
         }
     }
@@ -108,21 +111,25 @@ impl Observation {
         self.generation_tokens += 1;
     }
 
-    /// A sample ended.
-    pub fn finished(&self, reason: FinishReason) {
-        let reason = match reason {
-            FinishReason::Stop { .. } => "stop",
-            FinishReason::Length => "length",
-            FinishReason::Aborted | FinishReason::DeadlineExceeded => "abort",
-            FinishReason::Failed => "error",
+    /// A sample ended. Where that is the end of the whole request all open samples count: their owner may have seen enough and not read on.
+    pub fn finished(&mut self, reason: FinishReason) {
+        let open = self.open;
+        let (reason, samples) = match reason {
+            FinishReason::Stop { .. } => ("stop", open.min(1)),
+            FinishReason::Length => ("length", open.min(1)),
+            FinishReason::Aborted | FinishReason::DeadlineExceeded => ("abort", open),
+            FinishReason::Failed => ("error", open),
         };
-        self.count(reason);
+        self.count(reason, samples);
     }
 
-    fn count(&self, reason: &'static str) {
-        let mut labels = self.histograms.0.labels.clone();
-        labels.push(Label::new("finished_reason", reason));
-        counter!("vllm:request_success_total", labels).increment(1);
+    fn count(&mut self, reason: &'static str, samples: u32) {
+        if samples > 0 {
+            self.open -= samples;
+            let mut labels = self.histograms.0.labels.clone();
+            labels.push(Label::new("finished_reason", reason));
+            counter!("vllm:request_success_total", labels).increment(u64::from(samples));
+        }
     }
 
     /// The request ended.
@@ -150,8 +157,8 @@ impl Observation {
 impl Drop for Observation {
     fn drop(&mut self) {
         if !self.reported {
-            // The client went away.
-            self.count("abort");
+            // The client went away: while samples were open, or with no wish to hear that none is.
+            self.count("abort", self.open);
             self.ended();
         }
     }

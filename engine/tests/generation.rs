@@ -1,0 +1,105 @@
+//! Text in, text out: what is counted and timed of it.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::future::Future;
+
+use common::demo_checkpoint;
+use metrics_exporter_prometheus::PrometheusBuilder;
+use quire::core::{Engine, EngineConfig, FinishReason, StepReport};
+use quire::generation::{Generation, GenerationRequest, Generator, Output, Prompt};
+
+type Observer = Box<dyn FnMut(StepReport) + Send>;
+
+/// Text over a demo engine of its own.
+fn generator(config: &EngineConfig, observer: Option<Observer>) -> Generator {
+    let checkpoint = demo_checkpoint();
+    let backend = common::backend(1);
+    let engine = Engine::start(&checkpoint, backend, config, observer, &mut |_| {}).unwrap();
+    Generator::new(engine, &checkpoint)
+}
+
+/// Runs `work` and renders what was recorded meanwhile, by this test alone.
+fn recorded<F: Future<Output = ()>>(work: impl FnOnce() -> F) -> Recorded {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    metrics::with_local_recorder(&recorder, || runtime.block_on(work()));
+    Recorded(recorder.handle().render())
+}
+
+/// Prometheus' text format.
+struct Recorded(String);
+
+impl Recorded {
+    /// The value of a series, by its name and one of its labels; 0 for one that there is not.
+    fn value(&self, name: &str, label: &str) -> f64 {
+        let of_series = |line: &&str| {
+            let (series, _) = line.split_once(' ').unwrap_or_default();
+            series.split('{').next() == Some(name) && series.contains(label)
+        };
+        let line = self.0.lines().find(of_series);
+        line.map_or(0.0, |line| {
+            line.rsplit(' ').next().unwrap().parse().unwrap()
+        })
+    }
+
+    fn finished(&self) -> [f64; 4] {
+        ["stop", "length", "abort", "error"]
+            .map(|reason| self.value("vllm:request_success_total", &format!("\"{reason}\"")))
+    }
+}
+
+fn request(n: u32, max_tokens: u32) -> GenerationRequest {
+    let mut request = GenerationRequest::new("test", Prompt::Text("The type Vec".to_owned()));
+    request.sampling.n = Some(n);
+    request.sampling.max_tokens = Some(max_tokens);
+    request.sampling.ignore_eos = true;
+    request
+}
+
+/// Reads until a sample has ended.
+async fn first_end(generation: &mut Generation) -> FinishReason {
+    loop {
+        if let Output::Finished { reason, .. } = generation.next().await.unwrap() {
+            return reason;
+        }
+    }
+}
+
+#[test]
+fn every_sample_is_counted_once_however_far_its_answer_is_read() {
+    let to_its_end = recorded(async || {
+        let generator = generator(&EngineConfig::default(), None);
+        let mut generation = generator.generate(request(3, 5)).await.unwrap();
+        while generation.next().await.is_some() {}
+    });
+    assert_eq!(to_its_end.finished(), [0.0, 3.0, 0.0, 0.0]);
+
+    let to_the_last_event = recorded(async || {
+        let generator = generator(&EngineConfig::default(), None);
+        let mut generation = generator.generate(request(1, 5)).await.unwrap();
+        assert_eq!(first_end(&mut generation).await, FinishReason::Length);
+    });
+    assert_eq!(to_the_last_event.finished(), [0.0, 1.0, 0.0, 0.0]);
+
+    let hung_up = recorded(async || {
+        let generator = generator(&EngineConfig::default(), None);
+        let mut generation = generator.generate(request(64, 1900)).await.unwrap();
+        generation.next().await.unwrap();
+    });
+    assert_eq!(hung_up.finished(), [0.0, 0.0, 64.0, 0.0]);
+}
+
+#[test]
+fn a_failure_is_counted_for_every_sample_it_ends_and_as_nothing_else() {
+    let failed = recorded(async || {
+        let observer: Observer = Box::new(|_| panic!("a fault, as the test wants it"));
+        let generator = generator(&EngineConfig::default(), Some(observer));
+        let mut generation = generator.generate(request(4, 1900)).await.unwrap();
+        assert_eq!(first_end(&mut generation).await, FinishReason::Failed);
+    });
+    assert_eq!(failed.finished(), [0.0, 0.0, 0.0, 4.0]);
+}
