@@ -4,11 +4,12 @@
 mod common;
 
 use std::future::Future;
+use std::time::Instant;
 
 use common::demo_checkpoint;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use quire::core::{Engine, EngineConfig, FinishReason, StepReport};
-use quire::generation::{Generation, GenerationRequest, Generator, Output, Prompt};
+use quire::generation::{GenerateError, Generation, GenerationRequest, Generator, Output, Prompt};
 
 type Observer = Box<dyn FnMut(StepReport) + Send>;
 
@@ -49,6 +50,10 @@ impl Recorded {
     fn finished(&self) -> [f64; 4] {
         ["stop", "length", "abort", "error"]
             .map(|reason| self.value("vllm:request_success_total", &format!("\"{reason}\"")))
+    }
+
+    fn refused(&self, reason: &str) -> f64 {
+        self.value("quire_requests_refused_total", &format!("\"{reason}\""))
     }
 }
 
@@ -102,4 +107,39 @@ fn a_failure_is_counted_for_every_sample_it_ends_and_as_nothing_else() {
         assert_eq!(first_end(&mut generation).await, FinishReason::Failed);
     });
     assert_eq!(failed.finished(), [0.0, 0.0, 0.0, 4.0]);
+}
+
+#[test]
+fn every_refusal_is_counted_by_its_reason() {
+    let refused = recorded(async || {
+        let generator = generator(
+            &EngineConfig {
+                max_seqs: 4,
+                ..EngineConfig::default()
+            },
+            None,
+        );
+        let ask = async |change: &dyn Fn(&mut GenerationRequest)| {
+            let mut request = request(1, 5);
+            change(&mut request);
+            generator.generate(request).await.unwrap_err()
+        };
+        let more_than_run = ask(&|r| r.sampling.n = Some(5)).await;
+        assert!(matches!(more_than_run, GenerateError::Invalid { .. }));
+        ask(&|r| r.sampling.temperature = Some(-1.0)).await;
+        ask(&|r| r.prompt = Prompt::Text(String::new())).await;
+        ask(&|r| r.stop = vec![String::new()]).await;
+        let context = generator.engine().model().max_model_len as usize;
+        ask(&|r| r.prompt = Prompt::Text("a ".repeat(context * 100))).await;
+        ask(&|r| r.prompt = Prompt::Text("a ".repeat(context))).await;
+        ask(&|r| r.sampling.max_tokens = Some(context as u32)).await;
+        ask(&|r| r.deadline = Some(Instant::now())).await;
+        generator.engine().drain();
+        ask(&|_| {}).await;
+    });
+    assert_eq!(refused.refused("invalid"), 4.0);
+    assert_eq!(refused.refused("too_long"), 3.0);
+    assert_eq!(refused.refused("deadline"), 1.0);
+    assert_eq!(refused.refused("draining"), 1.0);
+    assert_eq!(refused.finished(), [0.0; 4], "none of them is an answer");
 }

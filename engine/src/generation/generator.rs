@@ -150,6 +150,11 @@ impl Generator {
     /// # Errors
     /// The request is wrong or refused; nothing is kept of it.
     pub async fn generate(&self, request: GenerationRequest) -> Result<Generation, GenerateError> {
+        let accepted = self.accept(request).await;
+        accepted.inspect_err(super::observe::refused)
+    }
+
+    async fn accept(&self, request: GenerationRequest) -> Result<Generation, GenerateError> {
         let arrived = Instant::now();
         let inner = &*self.inner;
         check_stops(&request.stop)?;
@@ -201,8 +206,7 @@ impl Generator {
             tenant: request.tenant,
             cache_salt: salt(&request.cache_salt),
             deadline: request.deadline,
-        });
-        let stream = stream.inspect_err(super::observe::refused)?;
+        })?;
         let observation =
             Observation::begin(&inner.histograms, arrived, tokens.len(), max_tokens, n);
         Ok(Generation::new(

@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use metrics::{Histogram, Label, counter, histogram};
 
-use crate::core::{FinishReason, SubmitError};
+use super::GenerateError;
+use crate::core::FinishReason;
 
 /// Handles to the histograms of one model; resolved once, so that a token costs no look-up.
 #[derive(Clone)]
@@ -193,13 +194,17 @@ pub(crate) static SECONDS: LazyLock<Vec<(&'static str, Vec<f64>)>> = LazyLock::n
     ]
 });
 
-/// Counts a request that the engine did not take.
-pub(super) fn refused(error: &SubmitError) {
+/// Counts a request that was not accepted.
+pub(super) fn refused(error: &GenerateError) {
     let reason = match error {
-        SubmitError::Overloaded { .. } => "overloaded",
-        SubmitError::Draining => "draining",
-        SubmitError::Rejected(_) => "too_long",
-        SubmitError::Stopped => "stopped",
+        GenerateError::Invalid { .. } => "invalid",
+        GenerateError::TooLong(_) => "too_long",
+        GenerateError::UnknownModel { .. } => "unknown_model",
+        GenerateError::Overloaded { .. } => "overloaded",
+        GenerateError::Draining => "draining",
+        GenerateError::DeadlineExceeded => "deadline",
+        GenerateError::Aborted => "aborted",
+        GenerateError::Internal(_) => "error",
     };
     counter!("quire_requests_refused_total", "reason" => reason).increment(1);
 }

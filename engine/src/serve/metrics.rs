@@ -239,7 +239,7 @@ fn describe() {
         ),
         (
             "quire_requests_refused_total",
-            "Requests that were not accepted, by reason.",
+            "Requests for an answer that were read and not accepted, by reason.",
         ),
     ] {
         describe_counter!(name, help);
