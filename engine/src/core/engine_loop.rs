@@ -1,7 +1,6 @@
 //! The engine thread: receive, schedule, forward, sample, complete, publish — and again. A GPU is a step ahead of it: see [`super::ahead`].
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,6 +14,7 @@ use crate::sampling::{Choice, Sampler, Scratch};
 
 use super::ahead::Ahead;
 use super::config::StepReport;
+use super::deadlines::Deadlines;
 use super::handle::{EngineStats, Shared, Submission};
 use super::ranks::{Ranks, Unclaimed};
 use super::request::{Event, FinishReason};
@@ -37,8 +37,7 @@ pub(super) struct EngineLoop<B: Backend> {
     /// By [`SeqId::slot`].
     pub(super) sequences: Vec<Option<Sequence>>,
     pub(super) ahead: Ahead,
-    /// Soonest first; entries of requests that have ended are skipped when they come up.
-    deadlines: BinaryHeap<Reverse<(Instant, RequestKey)>>,
+    deadlines: Deadlines,
     last_finish: Instant,
     /// Mixed into the seeds of requests that did not choose one.
     entropy: u64,
@@ -120,7 +119,7 @@ impl<B: Backend> EngineLoop<B> {
             active: HashMap::new(),
             sequences: Vec::new(),
             ahead: Ahead::new(ahead),
-            deadlines: BinaryHeap::new(),
+            deadlines: Deadlines::default(),
             last_finish: Instant::now(),
             entropy: entropy.finish(),
             prompt_tokens: 0,
@@ -251,10 +250,12 @@ impl<B: Backend> EngineLoop<B> {
             }),
         };
         self.place(seq, sequence);
-        if let Some(deadline) = request.deadline {
-            self.deadlines.push(Reverse((deadline, key)));
-        }
         self.active.insert(key, active);
+        if let Some(deadline) = request.deadline {
+            let active = &self.active;
+            let is_active = |key| active.contains_key(&key);
+            self.deadlines.add(deadline, key, active.len(), is_active);
+        }
     }
 
     fn obey(&mut self, control: Control) {
@@ -284,11 +285,7 @@ impl<B: Backend> EngineLoop<B> {
             return;
         }
         let now = Instant::now();
-        while let Some(&Reverse((deadline, key))) = self.deadlines.peek() {
-            if deadline > now {
-                break;
-            }
-            self.deadlines.pop();
+        while let Some(key) = self.deadlines.next_passed(now) {
             self.end_request(key, FinishReason::DeadlineExceeded);
         }
     }
