@@ -47,6 +47,12 @@ impl Recorded {
         })
     }
 
+    /// Of a histogram that has one series.
+    fn sum_and_count(&self, name: &str) -> (f64, f64) {
+        let part = |of| self.value(&format!("{name}_{of}"), "");
+        (part("sum"), part("count"))
+    }
+
     fn finished(&self) -> [f64; 4] {
         ["stop", "length", "abort", "error"]
             .map(|reason| self.value("vllm:request_success_total", &format!("\"{reason}\"")))
@@ -142,4 +148,31 @@ fn every_refusal_is_counted_by_its_reason() {
     assert_eq!(refused.refused("deadline"), 1.0);
     assert_eq!(refused.refused("draining"), 1.0);
     assert_eq!(refused.finished(), [0.0; 4], "none of them is an answer");
+}
+
+#[test]
+fn times_are_those_of_the_engine_and_not_those_of_its_reader() {
+    let mut whole = 0.0;
+    let slowly_read = recorded(async || {
+        let generator = generator(&EngineConfig::default(), None);
+        let arrived = Instant::now();
+        let mut generation = generator.generate(request(2, 30)).await.unwrap();
+        generator.engine().drained().await;
+        whole = arrived.elapsed().as_secs_f64();
+        // Nothing was read until now.
+        while generation.next().await.is_some() {}
+    });
+    let of = |name: &str| slowly_read.sum_and_count(&format!("vllm:{name}_seconds"));
+    let (first, end) = (of("time_to_first_token"), of("e2e_request_latency"));
+    assert_eq!((first.1, end.1), (1.0, 1.0));
+    assert!(
+        0.0 < first.0 && first.0 < end.0 && end.0 < whole,
+        "{first:?} {end:?} {whole}"
+    );
+    // Both samples have their tokens in the same steps.
+    let (between, pairs) = of("inter_token_latency");
+    assert_eq!(pairs, 58.0);
+    assert!((between - 2.0 * of("request_decode_time").0).abs() < 1e-6);
+    let parts = of("request_queue_time").0 + of("request_inference_time").0;
+    assert!((parts - end.0).abs() < 1e-6, "{parts} {end:?}");
 }

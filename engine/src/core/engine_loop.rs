@@ -296,7 +296,7 @@ impl<B: Backend> EngineLoop<B> {
         let began = Instant::now();
         let now = self.now();
         self.scheduler.schedule(now);
-        let launched = (!self.scheduler.batch().sequences.is_empty()).then(|| self.forward());
+        let launched = (!self.scheduler.batch().sequences.is_empty()).then(|| self.forward(began));
         let ahead = before.is_some();
         if let Some(before) = before {
             self.resolve(before);
@@ -308,9 +308,9 @@ impl<B: Backend> EngineLoop<B> {
         }
     }
 
-    /// Hands what is scheduled to the device.
-    fn forward(&mut self) -> Result<(), Error> {
-        self.announce_admitted();
+    /// Hands what is scheduled to the device; `began`: when it was planned.
+    fn forward(&mut self, began: Instant) -> Result<(), Error> {
+        self.announce_admitted(began);
         let (step, draws) = (&mut self.step, &self.ahead.draws);
         step::fill(&self.scheduler, draws, step, &mut self.copies);
         if self.ranks.draws() {
@@ -321,7 +321,7 @@ impl<B: Backend> EngineLoop<B> {
     }
 
     /// Tells the owners of sequences that leave the queue with this step.
-    fn announce_admitted(&mut self) {
+    fn announce_admitted(&mut self, at: Instant) {
         for scheduled in &self.scheduler.batch().sequences {
             let Some(cached_tokens) = scheduled.cached else {
                 continue;
@@ -337,7 +337,7 @@ impl<B: Backend> EngineLoop<B> {
                 active.admitted = true;
                 self.shared.left_queue(active.ticket.prompt);
                 self.prompt_tokens += self.scheduler.tokens(scheduled.seq).len() as u64;
-                let _ = active.events.send(Event::Admitted { cached_tokens });
+                let _ = active.events.send(Event::Admitted { cached_tokens, at });
             }
         }
     }
@@ -355,8 +355,9 @@ impl<B: Backend> EngineLoop<B> {
             vocab,
         );
         self.sampled.clear();
+        let at = Instant::now();
         for job in jobs.drain(..) {
-            self.take_answer(job.work);
+            self.take_answer(job.work, at);
         }
         self.jobs = jobs;
     }
@@ -457,14 +458,14 @@ impl<B: Backend> EngineLoop<B> {
             .collect()
     }
 
-    /// Takes the answer of a job that was done.
-    fn take_answer(&mut self, work: Work) {
+    /// Takes the answer of a job that was done; the step's were `at`.
+    fn take_answer(&mut self, work: Work, at: Instant) {
         match work {
             Work::Choose {
                 seq,
                 sequence,
                 choice: Some(choice),
-            } => self.take_choice(seq, sequence, choice),
+            } => self.take_choice(seq, sequence, choice, at),
             Work::Report {
                 events,
                 logprobs: Some(logprobs),
@@ -485,7 +486,13 @@ impl<B: Backend> EngineLoop<B> {
     }
 
     /// The next token of a sequence was chosen: it ends, or goes back to its slot.
-    pub(super) fn take_choice(&mut self, seq: SeqId, sequence: Sequence, choice: Choice) {
+    pub(super) fn take_choice(
+        &mut self,
+        seq: SeqId,
+        sequence: Sequence,
+        choice: Choice,
+        at: Instant,
+    ) {
         let Choice { token, logprobs } = choice;
         self.generation_tokens += 1;
         let index = sequence.index;
@@ -501,6 +508,7 @@ impl<B: Backend> EngineLoop<B> {
                 index,
                 token,
                 logprobs: logprobs.map(Box::new),
+                at,
             },
         ));
         let reason = if sequence.limits.stop.contains(&token) {
@@ -520,7 +528,7 @@ impl<B: Backend> EngineLoop<B> {
             return;
         };
         self.outbox
-            .push((sequence.events, Event::Finished { index, reason }));
+            .push((sequence.events, Event::Finished { index, reason, at }));
         if let Some(active) = self.active.get_mut(&sequence.request) {
             active.samples[index as usize] = Sample::Ended;
             if active.samples.iter().all(|s| *s == Sample::Ended) {
@@ -560,13 +568,14 @@ impl<B: Backend> EngineLoop<B> {
     /// Reports the end of every open sample of a request that holds nothing any more.
     fn end_all(&mut self, active: Active, reason: FinishReason) {
         self.publish();
-        self.forget(&active);
+        let at = self.forget(&active);
         tracing::debug!(request = %active.id, ?reason, "ended early");
         for (index, sample) in active.samples.iter().enumerate() {
             if *sample != Sample::Ended {
                 let _ = active.events.send(Event::Finished {
                     index: index as u32,
                     reason,
+                    at,
                 });
             }
         }
@@ -592,8 +601,8 @@ impl<B: Backend> EngineLoop<B> {
         }
     }
 
-    /// Settles the shared counts of a request that ended.
-    fn forget(&mut self, active: &Active) {
+    /// Settles the shared counts of a request that ended: now, which is returned.
+    fn forget(&mut self, active: &Active) -> Instant {
         if !active.admitted {
             self.shared.left_queue(active.ticket.prompt);
         }
@@ -606,6 +615,7 @@ impl<B: Backend> EngineLoop<B> {
         self.shared
             .observe_finish_interval(interval.as_micros() as u64);
         self.shared.ended();
+        now
     }
 
     /// Hands the changes of the prefix cache to whoever subscribes.

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Instant;
 
 use quire_scheduler::TokenId;
 
@@ -184,9 +185,9 @@ impl Generation {
 
     fn take(&mut self, event: Event) {
         match event {
-            Event::Admitted { cached_tokens } => {
+            Event::Admitted { cached_tokens, at } => {
                 self.usage.cached_tokens = cached_tokens;
-                self.observation.admitted();
+                self.observation.admitted(at);
                 self.pending.push_back(Output::Started { cached_tokens });
                 self.take_prompt_logprobs(Vec::new());
             }
@@ -195,8 +196,12 @@ impl Generation {
                 index,
                 token,
                 logprobs,
-            } => self.take_token(index, token, logprobs),
-            Event::Finished { index, reason } => {
+                at,
+            } => {
+                self.observation.token(index, at);
+                self.take_token(index, token, logprobs, at);
+            }
+            Event::Finished { index, reason, at } => {
                 let sample = &mut self.samples[index as usize];
                 let mut text = sample.matcher.push(&sample.detokenizer.finish(), true).text;
                 text.push_str(&sample.matcher.finish());
@@ -204,7 +209,7 @@ impl Generation {
                     FinishReason::Stop { token } => token.map(StopCause::Token),
                     _ => None,
                 };
-                self.finish(index, text, reason, stop);
+                self.finish(index, text, reason, stop, at);
             }
         }
     }
@@ -222,8 +227,13 @@ impl Generation {
         }
     }
 
-    fn take_token(&mut self, index: u32, token: TokenId, logprobs: Option<Box<TokenLogprobs>>) {
-        self.observation.token();
+    fn take_token(
+        &mut self,
+        index: u32,
+        token: TokenId,
+        logprobs: Option<Box<TokenLogprobs>>,
+        at: Instant,
+    ) {
         self.usage.completion_tokens += 1;
         let sample = &mut self.samples[index as usize];
         sample.tokens += 1;
@@ -250,12 +260,19 @@ impl Generation {
             self.stream.stop(index);
             let cause = StopCause::Text(self.stops[which].clone());
             let reason = FinishReason::Stop { token: None };
-            self.finish(index, String::new(), reason, Some(cause));
+            self.finish(index, String::new(), reason, Some(cause), at);
         }
     }
 
-    fn finish(&mut self, index: u32, text: String, reason: FinishReason, stop: Option<StopCause>) {
-        self.observation.finished(reason);
+    fn finish(
+        &mut self,
+        index: u32,
+        text: String,
+        reason: FinishReason,
+        stop: Option<StopCause>,
+        at: Instant,
+    ) {
+        self.observation.finished(reason, at);
         self.pending.push_back(Output::Finished {
             index,
             text,

@@ -251,7 +251,7 @@ fn describe() {
         ),
         (
             "vllm:inter_token_latency_seconds",
-            "Between two tokens of a request.",
+            "Between two tokens of a sample.",
         ),
         (
             "vllm:e2e_request_latency_seconds",
