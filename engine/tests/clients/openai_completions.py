@@ -197,6 +197,23 @@ def echo_with_logprobs_tells_those_of_the_prompt_too(server: Server) -> None:
         expect.equal(told, whole, f"streamed {name}")
 
 
+def echo_shows_the_control_tokens_of_a_prompt_on_request(server: Server) -> None:
+    prompt = "<|im_start|>user\nCafe<|im_end|>\n"
+    request = {"model": "demo", "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1, "echo": True}
+    for skip, shown in [(True, "user\nCafe\n"), (False, prompt)]:
+        with _lenient(server) as client:
+            extra = {"ignore_eos": True, "skip_special_tokens": skip}
+            choice = client.completions.create(**request, extra_body=extra).choices[0]
+            chunks = list(client.completions.create(**request, extra_body=extra, stream=True))
+        expect.that(choice.text.startswith(shown), f"{choice.text!r} with skip_special_tokens {skip}")
+        expect.equal("".join(one.text for chunk in chunks for one in chunk.choices), choice.text, "streamed")
+        for token, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset):
+            hidden = skip and token.startswith("<|")
+            expect.that(hidden or choice.text[offset:].startswith(token), f"{token!r} at {offset} of {choice.text!r}")
+        told = [offset for chunk in chunks for one in chunk.choices if one.logprobs for offset in one.logprobs.text_offset]
+        expect.equal(told, choice.logprobs.text_offset, "streamed offsets")
+
+
 def a_prompt_is_scored_without_an_answer(server: Server) -> None:
     ids = server.tokens(PROMPT)
     with _lenient(server) as client:
