@@ -101,6 +101,11 @@ impl Workload {
         tokens
     }
 
+    /// Steps until so many sequences run and all of them generate.
+    fn settle(&mut self, running: u32) {
+        while self.step(|_| false) != running || self.scheduler.stats().running != running {}
+    }
+
     /// Replaces the running sequences by `count` new ones, their block boundaries spread over the steps, and steps until all generate.
     fn renew(&mut self, count: u32) {
         for seq in std::mem::take(&mut self.running) {
@@ -110,7 +115,7 @@ impl Workload {
             let seq = self.add(20 + n % BLOCK, LONGEST - 36, URGENT);
             self.running.push(seq);
         }
-        while self.step(|_| false) != count || self.scheduler.stats().running != count {}
+        self.settle(count);
     }
 }
 
@@ -187,6 +192,35 @@ fn by_waiting(c: &mut Criterion) {
     group.finish();
 }
 
+/// The head of the queue waits for blocks: most of its prompt is in the cache, where one that runs holds it, and what follows does not fit beside the others.
+fn blocked_head(c: &mut Criterion) {
+    const SHARED: u32 = 1 << 16;
+    let blocks = 256 * LONGEST.div_ceil(BLOCK) * 5 / 4 + SHARED / BLOCK;
+    let mut workload = Workload::new(Config {
+        max_model_len: blocks * BLOCK,
+        ..config(512, 8192, blocks)
+    });
+    let prompt: Vec<TokenId> = (0..blocks * BLOCK - 1)
+        .map(|i| TokenId(u32::MAX / 2 + i))
+        .collect();
+    let mut long = Vec::new();
+    c.bench_function("step, 256 decoding, the head waits for blocks", |b| {
+        b.iter_custom(|steps| {
+            time(steps, &mut workload, |workload| {
+                for seq in long.drain(..) {
+                    workload.scheduler.abort(seq);
+                }
+                workload.renew(255);
+                let shared = prompt[..SHARED as usize].to_vec();
+                long.push(workload.add_prompt(shared, LONGEST, URGENT));
+                workload.settle(256);
+                long.push(workload.add_prompt(prompt.clone(), 1, 0));
+            })
+        });
+        assert_eq!(workload.scheduler.stats().waiting, 1);
+    });
+}
+
 /// In every step one of 256 sequences ends and the head of a long queue takes its place: prompts and generation side by side, for ever.
 fn turnover(c: &mut Criterion) {
     let mut group = c.benchmark_group("step, 256 running, one ends and one starts, waiting");
@@ -256,6 +290,7 @@ fn main() {
         .configure_from_args();
     by_running(&mut criterion);
     by_waiting(&mut criterion);
+    blocked_head(&mut criterion);
     kv_events(&mut criterion);
     turnover(&mut criterion);
     mixed(&mut criterion);

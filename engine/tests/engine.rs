@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use common::{answers, demo_checkpoint, submit};
 use quire::core::{
-    Engine, EngineConfig, Event, FinishReason, KvEvents, KvNews, Request, SubmitError,
+    Engine, EngineConfig, Event, FinishReason, KvEvents, KvNews, Request, RequestStream,
+    SubmitError,
 };
 use quire::sampling::SamplingParams;
 use quire_kernels::KvDtype;
@@ -34,6 +35,14 @@ fn request(prompt: u32, max_tokens: u32) -> Request {
         tenant: Arc::from(""),
         cache_salt: 0,
         deadline: None,
+    }
+}
+
+/// Prompt tokens that a request finds in the prefix cache.
+fn cached_tokens(stream: &mut RequestStream) -> u32 {
+    match stream.next_blocking() {
+        Some(Event::Admitted { cached_tokens, .. }) => cached_tokens,
+        event => panic!("{event:?} comes first"),
     }
 }
 
@@ -195,6 +204,35 @@ fn a_deadline_ends_a_request_wherever_it_is() {
 }
 
 #[test]
+fn events_say_when_they_happened_and_not_when_they_are_read() {
+    let engine = start(&EngineConfig::default());
+    let before = Instant::now();
+    let mut wanted = request(600, 7);
+    wanted.sampling.n = 2;
+    let mut stream = submit(&engine, &wanted);
+    // It came later and is longer: when it has ended the first one has.
+    answers(submit(&engine, &request(20, 50)));
+    let after = Instant::now();
+    let mut times = vec![before];
+    let mut tokens = [Vec::new(), Vec::new()];
+    while let Some(event) = stream.next_blocking() {
+        times.push(match event {
+            Event::Admitted { at, .. } | Event::Finished { at, .. } => at,
+            Event::Token { index, at, .. } => {
+                tokens[index as usize].push(at);
+                at
+            }
+            Event::PromptLogprobs(_) => continue,
+        });
+    }
+    times.push(after);
+    assert!(times.is_sorted(), "in order, and before anybody read them");
+    assert_eq!(tokens[0], tokens[1], "tokens of a step are of one moment");
+    assert!(tokens[0].windows(2).all(|pair| pair[0] < pair[1]));
+    assert_eq!(times[times.len() - 2], tokens[0][6], "so is its end");
+}
+
+#[test]
 fn a_drain_refuses_what_is_new_and_finishes_what_was_accepted() {
     let engine = start(&EngineConfig::default());
     let accepted: Vec<_> = (0..8).map(|_| submit(&engine, &request(40, 60))).collect();
@@ -218,18 +256,12 @@ fn a_second_prompt_with_the_same_beginning_finds_it_in_the_cache() {
     let engine = start(&EngineConfig::default());
     answers(submit(&engine, &request(100, 1)));
     let mut again = submit(&engine, &request(100, 1));
-    assert_eq!(
-        again.next_blocking(),
-        Some(Event::Admitted { cached_tokens: 96 })
-    );
+    assert_eq!(cached_tokens(&mut again), 96);
     drop(again);
     engine.clear_prefix_cache();
     settle(&engine);
     let mut anew = submit(&engine, &request(100, 1));
-    assert_eq!(
-        anew.next_blocking(),
-        Some(Event::Admitted { cached_tokens: 0 })
-    );
+    assert_eq!(cached_tokens(&mut anew), 0);
 }
 
 #[test]
@@ -240,20 +272,14 @@ fn the_logprobs_of_a_prompt_are_told_once_whatever_is_cached_and_however_many_sa
     plain.sampling.prompt_logprobs = Some(2);
     plain.sampling.n = 3;
     let mut stream = submit(&engine, &plain);
-    assert_eq!(
-        stream.next_blocking(),
-        Some(Event::Admitted { cached_tokens: 0 })
-    );
+    assert_eq!(cached_tokens(&mut stream), 0);
     let all = answers(stream);
     assert_eq!(all[0].prompt_logprobs.len(), 99);
     assert!(all[1].prompt_logprobs.is_empty() && all[2].prompt_logprobs.is_empty());
     // It left its blocks for others.
     plain.sampling.prompt_logprobs = None;
     let mut after = submit(&engine, &plain);
-    assert_eq!(
-        after.next_blocking(),
-        Some(Event::Admitted { cached_tokens: 96 })
-    );
+    assert_eq!(cached_tokens(&mut after), 96);
 }
 
 #[test]

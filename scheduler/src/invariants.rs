@@ -72,6 +72,11 @@ impl Scheduler {
             running + forks <= self.config.max_seqs,
             "too many sequences run"
         );
+        if let Some((_, &head)) = self.waiting.first_key_value()
+            && self.is_known_unfit(head)
+        {
+            assert!(self.find_room(head).is_err(), "there is room for {head:?}");
+        }
         let mut free = 0;
         for block in self.blocks.pool.free_ids() {
             assert_eq!(references[block.index()], 0, "{block:?} is free and held");
@@ -124,6 +129,17 @@ impl Scheduler {
                 );
             }
         }
+    }
+
+    /// Whether the head of the queue is known not to fit, and will not be looked up; `forget`: from now on it is not known.
+    #[doc(hidden)]
+    pub fn knows_no_room(&mut self, forget: bool) -> bool {
+        let head = self.waiting.first_key_value();
+        let known = head.is_some_and(|(_, &head)| self.is_known_unfit(head));
+        if forget {
+            self.unfit = None;
+        }
+        known
     }
 
     /// Chain hashes of the findable blocks that events tell about.

@@ -6,6 +6,7 @@ use crate::blocks::Blocks;
 use crate::policy::{Key, Ranking};
 use crate::prefix_cache::{PrefixCache, Realm, chain_hash};
 use crate::sequence::{Sequence, Slots, State};
+use crate::step::Unfit;
 use crate::{
     AddError, Batch, BlockId, Config, ConfigError, KvEvent, Sampled, Scheduled, SeqId, Time,
     TokenId,
@@ -72,6 +73,7 @@ pub struct Scheduler {
     pub(crate) forked: Vec<SeqId>,
     /// Where the decodes of a step begin, so that a budget smaller than their number goes round.
     pub(crate) rotation: usize,
+    pub(crate) unfit: Option<Unfit>,
     /// Kept for its memory: sequences that want prefill, in order.
     pub(crate) prefills: Vec<(Key, SeqId)>,
     /// Rows of prompts whose logits the step being planned may still ask for.
@@ -100,6 +102,7 @@ impl Scheduler {
             batch: Batch::default(),
             forked: Vec::new(),
             rotation: 0,
+            unfit: None,
             prefills: Vec::new(),
             prompt_logits_left: 0,
             prefix_queries: 0,
@@ -407,6 +410,9 @@ impl Scheduler {
 
     /// Makes the blocks a sequence has filled findable, and gives back those that no later query reads.
     fn settle_blocks(&mut self, seq: SeqId) {
+        if self.may_continue_unfit(seq) {
+            self.unfit = None;
+        }
         let size = self.config.block_size;
         let groups = &self.config.groups;
         let Some(sequence) = self.slots.get_mut(seq) else {

@@ -2,9 +2,18 @@
 
 use crate::groups::most_blocks;
 use crate::pool::Worth;
-use crate::prefix_cache::Prefix;
+use crate::prefix_cache::{Prefix, PrefixCache};
 use crate::sequence::{Sequence, State};
 use crate::{Batch, BlockCopy, BlockId, Scheduled, Scheduler, SeqId, Time};
+
+/// The head of the queue, once there was no room for it: it need not be looked up in every step until there is.
+#[derive(Debug)]
+pub(crate) struct Unfit {
+    seq: SeqId,
+    /// It does not fit while fewer blocks are free and others run. Nothing can lower this but what lets it begin with more: blocks that become findable
+    /// (see [`Scheduler::may_continue_unfit`]), or others that come to hold what it begins with, which takes an admission.
+    wanted: u64,
+}
 
 impl Scheduler {
     /// Plans the next step. An empty batch: nothing to do.
@@ -153,38 +162,29 @@ impl Scheduler {
         if places > self.config.max_seqs {
             return false;
         }
-        let known = sequence.known();
-        let prefix = self.find_prefix(seq);
-        let Self { config, blocks, .. } = self;
-        let groups = config.groups.len();
-        let found = || prefix.blocks.iter().filter(|&&b| b != BlockId::NONE);
-        let cached = (prefix.blocks.len() / groups) as u32 * config.block_size;
-        let all = most_blocks(
-            &config.groups,
-            config.block_size,
-            config.max_batch_tokens,
-            cached,
-            known,
-        );
-        // Those of the prefix that others hold cost nothing.
-        let held = found().filter(|&&b| blocks.pool.references(b) > 0).count() as u64;
-        // A little room for the others to grow, or they would be preempted at once. Alone there are no others.
-        let spare = if self.running_count == 0 {
-            0
-        } else {
-            u64::from(config.num_blocks) / 100 + groups as u64
-        };
-        if all - held + spare > u64::from(blocks.pool.free()) {
+        if self.is_known_unfit(seq) {
             return false;
         }
-        for &block in found() {
+        let prefix = match self.find_room(seq) {
+            Ok(prefix) => prefix,
+            Err(wanted) => {
+                self.unfit = Some(Unfit { seq, wanted });
+                return false;
+            }
+        };
+        self.unfit = None;
+        let Self { config, blocks, .. } = self;
+        let groups = config.groups.len();
+        let cached = (prefix.blocks.len() / groups) as u32 * config.block_size;
+        for &block in prefix.blocks.iter().filter(|&&b| b != BlockId::NONE) {
             blocks.share(block);
         }
         blocks.cache.touch(&prefix);
         let block_size = config.block_size;
         let sequence = self.slots.get_mut(seq).expect("looked up above");
         sequence.state = State::Running;
-        let room = sequence.longest - sequence.known();
+        let known = sequence.known();
+        let room = sequence.longest - known;
         sequence.tokens.reserve_exact(room as usize);
         sequence.blocks = prefix.blocks;
         let entries = sequence.longest.div_ceil(block_size) as usize * groups;
@@ -207,6 +207,61 @@ impl Scheduler {
         self.pending_forks += forks;
         self.ranking.admitted(key);
         true
+    }
+
+    /// Whether a waiting sequence is the one for which there was no room, and there still is none.
+    pub(crate) fn is_known_unfit(&self, seq: SeqId) -> bool {
+        let free = u64::from(self.blocks.pool.free());
+        let unfit = self.unfit.as_ref();
+        self.running_count > 0 && unfit.is_some_and(|unfit| unfit.seq == seq && free < unfit.wanted)
+    }
+
+    /// What a waiting sequence can begin with if there is room for all it knows; `Err`: [`Unfit::wanted`].
+    pub(crate) fn find_room(&self, seq: SeqId) -> Result<Prefix, u64> {
+        let Self { config, blocks, .. } = self;
+        let prefix = self.find_prefix(seq);
+        let groups = config.groups.len();
+        let cached = (prefix.blocks.len() / groups) as u32 * config.block_size;
+        let all = most_blocks(
+            &config.groups,
+            config.block_size,
+            config.max_batch_tokens,
+            cached,
+            self.tokens(seq).len() as u32,
+        );
+        let found = prefix.blocks.iter().enumerate();
+        // Those of the prefix that others hold cost nothing. A shorter prefix has no more of them, except where a window then shows others: at most all.
+        let (mut held, mut most_held) = (0, 0);
+        for (at, &block) in found.filter(|&(_, &block)| block != BlockId::NONE) {
+            let is_held = blocks.pool.references(block) > 0;
+            held += u64::from(is_held);
+            most_held += u64::from(is_held || !config.groups[at % groups].is_full());
+        }
+        // A little room for the others to grow, or they would be preempted at once. Alone there are no others.
+        let spare = if self.running_count == 0 {
+            0
+        } else {
+            u64::from(config.num_blocks) / 100 + groups as u64
+        };
+        if all - held + spare > u64::from(blocks.pool.free()) {
+            return Err(all - most_held + spare);
+        }
+        Ok(prefix)
+    }
+
+    /// Whether the next block that `seq` makes findable may be one more that the sequence for which there was no room begins with: all before it are.
+    pub(crate) fn may_continue_unfit(&self, seq: SeqId) -> bool {
+        let Some(unfit) = &self.unfit else {
+            return false;
+        };
+        let (Some(head), Some(sequence)) = (self.slots.get(unfit.seq), self.slots.get(seq)) else {
+            return false;
+        };
+        let before = match sequence.filled {
+            0 => Some(PrefixCache::root(head.realm).hash),
+            filled => head.hashes.get(filled as usize - 1).copied(),
+        };
+        before == Some(sequence.chain.hash)
     }
 
     /// The cached blocks a waiting sequence can begin with. At least its last token is left to compute, and the prompt's tokens of which logits are

@@ -1,4 +1,4 @@
-//! A step in which running sequences generate allocates nothing, however long they have been at it.
+//! A step in which running sequences generate allocates nothing, however long they have been at it, and though another waits for their blocks.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -58,27 +58,34 @@ fn steps_of_running_sequences_allocate_nothing() {
 
 fn run(groups: Vec<PageGroup>) {
     let blocks = blocks_needed(&groups, 16, PROMPT, PROMPT + GENERATED, SEQUENCES) as u32;
+    let num_blocks = blocks + 100;
+    // As long as it may be: while others run there is no room for it.
+    let longest = (0..1 << 16)
+        .rfind(|&tokens| blocks_needed(&groups, 16, 4096, tokens, 1) <= u64::from(num_blocks))
+        .expect("there is room for a short one");
     let config = Config {
         block_size: 16,
-        num_blocks: blocks + 100,
+        num_blocks,
         groups,
         max_batch_tokens: 4096,
         max_chunk_tokens: 4096,
         max_prompt_logits: 32,
-        max_seqs: SEQUENCES,
-        max_model_len: 2048,
+        max_seqs: SEQUENCES + 1,
+        max_model_len: longest,
         recompute_beyond: None,
-        max_waiting: SEQUENCES,
+        max_waiting: SEQUENCES + 1,
         prefix_cache: true,
         policy: Policy::Priority,
         priority_aging: 1000,
         kv_events: false,
     };
     let mut scheduler = Scheduler::new(config).expect("a valid configuration");
-    for n in 0..SEQUENCES {
+    let lengths = [(PROMPT, GENERATED); SEQUENCES as usize];
+    let lengths = lengths.into_iter().chain([(longest - 1, 1)]);
+    for (n, (prompt, max_tokens)) in (0..).zip(lengths) {
         let new = NewSequence {
-            prompt: (0..PROMPT).map(|i| TokenId(n * PROMPT + i)).collect(),
-            max_tokens: GENERATED,
+            prompt: (0..prompt).map(|i| TokenId(n * PROMPT + i)).collect(),
+            max_tokens,
             samples: 1,
             priority: 0,
             tenant: 0,
@@ -108,5 +115,6 @@ fn run(groups: Vec<PageGroup>) {
         scheduler.complete(&sampled);
     }
     assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0);
-    assert!(!scheduler.has_work());
+    let left = scheduler.stats();
+    assert_eq!((left.running, left.waiting), (0, 1));
 }

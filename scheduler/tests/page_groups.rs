@@ -75,6 +75,28 @@ fn the_blocks_a_window_passed_are_the_first_to_be_reused() {
 }
 
 #[test]
+fn a_head_that_begins_with_less_may_want_fewer_blocks() {
+    let mut scheduler = scheduler(&[0, 9], 37);
+    let cached = add(&mut scheduler, request(0..41, 1));
+    run_to(&mut scheduler, cached, 41);
+    let runs = add(&mut scheduler, request((0..16).chain([500]), 50));
+    let holds = add(&mut scheduler, request(900..905, 50));
+    step(&mut scheduler, 7, false);
+    // 32 blocks, of which the full group's first four are held by the one that runs; and two to spare.
+    let waits = add(&mut scheduler, request((0..40).chain(300..360), 1));
+    step(&mut scheduler, 7, false);
+    assert!(scheduler.knows_no_room(false));
+    // Of a prefix that ends where that one's does, its window is held, too: 28 blocks are enough.
+    scheduler.clear_prefix_cache();
+    scheduler.abort(holds);
+    assert_eq!(scheduler.stats().blocks_used, 37 - 29);
+    let batch = step(&mut scheduler, 7, false);
+    let admitted = batch.iter().find(|scheduled| scheduled.seq == waits);
+    assert_eq!(admitted.and_then(|of| of.cached), Some(16));
+    assert!(scheduler.is_live(runs));
+}
+
+#[test]
 fn a_configuration_without_groups_or_with_an_empty_window_is_refused() {
     assert!(Scheduler::new(config(&[], 8)).is_err());
     let mut empty = config(&[0], 8);

@@ -121,6 +121,10 @@ struct World {
     refused: u64,
     unanswered: u64,
     ahead: bool,
+    /// What the scheduler remembers of the head of the queue is taken from it before every step.
+    forgetful: bool,
+    /// Steps that began with a head that was known not to fit.
+    known_unfit: u64,
     /// Steps that were planned before the tokens of the one before were known; sequences planned in vain, because that token ended them; and sequences
     /// that lost their blocks, were aborted or began anew while their last token was unknown.
     ahead_steps: u64,
@@ -179,6 +183,8 @@ impl World {
             refused: 0,
             unanswered: 0,
             ahead: seed.is_multiple_of(2),
+            forgetful: false,
+            known_unfit: 0,
             ahead_steps: 0,
             in_vain: 0,
             pending_preempted: 0,
@@ -586,6 +592,7 @@ impl World {
         }
         self.abort_some();
         let unresolved = self.end_step();
+        self.known_unfit += u64::from(self.scheduler.knows_no_room(self.forgetful));
         self.scheduler.schedule(Time(self.now));
         self.scheduler.check_invariants();
         let preempted = &self.scheduler.batch().preempted;
@@ -709,6 +716,29 @@ fn a_million_random_steps_keep_every_invariant() {
             && anew > 1000,
         "the workloads were to force all of it"
     );
+}
+
+#[test]
+fn what_is_remembered_of_the_head_of_the_queue_changes_no_step() {
+    let (mut steps, mut known_unfit) = (0, 0);
+    let mut seed = 1_000_000;
+    while steps < STEPS / 5 {
+        let run = |forgetful| {
+            let mut world = World::new(seed);
+            world.forgetful = forgetful;
+            world.run(1000);
+            world
+        };
+        let (remembers, forgets) = (run(false), run(true));
+        assert_eq!(remembers.steps, forgets.steps);
+        let traces = [&remembers, &forgets].map(|world| world.trace.finish());
+        assert_eq!(traces[0], traces[1], "configuration {seed}");
+        steps += remembers.steps;
+        known_unfit += remembers.known_unfit;
+        seed += 1;
+    }
+    println!("{steps} steps, {known_unfit} of them without looking the head up");
+    assert!(known_unfit > steps / 50, "{known_unfit} of {steps}");
 }
 
 #[test]

@@ -202,6 +202,7 @@ impl<B: Backend> EngineLoop<B> {
             return;
         }
         self.sampled.clear();
+        let now = Instant::now();
         let mut drawn = std::mem::take(&mut flight.drawn);
         for (at, Drawn { seq, last }) in drawn.drain(..).enumerate() {
             let sequence = match last {
@@ -212,7 +213,7 @@ impl<B: Backend> EngineLoop<B> {
             if let Some(mut sequence) = sequence {
                 let token = TokenId(self.ranks.drawn()[at]);
                 let choice = sequence.sampler.take(token);
-                self.take_choice(seq, sequence, choice);
+                self.take_choice(seq, sequence, choice, now);
             }
         }
         for &sampled in &self.sampled {

@@ -1,7 +1,6 @@
 //! The engine thread: receive, schedule, forward, sample, complete, publish — and again. A GPU is a step ahead of it: see [`super::ahead`].
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,6 +14,7 @@ use crate::sampling::{Choice, Sampler, Scratch};
 
 use super::ahead::Ahead;
 use super::config::StepReport;
+use super::deadlines::Deadlines;
 use super::handle::{EngineStats, Shared, Submission};
 use super::ranks::{Ranks, Unclaimed};
 use super::request::{Event, FinishReason};
@@ -37,8 +37,7 @@ pub(super) struct EngineLoop<B: Backend> {
     /// By [`SeqId::slot`].
     pub(super) sequences: Vec<Option<Sequence>>,
     pub(super) ahead: Ahead,
-    /// Soonest first; entries of requests that have ended are skipped when they come up.
-    deadlines: BinaryHeap<Reverse<(Instant, RequestKey)>>,
+    deadlines: Deadlines,
     last_finish: Instant,
     /// Mixed into the seeds of requests that did not choose one.
     entropy: u64,
@@ -120,7 +119,7 @@ impl<B: Backend> EngineLoop<B> {
             active: HashMap::new(),
             sequences: Vec::new(),
             ahead: Ahead::new(ahead),
-            deadlines: BinaryHeap::new(),
+            deadlines: Deadlines::default(),
             last_finish: Instant::now(),
             entropy: entropy.finish(),
             prompt_tokens: 0,
@@ -251,10 +250,12 @@ impl<B: Backend> EngineLoop<B> {
             }),
         };
         self.place(seq, sequence);
-        if let Some(deadline) = request.deadline {
-            self.deadlines.push(Reverse((deadline, key)));
-        }
         self.active.insert(key, active);
+        if let Some(deadline) = request.deadline {
+            let active = &self.active;
+            let is_active = |key| active.contains_key(&key);
+            self.deadlines.add(deadline, key, active.len(), is_active);
+        }
     }
 
     fn obey(&mut self, control: Control) {
@@ -284,11 +285,7 @@ impl<B: Backend> EngineLoop<B> {
             return;
         }
         let now = Instant::now();
-        while let Some(&Reverse((deadline, key))) = self.deadlines.peek() {
-            if deadline > now {
-                break;
-            }
-            self.deadlines.pop();
+        while let Some(key) = self.deadlines.next_passed(now) {
             self.end_request(key, FinishReason::DeadlineExceeded);
         }
     }
@@ -299,7 +296,7 @@ impl<B: Backend> EngineLoop<B> {
         let began = Instant::now();
         let now = self.now();
         self.scheduler.schedule(now);
-        let launched = (!self.scheduler.batch().sequences.is_empty()).then(|| self.forward());
+        let launched = (!self.scheduler.batch().sequences.is_empty()).then(|| self.forward(began));
         let ahead = before.is_some();
         if let Some(before) = before {
             self.resolve(before);
@@ -311,9 +308,9 @@ impl<B: Backend> EngineLoop<B> {
         }
     }
 
-    /// Hands what is scheduled to the device.
-    fn forward(&mut self) -> Result<(), Error> {
-        self.announce_admitted();
+    /// Hands what is scheduled to the device; `began`: when it was planned.
+    fn forward(&mut self, began: Instant) -> Result<(), Error> {
+        self.announce_admitted(began);
         let (step, draws) = (&mut self.step, &self.ahead.draws);
         step::fill(&self.scheduler, draws, step, &mut self.copies);
         if self.ranks.draws() {
@@ -324,7 +321,7 @@ impl<B: Backend> EngineLoop<B> {
     }
 
     /// Tells the owners of sequences that leave the queue with this step.
-    fn announce_admitted(&mut self) {
+    fn announce_admitted(&mut self, at: Instant) {
         for scheduled in &self.scheduler.batch().sequences {
             let Some(cached_tokens) = scheduled.cached else {
                 continue;
@@ -340,7 +337,7 @@ impl<B: Backend> EngineLoop<B> {
                 active.admitted = true;
                 self.shared.left_queue(active.ticket.prompt);
                 self.prompt_tokens += self.scheduler.tokens(scheduled.seq).len() as u64;
-                let _ = active.events.send(Event::Admitted { cached_tokens });
+                let _ = active.events.send(Event::Admitted { cached_tokens, at });
             }
         }
     }
@@ -358,8 +355,9 @@ impl<B: Backend> EngineLoop<B> {
             vocab,
         );
         self.sampled.clear();
+        let at = Instant::now();
         for job in jobs.drain(..) {
-            self.take_answer(job.work);
+            self.take_answer(job.work, at);
         }
         self.jobs = jobs;
     }
@@ -460,14 +458,14 @@ impl<B: Backend> EngineLoop<B> {
             .collect()
     }
 
-    /// Takes the answer of a job that was done.
-    fn take_answer(&mut self, work: Work) {
+    /// Takes the answer of a job that was done; the step's were `at`.
+    fn take_answer(&mut self, work: Work, at: Instant) {
         match work {
             Work::Choose {
                 seq,
                 sequence,
                 choice: Some(choice),
-            } => self.take_choice(seq, sequence, choice),
+            } => self.take_choice(seq, sequence, choice, at),
             Work::Report {
                 events,
                 logprobs: Some(logprobs),
@@ -488,7 +486,13 @@ impl<B: Backend> EngineLoop<B> {
     }
 
     /// The next token of a sequence was chosen: it ends, or goes back to its slot.
-    pub(super) fn take_choice(&mut self, seq: SeqId, sequence: Sequence, choice: Choice) {
+    pub(super) fn take_choice(
+        &mut self,
+        seq: SeqId,
+        sequence: Sequence,
+        choice: Choice,
+        at: Instant,
+    ) {
         let Choice { token, logprobs } = choice;
         self.generation_tokens += 1;
         let index = sequence.index;
@@ -504,6 +508,7 @@ impl<B: Backend> EngineLoop<B> {
                 index,
                 token,
                 logprobs: logprobs.map(Box::new),
+                at,
             },
         ));
         let reason = if sequence.limits.stop.contains(&token) {
@@ -523,7 +528,7 @@ impl<B: Backend> EngineLoop<B> {
             return;
         };
         self.outbox
-            .push((sequence.events, Event::Finished { index, reason }));
+            .push((sequence.events, Event::Finished { index, reason, at }));
         if let Some(active) = self.active.get_mut(&sequence.request) {
             active.samples[index as usize] = Sample::Ended;
             if active.samples.iter().all(|s| *s == Sample::Ended) {
@@ -563,13 +568,14 @@ impl<B: Backend> EngineLoop<B> {
     /// Reports the end of every open sample of a request that holds nothing any more.
     fn end_all(&mut self, active: Active, reason: FinishReason) {
         self.publish();
-        self.forget(&active);
+        let at = self.forget(&active);
         tracing::debug!(request = %active.id, ?reason, "ended early");
         for (index, sample) in active.samples.iter().enumerate() {
             if *sample != Sample::Ended {
                 let _ = active.events.send(Event::Finished {
                     index: index as u32,
                     reason,
+                    at,
                 });
             }
         }
@@ -595,8 +601,8 @@ impl<B: Backend> EngineLoop<B> {
         }
     }
 
-    /// Settles the shared counts of a request that ended.
-    fn forget(&mut self, active: &Active) {
+    /// Settles the shared counts of a request that ended: now, which is returned.
+    fn forget(&mut self, active: &Active) -> Instant {
         if !active.admitted {
             self.shared.left_queue(active.ticket.prompt);
         }
@@ -609,6 +615,7 @@ impl<B: Backend> EngineLoop<B> {
         self.shared
             .observe_finish_interval(interval.as_micros() as u64);
         self.shared.ended();
+        now
     }
 
     /// Hands the changes of the prefix cache to whoever subscribes.

@@ -285,7 +285,10 @@ impl Engine {
             events,
         };
         match self.requests.try_send(submission) {
-            Ok(()) => Ok(stream),
+            // Read after it was sent: either this sees that the engine stops, or the engine, which empties the channel after it says so, finds it.
+            Ok(()) if self.is_healthy() => Ok(stream),
+            // It counts as what the engine had in flight.
+            Ok(()) => Err(SubmitError::Stopped),
             Err(TrySendError::Disconnected(_) | TrySendError::Full(_)) => {
                 refuse(SubmitError::Stopped)
             }
@@ -325,7 +328,8 @@ impl Engine {
 
     /// Sends a question to the engine thread; false: it is gone.
     pub(super) fn ask(&self, control: Control) -> bool {
-        self.control.send(control).is_ok()
+        // As in `submit`.
+        self.control.send(control).is_ok() && self.is_healthy()
     }
 
     pub(super) fn kv_event_log(&self) -> &KvEventLog {

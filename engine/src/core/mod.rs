@@ -9,6 +9,7 @@
 
 mod ahead;
 mod config;
+mod deadlines;
 mod device;
 mod engine_loop;
 mod groups;

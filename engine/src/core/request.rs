@@ -26,13 +26,15 @@ pub struct Request {
     pub deadline: Option<Instant>,
 }
 
-/// Something that happened to one request.
+/// Something that happened to one request. `at`: when it did on the engine thread, whenever it is read.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// The request left the queue and its prompt is being computed; sent once.
     Admitted {
         /// Prompt tokens whose keys and values came from the prefix cache.
         cached_tokens: u32,
+        /// When its first step was planned.
+        at: Instant,
     },
     /// Log-probabilities of the next tokens of the prompt, in order and each once, from the second token on. Present if asked for, and complete
     /// before any `Token`.
@@ -45,6 +47,8 @@ pub enum Event {
         token: TokenId,
         /// Present if asked for.
         logprobs: Option<Box<TokenLogprobs>>,
+        /// When the host knew it; the same for all tokens of a step.
+        at: Instant,
     },
     /// A sample ended; the stream ends when all `n` have.
     Finished {
@@ -52,6 +56,8 @@ pub enum Event {
         index: u32,
         /// Why.
         reason: FinishReason,
+        /// When it did; that of its last token, if that ended it.
+        at: Instant,
     },
 }
 

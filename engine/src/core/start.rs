@@ -117,6 +117,7 @@ impl Engine {
             config.max_waiting as usize,
         ));
         let (engine, requests, control) = Self::new(Arc::clone(&shared));
+        let unread = (requests.clone(), control.clone());
         let ranks = loaded.start(sizes.blocks as usize, block_size, config.kv_dtype)?;
         let engine_loop = EngineLoop::new(
             ranks,
@@ -135,6 +136,9 @@ impl Engine {
                     tracing::error!("the engine thread panicked; every request has failed");
                 }
                 shared.stop();
+                // A channel keeps what is in it as long as it has senders, and whoever waits for an answer to that would wait for ever. What comes
+                // later finds that the engine has stopped.
+                drop((unread.0.drain(), unread.1.drain()));
             })
             .map_err(StartError::Thread)?;
         Ok(engine)

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use flume::{Receiver, Sender};
 
@@ -130,6 +131,7 @@ impl RequestStream {
         Some(Event::Finished {
             index: index as u32,
             reason: FinishReason::Failed,
+            at: Instant::now(),
         })
     }
 }

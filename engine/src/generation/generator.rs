@@ -147,6 +147,11 @@ impl Generator {
     /// # Errors
     /// The request is wrong or refused; nothing is kept of it.
     pub async fn generate(&self, request: GenerationRequest) -> Result<Generation, GenerateError> {
+        let accepted = self.accept(request).await;
+        accepted.inspect_err(super::observe::refused)
+    }
+
+    async fn accept(&self, request: GenerationRequest) -> Result<Generation, GenerateError> {
         let arrived = Instant::now();
         let inner = &*self.inner;
         check_stops(&request.stop)?;
@@ -186,6 +191,7 @@ impl Generator {
         let text = TextOptions {
             stops: request.stop.into(),
             include_stop: request.include_stop,
+            min_tokens: sampling.min_tokens,
             skip_special: request.skip_special,
             ends: ends.into(),
             samples: sampling.n,
@@ -200,8 +206,7 @@ impl Generator {
             tenant: request.tenant,
             cache_salt: salt(&request.cache_salt),
             deadline: request.deadline,
-        });
-        let stream = stream.inspect_err(super::observe::refused)?;
+        })?;
         let observation =
             Observation::begin(&inner.histograms, arrived, tokens.len(), max_tokens, n);
         Ok(Generation::new(

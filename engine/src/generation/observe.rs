@@ -1,5 +1,7 @@
 //! [`Observation`]: one request's timings, reported to whoever collects metrics.
 //!
+//! Times are those at which the engine did something, not those at which somebody read it: a client that reads slowly makes no engine slow.
+//!
 //! Names and buckets are vLLM's, so that dashboards and autoscalers made for it read ours.
 
 use std::sync::{Arc, LazyLock};
@@ -7,7 +9,8 @@ use std::time::Instant;
 
 use metrics::{Histogram, Label, counter, histogram};
 
-use crate::core::{FinishReason, SubmitError};
+use super::GenerateError;
+use crate::core::FinishReason;
 
 /// Handles to the histograms of one model; resolved once, so that a token costs no look-up.
 #[derive(Clone)]
@@ -63,9 +66,14 @@ pub(super) struct Observation {
     arrived: Instant,
     admitted: Option<Instant>,
     first_token: Option<Instant>,
-    last_token: Instant,
+    /// Of each sample that has one.
+    last_tokens: Vec<Option<Instant>>,
+    /// The last end of a sample.
+    ended: Instant,
     prompt_tokens: usize,
     generation_tokens: u32,
+    /// Samples whose end was not counted.
+    open: u32,
     reported: bool,
 }
 
@@ -84,65 +92,72 @@ impl Observation {
             arrived,
             admitted: None,
             first_token: None,
-            last_token: arrived,
+            last_tokens: vec![None; n as usize],
+            ended: arrived,
             prompt_tokens,
             generation_tokens: 0,
+            open: n,
             reported: false,
         }
     }
 
-    pub fn admitted(&mut self) {
-        self.admitted = Some(Instant::now());
+    pub fn admitted(&mut self, at: Instant) {
+        self.admitted = Some(at);
     }
 
-    pub fn token(&mut self) {
-        let now = Instant::now();
+    /// A sample has one more token.
+    pub fn token(&mut self, index: u32, at: Instant) {
         let handles = &self.histograms.0;
         if self.first_token.is_none() {
-            self.first_token = Some(now);
-            handles.first_token.record(now - self.arrived);
-        } else {
-            handles.inter_token.record(now - self.last_token);
+            self.first_token = Some(at);
+            handles.first_token.record(at - self.arrived);
         }
-        self.last_token = now;
+        if let Some(before) = self.last_tokens[index as usize].replace(at) {
+            handles.inter_token.record(at - before);
+        }
         self.generation_tokens += 1;
     }
 
-    /// A sample ended.
-    pub fn finished(&self, reason: FinishReason) {
-        let reason = match reason {
-            FinishReason::Stop { .. } => "stop",
-            FinishReason::Length => "length",
-            FinishReason::Aborted | FinishReason::DeadlineExceeded => "abort",
-            FinishReason::Failed => "error",
+    /// A sample ended. Where that is the end of the whole request all open samples count: their owner may have seen enough and not read on.
+    pub fn finished(&mut self, reason: FinishReason, at: Instant) {
+        self.ended = at;
+        let open = self.open;
+        let (reason, samples) = match reason {
+            FinishReason::Stop { .. } => ("stop", open.min(1)),
+            FinishReason::Length => ("length", open.min(1)),
+            FinishReason::Aborted | FinishReason::DeadlineExceeded => ("abort", open),
+            FinishReason::Failed => ("error", open),
         };
-        self.count(reason);
+        self.count(reason, samples);
     }
 
-    fn count(&self, reason: &'static str) {
-        let mut labels = self.histograms.0.labels.clone();
-        labels.push(Label::new("finished_reason", reason));
-        counter!("vllm:request_success_total", labels).increment(1);
+    fn count(&mut self, reason: &'static str, samples: u32) {
+        if samples > 0 {
+            self.open -= samples;
+            let mut labels = self.histograms.0.labels.clone();
+            labels.push(Label::new("finished_reason", reason));
+            counter!("vllm:request_success_total", labels).increment(u64::from(samples));
+        }
     }
 
-    /// The request ended.
+    /// The request ended, and its samples before it.
     pub fn ended(&mut self) {
         if std::mem::replace(&mut self.reported, true) {
             return;
         }
-        let now = Instant::now();
+        let ended = self.ended;
         let handles = &self.histograms.0;
-        handles.end_to_end.record(now - self.arrived);
+        handles.end_to_end.record(ended - self.arrived);
         handles.prompt_tokens.record(self.prompt_tokens as f64);
         handles
             .generation_tokens
             .record(f64::from(self.generation_tokens));
-        let admitted = self.admitted.unwrap_or(now);
+        let admitted = self.admitted.unwrap_or(ended);
         handles.queue.record(admitted - self.arrived);
         if let Some(first) = self.first_token {
             handles.prefill.record(first - admitted);
-            handles.decode.record(now - first);
-            handles.inference.record(now - admitted);
+            handles.decode.record(ended - first);
+            handles.inference.record(ended - admitted);
         }
     }
 }
@@ -150,8 +165,10 @@ impl Observation {
 impl Drop for Observation {
     fn drop(&mut self) {
         if !self.reported {
-            // The client went away.
-            self.count("abort");
+            // The client went away: while samples were open, or with no wish to hear that none is.
+            if self.open > 0 {
+                self.finished(FinishReason::Aborted, Instant::now());
+            }
             self.ended();
         }
     }
@@ -186,13 +203,17 @@ pub(crate) static SECONDS: LazyLock<Vec<(&'static str, Vec<f64>)>> = LazyLock::n
     ]
 });
 
-/// Counts a request that the engine did not take.
-pub(super) fn refused(error: &SubmitError) {
+/// Counts a request that was not accepted.
+pub(super) fn refused(error: &GenerateError) {
     let reason = match error {
-        SubmitError::Overloaded { .. } => "overloaded",
-        SubmitError::Draining => "draining",
-        SubmitError::Rejected(_) => "too_long",
-        SubmitError::Stopped => "stopped",
+        GenerateError::Invalid { .. } => "invalid",
+        GenerateError::TooLong(_) => "too_long",
+        GenerateError::UnknownModel { .. } => "unknown_model",
+        GenerateError::Overloaded { .. } => "overloaded",
+        GenerateError::Draining => "draining",
+        GenerateError::DeadlineExceeded => "deadline",
+        GenerateError::Aborted => "aborted",
+        GenerateError::Internal(_) => "error",
     };
     counter!("quire_requests_refused_total", "reason" => reason).increment(1);
 }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Instant;
 
 use quire_scheduler::TokenId;
 
@@ -81,6 +82,8 @@ pub struct Generation {
     stream: RequestStream,
     samples: Vec<Sample>,
     stops: Arc<[String]>,
+    /// Tokens of a sample that no stop string ends.
+    min_tokens: u32,
     /// Tokens that end a sample without being text.
     ends: Arc<[TokenId]>,
     pending: VecDeque<Output>,
@@ -111,6 +114,7 @@ struct Sample {
 pub(super) struct TextOptions {
     pub stops: Arc<[String]>,
     pub include_stop: bool,
+    pub min_tokens: u32,
     pub skip_special: bool,
     pub ends: Arc<[TokenId]>,
     pub samples: u32,
@@ -136,6 +140,7 @@ impl Generation {
             samples: (0..text.samples).map(sample).collect(),
             stream,
             stops: text.stops,
+            min_tokens: text.min_tokens,
             ends: text.ends,
             pending: VecDeque::new(),
             usage: Usage {
@@ -180,9 +185,9 @@ impl Generation {
 
     fn take(&mut self, event: Event) {
         match event {
-            Event::Admitted { cached_tokens } => {
+            Event::Admitted { cached_tokens, at } => {
                 self.usage.cached_tokens = cached_tokens;
-                self.observation.admitted();
+                self.observation.admitted(at);
                 self.pending.push_back(Output::Started { cached_tokens });
                 self.take_prompt_logprobs(Vec::new());
             }
@@ -191,16 +196,20 @@ impl Generation {
                 index,
                 token,
                 logprobs,
-            } => self.take_token(index, token, logprobs),
-            Event::Finished { index, reason } => {
+                at,
+            } => {
+                self.observation.token(index, at);
+                self.take_token(index, token, logprobs, at);
+            }
+            Event::Finished { index, reason, at } => {
                 let sample = &mut self.samples[index as usize];
-                let mut text = sample.matcher.push(&sample.detokenizer.finish()).text;
+                let mut text = sample.matcher.push(&sample.detokenizer.finish(), true).text;
                 text.push_str(&sample.matcher.finish());
                 let stop = match reason {
                     FinishReason::Stop { token } => token.map(StopCause::Token),
                     _ => None,
                 };
-                self.finish(index, text, reason, stop);
+                self.finish(index, text, reason, stop, at);
             }
         }
     }
@@ -218,8 +227,13 @@ impl Generation {
         }
     }
 
-    fn take_token(&mut self, index: u32, token: TokenId, logprobs: Option<Box<TokenLogprobs>>) {
-        self.observation.token();
+    fn take_token(
+        &mut self,
+        index: u32,
+        token: TokenId,
+        logprobs: Option<Box<TokenLogprobs>>,
+        at: Instant,
+    ) {
         self.usage.completion_tokens += 1;
         let sample = &mut self.samples[index as usize];
         sample.tokens += 1;
@@ -228,7 +242,9 @@ impl Generation {
             (String::new(), None)
         } else {
             let text = sample.detokenizer.push(token);
-            let matched = sample.matcher.push(&text);
+            // As with tokens that end a sample, the first that may comes after so many others.
+            let stops = sample.tokens > self.min_tokens;
+            let matched = sample.matcher.push(&text, stops);
             (matched.text, matched.stop)
         };
         self.pending.push_back(Output::Chunk {
@@ -244,12 +260,19 @@ impl Generation {
             self.stream.stop(index);
             let cause = StopCause::Text(self.stops[which].clone());
             let reason = FinishReason::Stop { token: None };
-            self.finish(index, String::new(), reason, Some(cause));
+            self.finish(index, String::new(), reason, Some(cause), at);
         }
     }
 
-    fn finish(&mut self, index: u32, text: String, reason: FinishReason, stop: Option<StopCause>) {
-        self.observation.finished(reason);
+    fn finish(
+        &mut self,
+        index: u32,
+        text: String,
+        reason: FinishReason,
+        stop: Option<StopCause>,
+        at: Instant,
+    ) {
+        self.observation.finished(reason, at);
         self.pending.push_back(Output::Finished {
             index,
             text,

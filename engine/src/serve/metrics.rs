@@ -239,7 +239,7 @@ fn describe() {
         ),
         (
             "quire_requests_refused_total",
-            "Requests that were not accepted, by reason.",
+            "Requests for an answer that were read and not accepted, by reason.",
         ),
     ] {
         describe_counter!(name, help);
@@ -251,7 +251,7 @@ fn describe() {
         ),
         (
             "vllm:inter_token_latency_seconds",
-            "Between two tokens of a request.",
+            "Between two tokens of a sample.",
         ),
         (
             "vllm:e2e_request_latency_seconds",

@@ -4,8 +4,8 @@
 //!
 //! How it ends: [`Server::run`] is given a future that says when. From then on health checks are red and new work is refused
 //! (`UNAVAILABLE` / 503), what was accepted finishes (or is aborted when [`Server::drain_timeout`] is over), answers are flushed, and the
-//! listeners close. If the engine dies instead, `run`
-//! fails, so that whoever supervises the process starts a new one.
+//! listeners close. If the engine dies instead, everybody is told that their request has failed, and `run` fails, so that whoever
+//! supervises the process starts a new one.
 //!
 //! **Invariant:** a frontend never touches a tensor.
 
@@ -164,11 +164,7 @@ impl Server {
 
         tokio::select! {
             () = shutdown => {}
-            () = engine.stopped() => {
-                health.serving(false).await;
-                health.live(false).await;
-                return Err(ServeError::EngineStopped);
-            }
+            () = engine.stopped() => health.live(false).await,
             // Not before `close` is sent.
             _ = &mut listening => {}
         }
@@ -180,10 +176,16 @@ impl Server {
         } else {
             SHORT_FAREWELL
         };
-        tracing::info!(
-            requests = engine.stats().in_flight,
-            "shutting down: finishing what was accepted, refusing what is new"
-        );
+        let patience = if engine.is_healthy() {
+            tracing::info!(
+                requests = engine.stats().in_flight,
+                "shutting down: finishing what was accepted, refusing what is new"
+            );
+            FLUSH
+        } else {
+            // What there is to say is short, and somebody waits to start a new process.
+            FAREWELL
+        };
         // Connections are served meanwhile: what is new is refused in words, not by silence.
         tokio::select! {
             () = engine.drained() => {}
@@ -206,8 +208,8 @@ impl Server {
             _ = &mut listening => {}
             // Who holds a connection open without an answer to read (a health watch, half a request) is not waited for.
             () = answered => {}
-            () = tokio::time::sleep(FLUSH) => {
-                tracing::warn!("some clients did not read their answers within {FLUSH:?}");
+            () = tokio::time::sleep(patience) => {
+                tracing::warn!("some clients did not read their answers within {patience:?}");
             }
         }
         if engine.is_healthy() {

@@ -113,6 +113,20 @@ def a_stop_string_ends_the_text_before_itself(server: Server) -> None:
         expect.equal(kept.choices[0].text, before + stop, "with include_stop_str_in_output")
 
 
+def no_stop_string_ends_a_sample_before_min_tokens(server: Server) -> None:
+    extra = {"ignore_eos": True, "min_tokens": 20}
+    request = GREEDY | {"extra_body": extra}
+    with _lenient(server) as client:
+        free = client.completions.create(**request).choices[0].text
+        held = client.completions.create(**request, stop=free[9:14])
+        streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**request, stream=True, stop=free[9:14]))
+        # Complete with the last token.
+        late = client.completions.create(**request, stop=free[-6:])
+    expect.equal((held.choices[0].text, held.choices[0].finish_reason), (free, "length"), "a stop string among the first tokens")
+    expect.equal(streamed, free, "streamed")
+    expect.equal(late.choices[0].finish_reason, "stop", "one that is complete after them")
+
+
 def a_stop_token_ends_a_sample(server: Server) -> None:
     extra = {"ignore_eos": True, "return_token_ids": True}
     with server.openai() as client:
@@ -181,6 +195,23 @@ def echo_with_logprobs_tells_those_of_the_prompt_too(server: Server) -> None:
         expect.equal(of_prompt[: len(whole)], whole, name)
         told = [value for chunk in chunks for choice in chunk.choices if choice.logprobs for value in getattr(choice.logprobs, name)]
         expect.equal(told, whole, f"streamed {name}")
+
+
+def echo_shows_the_control_tokens_of_a_prompt_on_request(server: Server) -> None:
+    prompt = "<|im_start|>user\nCafe<|im_end|>\n"
+    request = {"model": "demo", "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1, "echo": True}
+    for skip, shown in [(True, "user\nCafe\n"), (False, prompt)]:
+        with _lenient(server) as client:
+            extra = {"ignore_eos": True, "skip_special_tokens": skip}
+            choice = client.completions.create(**request, extra_body=extra).choices[0]
+            chunks = list(client.completions.create(**request, extra_body=extra, stream=True))
+        expect.that(choice.text.startswith(shown), f"{choice.text!r} with skip_special_tokens {skip}")
+        expect.equal("".join(one.text for chunk in chunks for one in chunk.choices), choice.text, "streamed")
+        for token, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset):
+            hidden = skip and token.startswith("<|")
+            expect.that(hidden or choice.text[offset:].startswith(token), f"{token!r} at {offset} of {choice.text!r}")
+        told = [offset for chunk in chunks for one in chunk.choices if one.logprobs for offset in one.logprobs.text_offset]
+        expect.equal(told, choice.logprobs.text_offset, "streamed offsets")
 
 
 def a_prompt_is_scored_without_an_answer(server: Server) -> None:

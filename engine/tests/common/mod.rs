@@ -51,13 +51,14 @@ pub fn answers(mut stream: RequestStream) -> Vec<Answer> {
                 index,
                 token,
                 logprobs,
+                ..
             } => {
                 let answer = at(&mut answers, index);
                 assert_eq!(answer.reason, None, "no token follows the end");
                 answer.tokens.push(token);
                 answer.logprobs.extend(logprobs.as_deref().map(bits));
             }
-            Event::Finished { index, reason } => at(&mut answers, index).reason = Some(reason),
+            Event::Finished { index, reason, .. } => at(&mut answers, index).reason = Some(reason),
         }
     }
     answers

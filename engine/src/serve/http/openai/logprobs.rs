@@ -1,11 +1,13 @@
 //! Log-probabilities in the two shapes OpenAI gives them.
 
+use std::sync::Arc;
+
 use quire_scheduler::TokenId;
 use serde_json::{Map, Value, json};
 
 use crate::generation::OutputToken;
 use crate::sampling::TokenLogprobs;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Detokenizer, Tokenizer};
 
 /// Chat: `{"content": [{"token", "logprob", "bytes", "top_logprobs": [...]}]}`.
 pub(super) fn chat(tokenizer: &Tokenizer, tokens: &[OutputToken]) -> Value {
@@ -34,20 +36,43 @@ pub(super) fn chat(tokenizer: &Tokenizer, tokens: &[OutputToken]) -> Value {
 /// Tokens of a prompt, and the log-probabilities of all but the first.
 pub(super) type Prompt<'a> = (&'a [TokenId], &'a [TokenLogprobs]);
 
-/// Completions: parallel lists, and the offset of each token's text, of an echoed prompt first, if there is one. `offset`: characters of text
-/// before the generated tokens; moved behind them.
+/// Where the next token's text begins in that of its choice. A control token that is left out takes no place there, a character of several tokens one.
+pub(super) struct Offset {
+    detokenizer: Detokenizer,
+    characters: usize,
+}
+
+impl Offset {
+    /// So many characters precede the first token.
+    pub fn new(detokenizer: Detokenizer, characters: usize) -> Self {
+        Self {
+            detokenizer,
+            characters,
+        }
+    }
+
+    fn pass(&mut self, token: TokenId) -> usize {
+        let text = self.detokenizer.push(token);
+        let begin = self.characters;
+        self.characters += text.chars().count();
+        begin
+    }
+}
+
+/// Completions: parallel lists, and the offset of each token's text, of an echoed prompt first, if there is one. `offset`: of the generated tokens;
+/// moved behind them.
 pub(super) fn completion(
-    tokenizer: &Tokenizer,
+    tokenizer: &Arc<Tokenizer>,
+    skip_special: bool,
     prompt: Option<Prompt<'_>>,
     tokens: &[OutputToken],
-    offset: &mut usize,
+    offset: &mut Offset,
 ) -> Value {
     let text = |id: TokenId| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned();
     let (mut texts, mut chosen, mut top, mut offsets) = (vec![], vec![], vec![], vec![]);
-    let mut push = |id: TokenId, logprobs: Option<&TokenLogprobs>, offset: &mut usize| {
+    let mut push = |id: TokenId, logprobs: Option<&TokenLogprobs>, offset: &mut Offset| {
         let token = text(id);
-        offsets.push(*offset);
-        *offset += token.chars().count();
+        offsets.push(offset.pass(id));
         chosen.push(logprobs.map(|logprobs| finite(logprobs.logprob)));
         top.push(logprobs.map(|logprobs| {
             let mut alternatives: Map<String, Value> = logprobs
@@ -65,7 +90,7 @@ pub(super) fn completion(
     };
     if let Some((ids, logprobs)) = prompt {
         let reported = std::iter::once(None).chain(logprobs.iter().map(Some));
-        let mut offset = 0;
+        let mut offset = Offset::new(tokenizer.detokenizer(&[], skip_special), 0);
         for (&id, logprobs) in ids.iter().zip(reported) {
             push(id, logprobs, &mut offset);
         }
@@ -95,5 +120,63 @@ fn finite(logprob: f32) -> f32 {
         logprob
     } else {
         -9999.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Words, and `<s>` before every text.
+    fn tokenizer() -> Arc<Tokenizer> {
+        let file = json!({
+            "added_tokens": [{
+                "id": 0, "content": "<s>", "special": true, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+            }],
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+            },
+            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "model": {"type": "BPE", "vocab": {"<s>": 0, "a": 1, "b": 2, "\u{c3}": 3, "\u{a9}": 4}, "merges": []},
+        });
+        let file = serde_json::to_vec(&file).expect("it is JSON");
+        Arc::new(Tokenizer::from_json(&file).expect("a tokenizer"))
+    }
+
+    #[test]
+    fn offsets_are_places_in_the_text_as_it_is_shown() {
+        let tokenizer = tokenizer();
+        let prompt = tokenizer.encode("aéb", true).expect("it has these letters");
+        assert_eq!(
+            prompt,
+            [0, 1, 3, 4, 2].map(TokenId),
+            "a tokenizer that adds its BOS"
+        );
+        let logprobs = TokenLogprobs {
+            logprob: -1.0,
+            rank: 1,
+            top: Vec::new(),
+        };
+        let told = vec![logprobs.clone(); prompt.len() - 1];
+        let generated = [3, 4, 0, 1].map(|id| OutputToken {
+            id: TokenId(id),
+            ends: false,
+            logprobs: Some(Box::new(logprobs.clone())),
+        });
+        for (skip_special, expected) in [
+            (true, [0, 0, 1, 1, 2, 3, 3, 4, 4]),
+            (false, [0, 3, 4, 4, 5, 6, 6, 7, 10]),
+        ] {
+            let text = tokenizer.decode(&prompt, skip_special);
+            let detokenizer = tokenizer.detokenizer(&prompt, skip_special);
+            let mut offset = Offset::new(detokenizer, text.chars().count());
+            let echoed = Some((&prompt[..], &told[..]));
+            let value = completion(&tokenizer, skip_special, echoed, &generated, &mut offset);
+            assert_eq!(value["text_offset"], json!(expected), "{text:?}");
+        }
     }
 }

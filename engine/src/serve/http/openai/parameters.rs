@@ -92,6 +92,8 @@ pub(super) struct Delivery {
     pub stream: bool,
     pub include_usage: bool,
     pub token_ids: bool,
+    /// Leave control tokens out of the text.
+    pub skip_special: bool,
 }
 
 impl Parameters {
@@ -103,6 +105,10 @@ impl Parameters {
     /// Samples per prompt.
     pub fn n(&self) -> u32 {
         self.n.unwrap_or(1)
+    }
+
+    fn skip_special(&self) -> bool {
+        self.skip_special_tokens.unwrap_or(true)
     }
 
     pub fn delivery(&self) -> Result<Delivery, ApiError> {
@@ -121,6 +127,7 @@ impl Parameters {
                 .and_then(|options| options.include_usage)
                 .unwrap_or(false),
             token_ids: self.return_token_ids.unwrap_or(false),
+            skip_special: self.skip_special(),
         })
     }
 
@@ -182,7 +189,7 @@ impl Parameters {
                 Some(Stop::Several(stops)) => stops.clone(),
             },
             include_stop: self.include_stop_str_in_output.unwrap_or(false),
-            skip_special: self.skip_special_tokens.unwrap_or(true),
+            skip_special: self.skip_special(),
             priority: self.priority.unwrap_or(0),
             tenant: self.user.as_deref().unwrap_or_default().into(),
             cache_salt: self.cache_salt.clone().unwrap_or_default(),

@@ -12,7 +12,7 @@ use quire_scheduler::TokenId;
 use serde_json::{Value, json};
 
 use super::super::error::ApiError;
-use super::logprobs;
+use super::logprobs::{self, Offset};
 use super::parameters::Delivery;
 use crate::core::FinishReason;
 use crate::generation::{Generation, Output, OutputToken, StopCause, Usage};
@@ -152,11 +152,12 @@ impl Answer {
             Endpoint::Chat => {
                 value["message"] =
                     json!({"role": "assistant", "content": choice.text, "refusal": null});
-                value["logprobs"] = self.logprobs(None, &choice.tokens, &mut 0);
+                value["logprobs"] =
+                    self.logprobs(None, &choice.tokens, &mut self.offset(prompt, ""));
             }
             Endpoint::Completion => {
                 let mut text = self.echoed(prompt);
-                let mut offset = text.chars().count();
+                let mut offset = self.offset(prompt, &text);
                 text.push_str(&choice.text);
                 value["text"] = text.into();
                 let echoed = prompt_logprobs.map(|logprobs| (&prompt[..], logprobs));
@@ -178,7 +179,10 @@ impl Answer {
     fn events(self, items: SelectAll<Items>) -> impl Stream<Item = Result<Event, Infallible>> {
         let mut used = Usage::default();
         let mut failed = false;
-        let mut offsets = vec![0; self.choices()];
+        let prompts = self.prompts.iter();
+        let mut offsets: Vec<Offset> = prompts
+            .flat_map(|prompt| (0..self.n).map(|_| self.offset(prompt, "")))
+            .collect();
         items
             .map(Some)
             .chain(stream::iter([None]))
@@ -219,7 +223,7 @@ impl Answer {
         &self,
         prompt: usize,
         output: Output,
-        offsets: &mut [usize],
+        offsets: &mut [Offset],
     ) -> Result<Vec<Value>, ApiError> {
         Ok(match output {
             // With the log-probabilities of what is echoed, when they are there.
@@ -274,7 +278,7 @@ impl Answer {
         prompt: usize,
         index: u32,
         logprobs: Option<&[TokenLogprobs]>,
-        offsets: &mut [usize],
+        offsets: &mut [Offset],
     ) -> Option<Value> {
         let at = self.choice(prompt, index);
         let tokens = &self.prompts[prompt];
@@ -286,7 +290,7 @@ impl Answer {
             }
             Endpoint::Completion => {
                 let text = self.echoed(tokens);
-                offsets[at] = text.chars().count();
+                offsets[at] = self.offset(tokens, &text);
                 let mut choice = self.delta(at, &text);
                 if let Some(logprobs) = logprobs {
                     choice["logprobs"] =
@@ -317,13 +321,26 @@ impl Answer {
         &self,
         prompt: Option<logprobs::Prompt<'_>>,
         tokens: &[OutputToken],
-        offset: &mut usize,
+        offset: &mut Offset,
     ) -> Value {
         match self.endpoint {
             _ if !self.logprobs => Value::Null,
             Endpoint::Chat => logprobs::chat(&self.tokenizer, tokens),
-            Endpoint::Completion => logprobs::completion(&self.tokenizer, prompt, tokens, offset),
+            Endpoint::Completion => logprobs::completion(
+                &self.tokenizer,
+                self.delivery.skip_special,
+                prompt,
+                tokens,
+                offset,
+            ),
         }
+    }
+
+    /// Where a sample's tokens begin, after its prompt and the text of it that is shown.
+    fn offset(&self, prompt: &[TokenId], shown: &str) -> Offset {
+        let skip_special = self.delivery.skip_special;
+        let detokenizer = self.tokenizer.detokenizer(prompt, skip_special);
+        Offset::new(detokenizer, shown.chars().count())
     }
 
     fn envelope(&self, choices: Vec<Value>, chunk: bool) -> Value {
@@ -348,7 +365,7 @@ impl Answer {
     /// The prompt's text, if it is to be echoed.
     fn echoed(&self, prompt: &[TokenId]) -> String {
         if self.echo {
-            self.tokenizer.decode(prompt, true)
+            self.tokenizer.decode(prompt, self.delivery.skip_special)
         } else {
             String::new()
         }
