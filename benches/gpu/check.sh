@@ -95,13 +95,22 @@ tests() {
     rm -f "$out/again.log" "$out/$name.failed"
 }
 
-if [ -f "$to/packed.tar.xz" ] && [ ! "$bin" -nt "$to/packed.tar.xz" ]; then
-    mkdir -p "$bin"
-    tar -xJf "$to/packed.tar.xz" -C "$bin" 2>/dev/null || python3 -m tarfile -e "$to/packed.tar.xz" "$bin" ||
-        { failed=1; say "FAILED    cannot unpack $to/packed.tar.xz: neither tar with xz nor python3"; exit; }
-    touch "$bin"
+# By its sum and not by its age: clocks of two machines differ.
+if [ -f "$to/packed.tar.xz" ]; then
+    sum=$(cksum <"$to/packed.tar.xz")
+    if [ "$sum" != "$(cat "$bin/sum" 2>/dev/null)" ]; then
+        rm -rf "$bin"
+        mkdir -p "$bin"
+        tar -xJf "$to/packed.tar.xz" -C "$bin" 2>/dev/null || python3 -m tarfile -e "$to/packed.tar.xz" "$bin" ||
+            { failed=1; say "FAILED    cannot unpack $to/packed.tar.xz: neither tar with xz nor python3"; exit; }
+        echo "$sum" >"$bin/sum"
+    fi
 fi
 [ -x "$bin/quire" ] || { failed=1; say "FAILED    $bin is not there: run benches/gpu/pack.sh where Rust is, and bring $to"; exit; }
+packed=$(cat "$bin/commit" 2>/dev/null || echo 'of an unknown commit')
+say "packed    $packed"
+here=$(git describe --always --dirty 2>/dev/null || true)
+[ -z "$here" ] || [ "$here" = "$packed" ] || say "          this checkout is $here: what differs is not in what runs here"
 
 # cuBLASLt and NCCL are found by their names: the toolkit's, or those that came with a Python package.
 for folder in /usr/local/cuda/lib64 $(timeout 20 python3 -c 'import glob, site
