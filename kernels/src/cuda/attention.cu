@@ -322,31 +322,45 @@ ATTENTION(f16, F16Cache)
 ATTENTION(bf16, Bf16Cache)
 ATTENTION(fp8, Fp8Cache)
 
-// A block for the queries of a Merge and one KV head.
+// Columns that a lane of attention_merge adds up.
+constexpr int MERGE_COLUMNS = 4;
+
+// A block for the queries of a Merge and one KV head, a warp for a query at a time. No load waits for another's result: what all splits say of the softmax
+// comes first, then their values follow each other. A split that the query does not see has no weight: its maximum is -infinity, its sum and values are 0.
 KERNEL(attention_merge, AttentionParams, ATTENTION_THREADS) {
     if (static_cast<uint32_t>(block_x()) >= p.step->list_lengths[p.list]) return;
     Merge merge = reinterpret_cast<const Merge *>(words(p.step, p.step->lists[p.list]))[block_x()];
     int kv_head = block_y(), group = p.heads / p.kv_heads;
     size_t base = static_cast<size_t>(merge.partial) + static_cast<size_t>(kv_head) * static_cast<size_t>(merge.count);
-    for (int at = thread(); at < static_cast<int>(merge.count) * p.d; at += ATTENTION_THREADS) {
-        int query = at / p.d, k = at % p.d;
+    for (int query = warp(); query < static_cast<int>(merge.count); query += ATTENTION_WARPS) {
         int f = static_cast<int>(merge.first) + query, head = kv_head * group + f % group;
-        float most = -INFINITY, sum = 0.0f, value = 0.0f;
-        if (p.sinks != nullptr) {
-            most = p.sinks[head] * LOG2_E;
-            sum = 1.0f;
+        size_t first = base + static_cast<size_t>(query), stride = merge.stride, d = static_cast<size_t>(p.d);
+        float sink = p.sinks != nullptr ? p.sinks[head] * LOG2_E : -INFINITY, most = -INFINITY, sum = 0.0f;
+        for (uint32_t split = lane(); split < merge.splits; split += 32) most = fmaxf(most, p.softmax[first + split * stride].x);
+        // Finite: a query sees its own position.
+        most = fmaxf(warp_max(most), sink);
+        for (uint32_t split = lane(); split < merge.splits; split += 32) {
+            float2 softmax = p.softmax[first + split * stride];
+            sum = fmaf(power_of_two(softmax.x - most), softmax.y, sum);
         }
-        for (uint32_t split = 0; split < merge.splits; split++) {
-            size_t from = base + static_cast<size_t>(split) * static_cast<size_t>(merge.stride) + static_cast<size_t>(query);
-            float2 softmax = p.softmax[from];
-            // A split that the query does not see.
-            if (softmax.x == -INFINITY) continue;
-            float larger = fmaxf(most, softmax.x);
-            float shrink = most == -INFINITY ? 0.0f : power_of_two(most - larger), weight = power_of_two(softmax.x - larger);
-            sum = sum * shrink + weight * softmax.y;
-            value = value * shrink + weight * p.partial[from * static_cast<size_t>(p.d) + static_cast<size_t>(k)];
-            most = larger;
+        sum = warp_sum(sum) + power_of_two(sink - most);
+        for (int k0 = lane(); k0 < p.d; k0 += 32 * MERGE_COLUMNS) {
+            float value[MERGE_COLUMNS] = {};
+#pragma unroll 4
+            for (uint32_t split = 0; split < merge.splits; split++) {
+                size_t from = first + split * stride;
+                float weight = power_of_two(p.softmax[from].x - most);
+#pragma unroll
+                for (int i = 0; i < MERGE_COLUMNS; i++) {
+                    int k = k0 + 32 * i;
+                    if (k < p.d) value[i] = fmaf(weight, p.partial[from * d + static_cast<size_t>(k)], value[i]);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < MERGE_COLUMNS; i++) {
+                int k = k0 + 32 * i;
+                if (k < p.d) put(p.out, static_cast<size_t>(merge.row) + static_cast<size_t>(f / group), head * p.d + k, value[i] / sum);
+            }
         }
-        put(p.out, static_cast<size_t>(merge.row) + static_cast<size_t>(f / group), head * p.d + k, value / sum);
     }
 }
