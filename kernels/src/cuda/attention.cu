@@ -274,21 +274,34 @@ template <int D, bool SPLIT, class Cache> struct Attend {
         }
     }
 
-    // The warps' sums, added up in their order. Shared memory: [warps][16] maxima, [warps][16] sums, [warps][16][D] values.
+    // From a query's values to the next's in shared memory: four queries' pairs are in different banks.
+    static constexpr int VALUES = D + 8;
+
+    // The warps' sums, added up in their order. Shared memory: [warps][16] maxima, [warps][16] sums, [warps][16][VALUES] values.
     static DEVICE void store_partial(const AttentionParams &p, const Item &item, int kv_head, const State &state) {
         float *most = reinterpret_cast<float *>(shared_memory());
         float *sums = most + ATTENTION_WARPS * 16, *out = sums + ATTENTION_WARPS * 16;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int query = lane() / 4 + 8 * half;
+            // Generation has few queries: a group's.
+            if (query >= static_cast<int>(item.count)) continue;
             if (lane() % 4 == 0) {
                 most[warp() * 16 + query] = state.most[half];
                 sums[warp() * 16 + query] = state.sum[half];
             }
+            float *to = out + (warp() * 16 + query) * VALUES;
 #pragma unroll
-            for (int eight = 0; eight < D / 8; eight++) {
-                float *to = out + (warp() * 16 + query) * D;
-                for (int i = 0; i < 2; i++) to[Cache::element(eight, lane() % 4 * 2 + i)] = state.out[eight][2 * half + i];
+            for (int eight = 0; eight < D / 8; eight += 2) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    // Two columns that are neighbours.
+                    float2 pair;
+                    pair.x = Cache::INTERLEAVED ? state.out[eight][2 * half + i] : state.out[eight + i][2 * half];
+                    pair.y = Cache::INTERLEAVED ? state.out[eight + 1][2 * half + i] : state.out[eight + i][2 * half + 1];
+                    int k = Cache::INTERLEAVED ? Cache::element(eight, lane() % 4 * 2 + i) : Cache::element(eight + i, lane() % 4 * 2);
+                    *reinterpret_cast<float2 *>(to + k) = pair;
+                }
             }
         }
         block_barrier();
@@ -301,7 +314,7 @@ template <int D, bool SPLIT, class Cache> struct Attend {
             for (int w = 0; w < ATTENTION_WARPS && largest > -INFINITY; w++) {
                 float weight = power_of_two(most[w * 16 + query] - largest);
                 total = fmaf(weight, sums[w * 16 + query], total);
-                value = fmaf(weight, out[(w * 16 + query) * D + k], value);
+                value = fmaf(weight, out[(w * 16 + query) * VALUES + k], value);
             }
             size_t to = base + static_cast<size_t>(query);
             p.partial[to * static_cast<size_t>(p.d) + static_cast<size_t>(k)] = value;

@@ -48,8 +48,8 @@ fn shared(dtype: KvDtype, size: usize, split: bool) -> usize {
     let queries = if split { APART } else { TOGETHER } as usize;
     let tiles = queries * query + stages * positions * both;
     if split {
-        // The sums of four warps take their place.
-        tiles.max(4 * 16 * (2 + size) * size_of::<f32>())
+        // The sums of four warps take their place, 8 floats between queries.
+        tiles.max(4 * 16 * (2 + size + 8) * size_of::<f32>())
     } else {
         tiles
     }
