@@ -136,6 +136,8 @@ DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     return d;
 }
 
+DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
+
 template <class T> T exchange_of(T x, int mask) {
     int lane = emulation::place.thread % 32;
     const char *all = emulation::gather(&x, sizeof x);

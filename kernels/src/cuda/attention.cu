@@ -69,10 +69,10 @@ template <int D, bool SPLIT, class Cache> struct Attend {
         }
     }
 
-    // Where a KV head's part of the block that holds a position begins.
-    static DEVICE const uint8_t *part_of(const AttentionParams &p, const Item &item, int kv_head, const HeadPart &part, int position) {
+    // Where a KV head's part of a sequence's `at`th block begins.
+    static DEVICE const uint8_t *part_of(const AttentionParams &p, const Item &item, int kv_head, const HeadPart &part, int at) {
         const uint32_t *table = words(p.step, p.step->tables) + item.table;
-        size_t block = table[position / p.block_size * p.page_groups + p.page_group];
+        size_t block = table[at * p.page_groups + p.page_group];
         return static_cast<const uint8_t *>(p.cache) + (block * static_cast<size_t>(p.kv_heads) + static_cast<size_t>(kv_head)) * part.bytes;
     }
 
@@ -85,8 +85,8 @@ template <int D, bool SPLIT, class Cache> struct Attend {
             bool there = position >= oldest && position < static_cast<int>(item.end) && 16 * chunk < static_cast<int>(part.row);
             const uint8_t *from = cache;
             if (there) {
-                from = part_of(p, item, kv_head, part, position);
-                from += static_cast<size_t>(position % p.block_size) * part.row + static_cast<size_t>(16 * chunk);
+                int block = block_of(p, position), in = position - block * p.block_size;
+                from = part_of(p, item, kv_head, part, block) + static_cast<size_t>(in) * part.row + static_cast<size_t>(16 * chunk);
             }
             copy_async(to.keys + place_of<ROW>(row, chunk), from, there);
             copy_async(to.values + place_of<ROW>(row, chunk), there ? from + part.keys : cache, there);
@@ -99,8 +99,8 @@ template <int D, bool SPLIT, class Cache> struct Attend {
                 bool there = position + 8 > oldest && position < static_cast<int>(item.end);
                 const uint8_t *from = cache;
                 if (there) {
-                    int place = (value ? p.block_size : 0) + position % p.block_size;
-                    from = part_of(p, item, kv_head, part, position) + part.both + static_cast<size_t>(2 * place);
+                    int block = block_of(p, position), in = position - block * p.block_size;
+                    from = part_of(p, item, kv_head, part, block) + part.both + static_cast<size_t>(2 * (value ? p.block_size + in : in));
                 }
                 copy_async(to.scales + 8 * at, from, there);
             }

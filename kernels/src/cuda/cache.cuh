@@ -65,7 +65,8 @@ DEVICE float cache_element(CacheDtype dtype, const uint8_t *row, int k) {
 
 // What the tensor-core kernels are compiled for. `WIDTH`: bytes of an element. `STEPS`: products of 16 columns in 32 bytes of a row.
 // `element`: which column stands at `place` of the `eight`th eight of queries and of sums. (Queries and keys may have their columns in any
-// order, if it is the same.) `INTERLEAVED`: neighbours are in two eights, at the same place, and not in one. `b` is what ldmatrix brings of 16 positions × 32 bytes.
+// order, if it is the same.) `INTERLEAVED`: neighbours are in two eights, at the same place, and not in one. `b` is what ldmatrix brings of
+// 16 positions × 32 bytes.
 struct SixteenBits {
     static constexpr int WIDTH = 2, STEPS = 1;
     static constexpr bool SCALED = false, INTERLEAVED = false;

@@ -91,6 +91,9 @@ DEVICE uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
 // Four bytes out of the eight of `low` and `high`: digit i of `selector` says which is byte i.
 DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) { return __byte_perm(low, high, selector); }
 
+// The high half of a · b.
+DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
 DEVICE float exchange(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE int exchange(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE uint64_t exchange(uint64_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
