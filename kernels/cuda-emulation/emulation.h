@@ -88,6 +88,8 @@ inline const void *aligned(const void *at, size_t bytes) {
     static emulation::Registration name##_registration(#name, sizeof(Params), block_threads, name##_entry);                    \
     static void name##_body(const Params &p)
 
+#define KERNEL_OF_BLOCKS(name, Params, block_threads, blocks) KERNEL(name, Params, block_threads)
+
 DEVICE char *shared_memory() { return emulation::place.shared; }
 
 DEVICE uint4 load16(const void *from) {

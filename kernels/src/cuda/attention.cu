@@ -160,6 +160,16 @@ template <int D, bool SPLIT, class Cache> struct Attend {
     // Scores become weights under the running maximum; what was summed up before shrinks to it.
     static DEVICE void soften(const AttentionParams &p, const Item &item, int begin, int first_query, float (&scores)[EIGHTS][4], State &state) {
         int group = p.heads / p.kv_heads;
+        // Scores are powers of two from here on. Those that are not capped are scaled in the same multiplication.
+        float to_log2 = p.scale * LOG2_E;
+        if (p.softcap > 0.0f) {
+            to_log2 = LOG2_E;
+#pragma unroll
+            for (int n = 0; n < EIGHTS; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) scores[n][i] = capped(p, scores[n][i]);
+            }
+        }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int query = first_query + lane() / 4 + 8 * half;
@@ -172,12 +182,24 @@ template <int D, bool SPLIT, class Cache> struct Attend {
 #pragma unroll
             for (int n = 0; n < EIGHTS; n++) {
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    int at = begin + 8 * n + lane() % 4 * 2 + i;
-                    float &score = scores[n][2 * half + i];
-                    score = at >= oldest && at <= last ? capped(p, score) * LOG2_E : -INFINITY;
-                    most = fmaxf(most, score);
+                for (int i = 0; i < 2; i++) scores[n][2 * half + i] *= to_log2;
+            }
+            // Most tiles lie wholly before the queries that look at them.
+            if (vote(begin >= oldest && begin + 8 * EIGHTS - 1 <= last) != 0xffffffffu) {
+#pragma unroll
+                for (int n = 0; n < EIGHTS; n++) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        int at = begin + 8 * n + lane() % 4 * 2 + i;
+                        float &score = scores[n][2 * half + i];
+                        score = at >= oldest && at <= last ? score : -INFINITY;
+                    }
                 }
+            }
+#pragma unroll
+            for (int n = 0; n < EIGHTS; n++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) most = fmaxf(most, scores[n][2 * half + i]);
             }
             // The four lanes of a row.
             most = fmaxf(most, exchange(most, 1));
@@ -323,17 +345,26 @@ template <int D, bool SPLIT, class Cache> struct Attend {
     }
 };
 
-#define ATTENTION_OF(D, name, Cache)                                                                                            \
-    KERNEL(attention_together_##D##_##name, AttentionParams, ATTENTION_THREADS) { Attend<D, false, Cache>::run(p); }            \
+#define SPLIT(D, name, Cache)                                                                                                   \
     KERNEL(attention_split_##D##_##name, AttentionParams, ATTENTION_THREADS) { Attend<D, true, Cache>::run(p); }
+#define TOGETHER(D, name, Cache)                                                                                                \
+    KERNEL(attention_together_##D##_##name, AttentionParams, ATTENTION_THREADS) { Attend<D, false, Cache>::run(p); }
+// By shared memory there is room for two.
+#define TOGETHER_TWO(D, name, Cache)                                                                                            \
+    KERNEL_OF_BLOCKS(attention_together_##D##_##name, AttentionParams, ATTENTION_THREADS, 2) { Attend<D, false, Cache>::run(p); }
 #define ATTENTION(name, Cache)                                                                                                  \
-    ATTENTION_OF(64, name, Cache)                                                                                               \
-    ATTENTION_OF(128, name, Cache)                                                                                              \
-    ATTENTION_OF(256, name, Cache)
+    SPLIT(64, name, Cache)                                                                                                      \
+    SPLIT(128, name, Cache)                                                                                                     \
+    SPLIT(256, name, Cache)                                                                                                     \
+    TOGETHER(64, name, Cache)                                                                                                   \
+    TOGETHER(256, name, Cache)
 
 ATTENTION(f16, F16Cache)
 ATTENTION(bf16, Bf16Cache)
 ATTENTION(fp8, Fp8Cache)
+TOGETHER_TWO(128, f16, F16Cache)
+TOGETHER_TWO(128, bf16, Bf16Cache)
+TOGETHER(128, fp8, Fp8Cache)
 
 // Columns that a lane of attention_merge adds up.
 constexpr int MERGE_COLUMNS = 4;

@@ -18,6 +18,11 @@
 // A kernel takes one struct of parameters by value, which the host mirrors (`params.rs`). `threads` is its block size.
 #define KERNEL(name, Params, threads) extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
 
+// As KERNEL, with registers for so many `blocks` on a multiprocessor: without being told, the compiler may keep a few bytes in memory for the sake of one more,
+// for which there is no shared memory; or take registers that a second block lacks.
+#define KERNEL_OF_BLOCKS(name, Params, threads, blocks)                                                                         \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
+
 // The block's dynamic shared memory.
 DEVICE char *shared_memory() {
     extern __shared__ __align__(128) char memory[];
