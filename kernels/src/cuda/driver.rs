@@ -28,6 +28,10 @@ use crate::{Error, Rank};
 /// Kernels as nvcc made them: a name and a fatbin each, of which the driver takes what fits the GPU.
 const FATBINS: &[(&str, &[u8])] = &include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
+/// Devices whose context stays until the process ends. The driver destroys a context when the last backend lets go of it, and makes a new one in 0.2 to 0.5 s:
+/// once for each test, say.
+static KEPT: Mutex<Vec<sys::CUdevice>> = Mutex::new(Vec::new());
+
 /// Graphs that are kept: a few lists for each of the buckets.
 const GRAPHS: usize = 64;
 /// Shared memory a block has without asking.
@@ -149,6 +153,14 @@ impl Driver {
         // SAFETY: as above; released when this is dropped.
         let context = unsafe { cuda::primary_ctx::retain(device) }
             .map_err(|error| failed("a context", error))?;
+        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+        if !kept.contains(&device) {
+            // SAFETY: as above; never released.
+            unsafe { cuda::primary_ctx::retain(device) }
+                .map_err(|error| failed("a context", error))?;
+            kept.push(device);
+        }
+        drop(kept);
         let mut driver = Self {
             device,
             context,
