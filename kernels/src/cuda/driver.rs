@@ -25,8 +25,12 @@ use super::nccl::Ties;
 use super::params::Pointer;
 use crate::{Error, Rank};
 
+/// A fatbin as nvcc aligns those that it embeds itself: the driver reads its 8-byte fields in place.
+#[repr(align(16))]
+struct Aligned<T: ?Sized>(T);
+
 /// Kernels as nvcc made them: a name and a fatbin each, of which the driver takes what fits the GPU.
-const FATBINS: &[(&str, &[u8])] = &include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
+static FATBINS: &[(&str, &Aligned<[u8]>)] = &include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
 /// Devices whose context stays until the process ends. The driver destroys a context when the last backend lets go of it, and makes a new one in 0.2 to 0.5 s:
 /// once for each test, say.
@@ -186,7 +190,7 @@ impl Driver {
         }
         for (name, fatbin) in FATBINS {
             // SAFETY: a fatbin by nvcc, whole and alive.
-            let module = unsafe { cuda::module::load_data(fatbin.as_ptr().cast()) }
+            let module = unsafe { cuda::module::load_data(fatbin.0.as_ptr().cast()) }
                 .map_err(|error| failed(&format!("loading the kernels of {name}"), error))?;
             driver.modules.push(module);
         }
