@@ -19,7 +19,7 @@ use cudarc::driver::sys::{
 
 use super::backend::{CudaBackend, CudaOptions};
 use super::cublaslt::Library;
-use super::device::{Device, Launch, Work};
+use super::device::{DenseShape, Device, Launch, Work};
 use super::flights::FLIGHTS;
 use super::nccl::Ties;
 use super::params::Pointer;
@@ -590,8 +590,9 @@ impl Device for Driver {
             .map_err(|error| failed("replaying a step", error))
     }
 
-    fn has_dense(&self) -> bool {
-        self.library.is_some()
+    fn supports(&self, shape: DenseShape) -> bool {
+        let library = self.library.as_ref();
+        self.enter().is_ok() && library.is_some_and(|library| library.supports(shape))
     }
 
     fn rank(&self) -> Rank {

@@ -11,7 +11,7 @@ use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::backend::{CudaBackend, CudaOptions};
-use super::device::{Device, Exchange, Launch, Work};
+use super::device::{DenseShape, Device, Exchange, Launch, Work};
 use super::flights::FLIGHTS;
 use super::params::Pointer;
 use crate::{Collective, Error, InProcess, Rank};
@@ -434,7 +434,7 @@ impl Device for Emulated {
         Ok(())
     }
 
-    fn has_dense(&self) -> bool {
+    fn supports(&self, _shape: DenseShape) -> bool {
         false
     }
 

@@ -2,7 +2,7 @@
 
 use super::backend::CudaBackend;
 use super::buffers::{Activations, Vector};
-use super::device::{Dense, DenseShape, Operand, Work};
+use super::device::{Dense, DenseShape, Operand, Work, alignment};
 use super::matrix::{Layout, Matrix, Segment};
 use super::params::{self, Pointer, Precision, Rows};
 use super::scratch::Purpose;
@@ -277,19 +277,40 @@ impl CudaBackend {
             _ => return Ok(false),
         };
         let rows = product.rows as usize;
-        if rows <= FEW || self.deterministic || !self.device.has_dense() {
+        if rows <= FEW || self.deterministic {
             return Ok(false);
         }
         let cols = segment.params().cols;
-        let mut x = x;
-        if operand == Operand::F16 {
-            let out = Rows {
+        let halves = match operand {
+            Operand::Bf16 => None,
+            Operand::F16 => Some(Rows {
                 data: self
                     .scratch
                     .get(Purpose::Halves, rows * cols as usize * size_of::<u16>())?,
                 stride: cols,
                 precision: Precision::Bf16 as i32,
-            };
+            }),
+        };
+        let at = (product.column as usize * size_of::<f32>()) as u64;
+        let (w, of, out) = (
+            segment.params().quants,
+            halves.unwrap_or(x),
+            product.out + at,
+        );
+        let shape = DenseShape {
+            operand,
+            rows: product.rows as u32,
+            features: product.features as u32,
+            cols: cols as u32,
+            x_stride: of.stride as u32,
+            out_stride: product.out_stride as u32,
+            add: product.add != 0,
+            alignments: [w, of.data, out].map(alignment),
+        };
+        if !self.device.supports(shape) {
+            return Ok(false);
+        }
+        if let Some(out) = halves {
             let convert = params::Convert {
                 x,
                 out,
@@ -298,26 +319,16 @@ impl CudaBackend {
                 pad: 0,
             };
             self.launch("convert_f16", (rows, 1), 0, &convert);
-            x = out;
         }
-        let at = (product.column as usize * size_of::<f32>()) as u64;
         self.record(Work::Dense(Dense {
-            shape: DenseShape {
-                operand,
-                rows: product.rows as u32,
-                features: product.features as u32,
-                cols: cols as u32,
-                x_stride: x.stride as u32,
-                out_stride: product.out_stride as u32,
-                add: product.add != 0,
-            },
-            w: segment.params().quants,
-            x: x.data,
-            out: product.out + at,
+            shape,
+            w,
+            x: of.data,
+            out,
         }));
         if product.bias != 0 {
             let bias = params::AddBias {
-                x: product.out + at,
+                x: out,
                 bias: product.bias + at,
                 stride: product.out_stride,
                 cols: product.features,
