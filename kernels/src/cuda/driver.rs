@@ -36,8 +36,8 @@ static FATBINS: &[(&str, &Aligned<[u8]>)] = &include!(concat!(env!("OUT_DIR"), "
 /// once for each test, say.
 static KEPT: Mutex<Vec<sys::CUdevice>> = Mutex::new(Vec::new());
 
-/// Graphs that are kept: a few lists for each of the buckets.
-const GRAPHS: usize = 64;
+/// Graphs that are kept: the lists that generation comes by, which differ in their rows and in the splits of their attention.
+const GRAPHS: usize = 256;
 /// Shared memory a block has without asking.
 const SHARED_UNASKED: u32 = 48 << 10;
 
