@@ -668,7 +668,9 @@ impl CudaBackend {
             alpha,
             limit,
         };
-        let blocks = n.div_ceil(THREADS).min(BLOCKS_OF_ROW);
+        // Few rows need all threads that there are; of many, a thread does more than begin and end.
+        let each = if rows < 256 { 1 } else { 8 };
+        let blocks = n.div_ceil(THREADS * each).min(BLOCKS_OF_ROW);
         self.launch("gate", (rows, blocks), 0, &gate);
     }
 }
