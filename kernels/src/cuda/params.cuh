@@ -62,9 +62,17 @@ struct Weights {
     const uint8_t *scales;
     const uint8_t *more;
     int cols;
-    // Elements under one scale.
-    int group;
+    // Groups of elements under one scale in a row; and 2^32 divided by the eights of such a group, rounded up (0 where the row is one group).
+    int groups;
+    uint32_t group_inverse;
+    int pad;
 };
+
+// Which of its row's groups element `k` is in: its quotient by the group's size, without a division for every 16 bytes. Exact for rows of matrices that
+// are accepted (`matrix.rs`).
+DEVICE size_t group_of(const Weights &w, size_t row, int k) {
+    return row * static_cast<size_t>(w.groups) + multiply_high(static_cast<uint32_t>(k) / 8, w.group_inverse);
+}
 
 // So many rows of one expert, from one place on among the rows sorted by expert.
 struct Tile {

@@ -39,7 +39,7 @@ params! {
     /// `Rows` of `params.cuh`.
     struct Rows { data: Pointer, stride: i32, precision: i32 }
     /// `Weights` of `params.cuh`.
-    struct Weights { quants: Pointer, scales: Pointer, more: Pointer, cols: i32, group: i32 }
+    struct Weights { quants: Pointer, scales: Pointer, more: Pointer, cols: i32, groups: i32, group_inverse: u32, pad: i32 }
     struct Product {
         w: Weights, x: Pointer, out: Pointer, bias: Pointer, tiles: Pointer, tile_count: Pointer, row_of: Pointer,
         rows: i32, features: i32, x_stride: i32, out_stride: i32, column: i32, add: i32,
