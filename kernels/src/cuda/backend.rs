@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Threads of the kernels that have a block for each row.
-const THREADS: usize = 256;
+pub(super) const THREADS: usize = 256;
 /// Blocks that elementwise work on a row is divided among, at most.
 const BLOCKS_OF_ROW: usize = 64;
 

@@ -10,7 +10,7 @@ use super::params::{Params, Pointer, bytes_of};
 use crate::{Error, Rank};
 
 /// Most bytes a kernel's parameters have.
-const PARAMS: usize = 128;
+const PARAMS: usize = 136;
 
 /// One kernel to be run.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -97,9 +97,11 @@ struct Product {
     int column;
     // Add to `out` what there is.
     int add;
+    // Products of many rows may divide k: into how many splits, of how many columns; the sums of each are `rows` rows further on in `out`.
+    int splits, split_cols;
 };
 
-// The part of a product that a block's second index names.
+// The part of a product that a tile's number, mostly a block's second index, names.
 struct Part {
     // The first row of x (or place) and of the matrix, and how many rows of x.
     int first, rows;
@@ -109,16 +111,16 @@ struct Part {
 };
 
 // False where there is nothing to do.
-DEVICE bool part_of(const Product &p, int tile_rows, Part &part) {
+DEVICE bool part_of(const Product &p, int at, int tile_rows, Part &part) {
     if (p.tiles == nullptr) {
-        part.first = block_y() * tile_rows;
+        part.first = at * tile_rows;
         part.rows = p.rows - part.first < tile_rows ? p.rows - part.first : tile_rows;
         part.matrix_row = 0;
         part.bias = p.column;
         return true;
     }
-    if (static_cast<uint32_t>(block_y()) >= *p.tile_count) return false;
-    Tile tile = p.tiles[block_y()];
+    if (static_cast<uint32_t>(at) >= *p.tile_count) return false;
+    Tile tile = p.tiles[at];
     part.first = static_cast<int>(tile.first);
     part.rows = static_cast<int>(tile.rows);
     part.matrix_row = static_cast<size_t>(tile.expert) * static_cast<size_t>(p.features);

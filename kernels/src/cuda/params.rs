@@ -42,7 +42,7 @@ params! {
     struct Weights { quants: Pointer, scales: Pointer, more: Pointer, cols: i32, groups: i32, group_inverse: u32, pad: i32 }
     struct Product {
         w: Weights, x: Pointer, out: Pointer, bias: Pointer, tiles: Pointer, tile_count: Pointer, row_of: Pointer,
-        rows: i32, features: i32, x_stride: i32, out_stride: i32, column: i32, add: i32,
+        rows: i32, features: i32, x_stride: i32, out_stride: i32, column: i32, add: i32, splits: i32, split_cols: i32,
     }
     struct FloatProduct { of: Product, x: Rows }
     struct Embed { step: Pointer, table: Weights, drawn: Pointer, out: Pointer, first: u32, rows: u32, scale: f32, pad: i32 }

@@ -1,6 +1,6 @@
 //! Products: which kernel, in which tiles.
 
-use super::backend::CudaBackend;
+use super::backend::{CudaBackend, THREADS};
 use super::buffers::{Activations, Vector};
 use super::device::{Dense, DenseShape, Operand, Work, alignment};
 use super::matrix::{Layout, Matrix, Segment};
@@ -14,6 +14,13 @@ const FEW: usize = 32;
 const FEW_FEATURES: usize = 16;
 const MANY_FEATURES: usize = 128;
 const MANY_K: usize = 64;
+/// Blocks that a GPU has room for at a time: two on each multiprocessor of an H100 or H200 (an A100 has 216). Where products of many rows have fewer, k is
+/// divided.
+const BLOCKS: usize = 264;
+/// Columns that are worth a split: the blocks' sums are written, and added up by another kernel.
+const SPLIT: usize = 8 * MANY_K;
+/// Blocks of the kernel that adds them up.
+const ADDING: usize = 1024;
 const FLOAT_FEATURES: usize = 8;
 const FLOAT_ROWS: usize = 4;
 
@@ -108,6 +115,14 @@ pub(super) fn choose(layout: Layout, rows: usize, deterministic: bool) -> Choice
     }
 }
 
+/// Into how many splits of k, of how many columns, `blocks` blocks are divided.
+fn splits(blocks: usize, cols: usize) -> (usize, usize) {
+    let most = (cols / SPLIT).max(1);
+    let splits = (BLOCKS / blocks.max(1)).clamp(1, most);
+    let each = cols.div_ceil(splits).next_multiple_of(MANY_K);
+    (cols.div_ceil(each), each)
+}
+
 impl CudaBackend {
     pub(super) fn linear_into(
         &mut self,
@@ -167,6 +182,8 @@ impl CudaBackend {
                 out_stride: stride as i32,
                 column: segment.first as i32,
                 add: i32::from(add),
+                splits: 1,
+                split_cols: matrix.cols as i32,
             };
             if self.dense(segment, &product, x)? {
                 continue;
@@ -176,9 +193,67 @@ impl CudaBackend {
                 segment.rows.div_ceil(choice.features),
                 rows.div_ceil(choice.rows),
             );
-            self.run_product(choice, blocks, product, x);
+            // Sums that are added up have no gaps between their rows.
+            let whole = segment.rows == stride && segment.first == 0;
+            let (splits, each) = splits(blocks.0 * blocks.1, matrix.cols);
+            if choice.features == MANY_FEATURES && whole && splits > 1 {
+                let split = params::Product {
+                    splits: splits as i32,
+                    split_cols: each as i32,
+                    ..product
+                };
+                self.split_product(choice, blocks, split, x)?;
+            } else {
+                self.run_product(choice, blocks, product, x);
+            }
         }
         Ok(())
+    }
+
+    /// Records a product whose k is divided, and the addition of its parts, in order of k.
+    fn split_product(
+        &mut self,
+        choice: Choice,
+        blocks: (usize, usize),
+        product: params::Product,
+        x: Rows,
+    ) -> Result<(), Error> {
+        let (rows, splits) = (product.rows as usize, product.splits as usize);
+        let count = rows * product.features as usize;
+        let parts = self
+            .scratch
+            .get(Purpose::Splits, splits * count * size_of::<f32>())?;
+        let of_parts = params::Product {
+            out: parts,
+            bias: 0,
+            add: 0,
+            ..product
+        };
+        self.run_product(choice, (blocks.0, blocks.1 * splits), of_parts, x);
+        let sum = params::AddParts {
+            parts,
+            out: product.out,
+            count: count as i64,
+            ranks: product.splits,
+            add: product.add,
+        };
+        let blocks = count.div_ceil(THREADS).min(ADDING);
+        self.launch("add_parts", (blocks, 1), 0, &sum);
+        if product.bias != 0 {
+            self.add_bias(product.out, product.bias, &product);
+        }
+        Ok(())
+    }
+
+    /// Records the addition of a bias to every row of a product's output, whose columns begin at `x`.
+    fn add_bias(&mut self, x: Pointer, bias: Pointer, of: &params::Product) {
+        let add = params::AddBias {
+            x,
+            bias,
+            stride: of.out_stride,
+            cols: of.features,
+        };
+        self.launch("add_bias", (of.rows as usize, 1), 0, &add);
     }
 
     /// The product of every place with its expert's part of the matrix. `out` `[places, features]`.
@@ -208,6 +283,8 @@ impl CudaBackend {
             out_stride: features as i32,
             column: 0,
             add: 0,
+            splits: 1,
+            split_cols: matrix.cols as i32,
         };
         let blocks = (features.div_ceil(choice.features), tiles.most);
         self.run_product(choice, blocks, product, x);
@@ -327,13 +404,7 @@ impl CudaBackend {
             out,
         }));
         if product.bias != 0 {
-            let bias = params::AddBias {
-                x: out,
-                bias: product.bias + at,
-                stride: product.out_stride,
-                cols: product.features,
-            };
-            self.launch("add_bias", (rows, 1), 0, &bias);
+            self.add_bias(out, product.bias + at, product);
         }
         Ok(true)
     }
@@ -361,6 +432,19 @@ mod tests {
             assert!(choice.rows >= rows.min(128), "{rows}: {choice:?}");
             assert!(choice.shared <= 96 << 10, "fits every GPU");
         }
+    }
+
+    #[test]
+    fn k_is_divided_where_blocks_are_few_and_every_column_is_in_one_split() {
+        for cols in [8, 64, 500, 1024, 4096, 12_288, 14_336] {
+            for blocks in [1, 8, 32, 48, 96, 192, 300, 5000] {
+                let (splits, each) = splits(blocks, cols);
+                assert!(splits * each >= cols && (splits - 1) * each < cols);
+                assert!(splits == 1 || each >= SPLIT && splits * blocks <= BLOCKS);
+            }
+        }
+        assert_eq!(splits(32, 12_288), (8, 1536));
+        assert_eq!(splits(192, 4096).0, 1);
     }
 
     #[test]

@@ -53,7 +53,7 @@ template <class F, int T> DEVICE void multiply_run(float (&sums)[T][4], const Ru
 
 template <class F, int T> DEVICE void product_few(const Product &p) {
     Part part;
-    if (!part_of(p, 8 * T, part)) return;
+    if (!part_of(p, block_y(), 8 * T, part)) return;
     int group = lane() / 4, place = lane() % 4;
     int feature = block_x() * FEW_FEATURES + group;
     const uint16_t *x[T];

@@ -112,6 +112,34 @@ fn a_product_is_added_to_what_is_there() {
 }
 
 #[test]
+fn many_rows_of_few_features_are_as_defined_though_k_is_divided() {
+    let mut random = Random(5);
+    let mut gpu = gpu(false);
+    for (format, rows, cols) in [
+        (Format::Q4_0, 40, 1088),
+        (Format::Q8_0, 70, 2112),
+        (Format::Q4K, 130, 1280),
+    ] {
+        let features = 150;
+        let (stored, values) = encode(format, &random.floats(features * cols));
+        let case = Case {
+            format,
+            features,
+            cols,
+            x: exact(&mut random, rows * cols),
+            stored,
+            values,
+            bias: Some(random.floats(features)),
+        };
+        let got = case.run(&mut gpu, &case.x, f32::NAN, false);
+        let error = distance(&got, &case.reference(0.0));
+        assert!(error < case.allowed(), "{format:?}: {error}");
+        let got = case.run(&mut gpu, &case.x, 3.0, true);
+        assert!(distance(&got, &case.reference(3.0)) < case.allowed());
+    }
+}
+
+#[test]
 fn columns_that_are_no_multiple_of_eight_are_multiplied_in_f32() {
     let mut random = Random(3);
     let mut gpu = gpu(false);
