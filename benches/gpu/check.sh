@@ -168,7 +168,7 @@ if command -v compute-sanitizer >/dev/null; then
     for tool in 'memcheck --report-api-errors no' racecheck; do
         # shellcheck disable=SC2086 # An option is a word of its own.
         part "${tool%% *}" 120 compute-sanitizer --tool $tool --error-exitcode 1 "$bin/test-kernels" --test-threads 1 \
-            heads_of_every_size a_product_is_added embeddings logits experts_is_as gates norms rotary copied drawn
+            heads_of_every_size a_product_is_added k_is_divided expanded embeddings logits experts_is_as gates norms rotary copied drawn
     done
 else
     say "left out  memcheck, racecheck: there is no compute-sanitizer"

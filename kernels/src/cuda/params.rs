@@ -45,6 +45,7 @@ params! {
         rows: i32, features: i32, x_stride: i32, out_stride: i32, column: i32, add: i32, splits: i32, split_cols: i32,
     }
     struct FloatProduct { of: Product, x: Rows }
+    struct Expand { w: Weights, out: Pointer, first: i32, rows: i32 }
     struct Embed { step: Pointer, table: Weights, drawn: Pointer, out: Pointer, first: u32, rows: u32, scale: f32, pad: i32 }
     struct RotaryTable { step: Pointer, frequencies: Pointer, beyond: Pointer, out: Pointer, count: i32, scale: f32 }
     struct Convert { x: Rows, out: Rows, order: Pointer, cols: i32, pad: i32 }

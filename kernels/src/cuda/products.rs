@@ -21,6 +21,10 @@ const BLOCKS: usize = 264;
 const SPLIT: usize = 8 * MANY_K;
 /// Blocks of the kernel that adds them up.
 const ADDING: usize = 1024;
+/// Fewest rows for which quantised weights are expanded for the device's library. Expanding takes as long as it multiplies some hundred rows.
+const EXPANDING: usize = 512;
+/// Bytes of weights that are expanded at once: large enough for a product to use the whole GPU, and small enough to be found in its cache again.
+const EXPANDED: usize = 32 << 20;
 const FLOAT_FEATURES: usize = 8;
 const FLOAT_ROWS: usize = 4;
 
@@ -185,7 +189,7 @@ impl CudaBackend {
                 splits: 1,
                 split_cols: matrix.cols as i32,
             };
-            if self.dense(segment, &product, x)? {
+            if self.dense(segment, &product, x)? || self.expanded(segment, &product, x)? {
                 continue;
             }
             let choice = choose(segment.layout, rows, self.deterministic);
@@ -374,15 +378,10 @@ impl CudaBackend {
             halves.unwrap_or(x),
             product.out + at,
         );
+        let shape = dense_shape(operand, product, [w, of.data, out].map(alignment));
         let shape = DenseShape {
-            operand,
-            rows: product.rows as u32,
-            features: product.features as u32,
-            cols: cols as u32,
             x_stride: of.stride as u32,
-            out_stride: product.out_stride as u32,
-            add: product.add != 0,
-            alignments: [w, of.data, out].map(alignment),
+            ..shape
         };
         if !self.device.supports(shape) {
             return Ok(false);
@@ -408,6 +407,106 @@ impl CudaBackend {
         }
         Ok(true)
     }
+
+    /// Records a product with quantised weights for the device's library, where it has one and it pays: piece by piece they become bf16, the same numbers
+    /// that our kernels multiply.
+    fn expanded(
+        &mut self,
+        segment: &Segment,
+        product: &params::Product,
+        x: Rows,
+    ) -> Result<bool, Error> {
+        let Some((kernel, run)) = expanding_kernel(segment.layout) else {
+            return Ok(false);
+        };
+        let w = segment.params();
+        let cols = w.cols as usize;
+        let (at_once, pieces) = pieces(segment.rows, cols);
+        let few = (product.rows as usize) < EXPANDING;
+        if few || self.deterministic || at_once * cols > i32::MAX as usize {
+            return Ok(false);
+        }
+        let place = |first: usize| {
+            let column = product.column as usize + first;
+            product.out + (column * size_of::<f32>()) as u64
+        };
+        let shape = |(first, features): (usize, usize)| {
+            // Where they will be, a piece of memory begins.
+            let alignments = [256, alignment(x.data), alignment(place(first))];
+            DenseShape {
+                features: features as u32,
+                ..dense_shape(Operand::Bf16, product, alignments)
+            }
+        };
+        if !pieces
+            .clone()
+            .all(|piece| self.device.supports(shape(piece)))
+        {
+            return Ok(false);
+        }
+        let bytes = at_once * cols * size_of::<u16>();
+        let expanded = self.scratch.get(Purpose::Expanded, bytes)?;
+        for (first, features) in pieces {
+            let expand = params::Expand {
+                w,
+                out: expanded,
+                first: first as i32,
+                rows: features as i32,
+            };
+            let blocks = (features * cols / run).div_ceil(THREADS).min(BLOCKS * 4);
+            // Of 16-bit elements of a run in each thread.
+            let shared = THREADS * run * size_of::<u16>();
+            self.launch(kernel, (blocks, 1), shared, &expand);
+            self.record(Work::Dense(Dense {
+                shape: shape((first, features)),
+                w: expanded,
+                x: x.data,
+                out: place(first),
+            }));
+        }
+        if product.bias != 0 {
+            let bias = product.bias + (product.column as usize * size_of::<f32>()) as u64;
+            self.add_bias(place(0), bias, product);
+        }
+        Ok(true)
+    }
+}
+
+/// The shape of a product for the device's library.
+fn dense_shape(operand: Operand, product: &params::Product, alignments: [u32; 3]) -> DenseShape {
+    DenseShape {
+        operand,
+        rows: product.rows as u32,
+        features: product.features as u32,
+        cols: product.w.cols as u32,
+        x_stride: product.x_stride as u32,
+        out_stride: product.out_stride as u32,
+        add: product.add != 0,
+        alignments,
+    }
+}
+
+/// The kernel that expands a layout, and the elements of its runs; none for floats.
+fn expanding_kernel(layout: Layout) -> Option<(&'static str, usize)> {
+    Some(match layout {
+        Layout::F32 | Layout::Bf16 | Layout::F16 => return None,
+        Layout::Q4_0 => ("expand_q4_0", 32),
+        Layout::Q5_1 => ("expand_q5_1", 32),
+        Layout::Q4K => ("expand_q4_k", 32),
+        Layout::Q8_0 => ("expand_q8_0", 16),
+        Layout::Int4(_) => ("expand_int4", 32),
+        Layout::Int8(_) => ("expand_int8", 16),
+        Layout::Fp8(_) => ("expand_fp8", 16),
+    })
+}
+
+/// Features that are expanded at once, a multiple of what the library's tiles have; and the pieces: the first, and how many.
+fn pieces(features: usize, cols: usize) -> (usize, impl Iterator<Item = (usize, usize)> + Clone) {
+    let at_once = EXPANDED / (cols.max(1) * size_of::<u16>()) / 256 * 256;
+    let at_once = at_once.max(256).min(features);
+    let pieces = (0..features).step_by(at_once.max(1));
+    let piece = move |first| (first, at_once.min(features - first));
+    (at_once, pieces.map(piece))
 }
 
 /// The only segment of a matrix of experts: their rows are found by counting.
@@ -445,6 +544,21 @@ mod tests {
         }
         assert_eq!(splits(32, 12_288), (8, 1536));
         assert_eq!(splits(192, 4096).0, 1);
+    }
+
+    #[test]
+    fn pieces_of_expanded_weights_are_of_a_size_and_all_of_them() {
+        for (features, cols) in [(1, 32), (300, 4096), (24_576, 4096), (5000, 1 << 20)] {
+            let (at_once, pieces) = pieces(features, cols);
+            assert!(at_once * cols * 2 <= EXPANDED.max(256 * cols * 2));
+            let mut next = 0;
+            for (first, features) in pieces {
+                assert!(first == next && features > 0 && features <= at_once);
+                next += features;
+            }
+            assert_eq!(next, features);
+        }
+        assert_eq!(pieces(24_576, 4096).0, 4096);
     }
 
     #[test]

@@ -26,6 +26,8 @@ pub(super) enum Purpose {
     Parts,
     /// A product's sums over parts of k.
     Splits,
+    /// Quantised weights as bf16.
+    Expanded,
     /// Of experts: `[rows, experts]`, then by choice or by place.
     Scores,
     Chosen,
