@@ -184,8 +184,9 @@ template <int D, bool SPLIT, class Cache> struct Attend {
 #pragma unroll
                 for (int i = 0; i < 2; i++) scores[n][2 * half + i] *= to_log2;
             }
-            // Most tiles lie wholly before the queries that look at them.
-            if (vote(begin >= oldest && begin + 8 * EIGHTS - 1 <= last) != 0xffffffffu) {
+            // Most tiles lie wholly before the queries that look at them. Queries that are not there see whatever others see.
+            bool whole = query >= static_cast<int>(item.count) || (begin >= oldest && begin + 8 * EIGHTS - 1 <= last);
+            if (vote(whole) != 0xffffffffu) {
 #pragma unroll
                 for (int n = 0; n < EIGHTS; n++) {
 #pragma unroll
