@@ -184,9 +184,18 @@ fn columns_that_are_no_multiple_of_eight_are_multiplied_in_f32() {
 fn a_row_has_the_same_bits_alone_and_among_others_when_deterministic() {
     let mut random = Random(4);
     let mut gpu = gpu(true);
-    for format in [Format::Bf16, Format::Q4K, Format::Q8_0, Format::F32] {
-        let case = Case::new(&mut random, format, 37);
+    let formats = [Format::Bf16, Format::Q4K, Format::Q8_0, Format::F32];
+    // Rows of one stretch for a warp, or of several.
+    for (format, long) in formats.into_iter().flat_map(|f| [(f, false), (f, true)]) {
+        let mut case = Case::new(&mut random, format, 37);
+        if long {
+            case.cols = 2304;
+            case.x = exact(&mut random, 37 * case.cols);
+            let floats = random.floats(case.features * case.cols);
+            (case.stored, case.values) = encode(format, &floats);
+        }
         let together = case.run(&mut gpu, &case.x, f32::NAN, false);
+        assert!(distance(&together, &case.reference(0.0)) < case.allowed());
         for (row, (x, expected)) in case
             .x
             .chunks(case.cols)
