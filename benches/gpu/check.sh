@@ -23,7 +23,7 @@ case $what in
     *) echo "usage: $0 [quick | speed | sanitize]" >&2; exit 2 ;;
 esac
 mkdir -p "$out"
-rm -f "$out"/summary.txt "$out"/table.md "$out"/deterministic.md "$out"/fp8.md "$out"/gpu.json "$out"/*.log "$out"/*.failed "$out"/logs.tgz
+rm -f "$out"/summary.txt "$out"/table.md "$out"/deterministic.md "$out"/fp8.md "$out"/overlap.md "$out"/gpu.json "$out"/*.log "$out"/*.failed "$out"/logs.tgz
 export QUIRE_TEST_GPU=1 RUST_BACKTRACE=1
 failed=0
 running=
@@ -35,6 +35,7 @@ finish() {
     printf '\n=== %d s, %d parts failed\n' "$SECONDS" "$failed"
     cat "$out/summary.txt"
     [ ! -s "$out/fp8.md" ] || { printf '\nwith an FP8 cache:\n'; cat "$out/fp8.md"; }
+    [ ! -s "$out/overlap.md" ] || { printf '\nwith overlapping kernels:\n'; cat "$out/overlap.md"; }
     [ ! -s "$out/deterministic.md" ] || { printf '\nwith --deterministic:\n'; cat "$out/deterministic.md"; }
     [ ! -s "$out/table.md" ] || { echo; cat "$out/table.md"; }
     # A log that cannot be packed stays as it is.
@@ -157,6 +158,9 @@ if [ "$what" = everything ] || [ "$what" = speed ]; then
     cat "$out/table.md" 2>/dev/null
     part deterministic 50 "$bin/quire-bench" gpu --deterministic --shapes qwen3-8b --context 1024 --batch 1,64 --time-limit 30 --table "$out/deterministic.md"
     part fp8 50 "$bin/quire-bench" gpu --kv-cache-dtype fp8 --shapes qwen3-8b --context 8192 --batch 1,64 --time-limit 30 --table "$out/fp8.md"
+    # Kernels that overlap: whether that is right, and what it is worth. Nothing depends on it yet.
+    tests overlap-models 60 env QUIRE_CUDA_OVERLAP=1 CARGO_MANIFEST_DIR="$PWD/engine" "$bin/test-engine" --test-threads 1 --skip several_ranks --skip fewer_bits
+    part overlap 40 env QUIRE_CUDA_OVERLAP=1 "$bin/quire-bench" gpu --shapes qwen3-8b --context 1024 --batch 1,8,64 --time-limit 25 --table "$out/overlap.md"
 fi
 
 if [ "$what" = quick ] || [ "$what" = speed ]; then

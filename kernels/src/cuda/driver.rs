@@ -38,6 +38,9 @@ static KEPT: Mutex<Vec<sys::CUdevice>> = Mutex::new(Vec::new());
 
 /// Graphs that are kept: the lists that generation comes by, which differ in their rows and in the splits of their attention.
 const GRAPHS: usize = 256;
+/// Set to 1, it has every kernel on a GPU of Hopper's kind or newer begin while the one before it ends, up to where it would read or write anything ("programmatic
+/// dependent launch"). Not documented as a setting, for nobody has measured yet what it is worth.
+const OVERLAP: &str = "QUIRE_CUDA_OVERLAP";
 /// Shared memory a block has without asking.
 const SHARED_UNASKED: u32 = 48 << 10;
 
@@ -123,6 +126,8 @@ pub(super) struct Driver {
     name: String,
     /// Compute capability and multiprocessors.
     kind: [i32; 3],
+    /// Whether kernels begin while others end: see [`OVERLAP`].
+    overlap: bool,
     /// To the other ranks, where it is one of several.
     ties: Option<Ties>,
     state: Mutex<State>,
@@ -176,6 +181,7 @@ impl Driver {
             library: None,
             name: format!("{name} (compute capability {major}.{minor})"),
             kind: [major, minor, multiprocessors],
+            overlap: major >= 9 && std::env::var_os(OVERLAP).is_some_and(|value| value == "1"),
             ties: None,
             state: Mutex::default(),
         };
@@ -299,17 +305,48 @@ impl Driver {
         }
         // The driver reads as many bytes as the kernel's parameter has, which the test of sizes in the emulation compares.
         let mut params = [launch.params().as_ptr().cast_mut().cast::<c_void>()];
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid.0,
+            gridDimY: launch.grid.1,
+            gridDimZ: 1,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: self.stream,
+            attrs: &raw mut overlap,
+            numAttrs: 1,
+        };
         // SAFETY: the function takes one struct of plain data by value, which the driver copies before it returns. What it points to is memory of
-        // this device that is alive until the list has run: see `Scratch` and `Buffer`.
+        // this device that is alive until the list has run: see `Scratch` and `Buffer`. That kernels which overlap wait for each other is the
+        // first thing each does (`device.cuh`).
         unsafe {
-            cuda::launch_kernel(
-                kernel.function,
-                (launch.grid.0, launch.grid.1, 1),
-                (launch.threads, 1, 1),
-                launch.shared,
-                self.stream,
-                &mut params,
-            )
+            if self.overlap {
+                let extra = std::ptr::null_mut();
+                sys::cuLaunchKernelEx(
+                    &raw const config,
+                    kernel.function,
+                    params.as_mut_ptr(),
+                    extra,
+                )
+                .result()
+            } else {
+                cuda::launch_kernel(
+                    kernel.function,
+                    (launch.grid.0, launch.grid.1, 1),
+                    (launch.threads, 1, 1),
+                    launch.shared,
+                    self.stream,
+                    &mut params,
+                )
+            }
         }
         .map_err(|error| failed(&format!("launching {name} on {:?}", launch.grid), error))
     }
@@ -406,9 +443,14 @@ impl Device for Driver {
             Some(_) => "with cuBLASLt",
             None => "without cuBLASLt",
         };
+        let overlap = if self.overlap {
+            ", kernels overlapping"
+        } else {
+            ""
+        };
         let exchange = self.ties.as_ref().map(Ties::description);
         let and = exchange.map_or_else(String::new, |exchange| format!(", with {exchange}"));
-        format!("{}, {library}{and}", self.name)
+        format!("{}, {library}{overlap}{and}", self.name)
     }
 
     fn memory(&self) -> Result<(u64, u64), Error> {
