@@ -45,7 +45,7 @@ mod nvcc {
                 return;
             }
             let (name, fatbin) = (name.to_string_lossy(), fatbin.to_string_lossy());
-            table.push(format!("({name:?}, include_bytes!({fatbin:?}).as_slice())"));
+            table.push(format!("({name:?}, &Aligned(*include_bytes!({fatbin:?})))"));
         }
         let table = format!("[{}]", table.join(",\n"));
         fs::write(out.join("fatbins.rs"), table).expect("OUT_DIR can be written to");

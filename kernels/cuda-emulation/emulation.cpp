@@ -347,6 +347,7 @@ extern "C" void quire_emulated_launch(const void *kernel, int x, int y, int thre
 #include "../src/cuda/attention.cu"
 #include "../src/cuda/attention_plain.cu"
 #include "../src/cuda/elementwise.cu"
+#include "../src/cuda/expand.cu"
 #include "../src/cuda/experts.cu"
 #include "../src/cuda/heads.cu"
 #include "../src/cuda/products_few.cu"

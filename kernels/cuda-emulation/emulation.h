@@ -88,6 +88,8 @@ inline const void *aligned(const void *at, size_t bytes) {
     static emulation::Registration name##_registration(#name, sizeof(Params), block_threads, name##_entry);                    \
     static void name##_body(const Params &p)
 
+#define KERNEL_OF_BLOCKS(name, Params, block_threads, blocks) KERNEL(name, Params, block_threads)
+
 DEVICE char *shared_memory() { return emulation::place.shared; }
 
 DEVICE uint4 load16(const void *from) {
@@ -135,6 +137,8 @@ DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     }
     return d;
 }
+
+DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
 
 template <class T> T exchange_of(T x, int mask) {
     int lane = emulation::place.thread % 32;

@@ -1,6 +1,7 @@
 //! `quire-bench gpu`: decoders of well-known shapes on a GPU, with random weights made there, beside what the GPU could do.
 //!
-//! Nothing is loaded: shapes are in `model.rs`. A step's time is from its first launch to the end of its last, sampling left out.
+//! Nothing is loaded: shapes are in `model.rs`. A step's time is from the end of the step before to its own, sampling left out. What fails is noted, and
+//! the rest is timed nevertheless.
 
 mod model;
 
@@ -11,8 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
-use quire_kernels::cuda::{CudaBackend, CudaOptions, Limits};
-use quire_kernels::{Format, KvDtype};
+use quire_kernels::cuda::{CudaBackend, CudaOptions, KvCache, Limits};
+use quire_kernels::{Error, Format, KvDtype, Step};
 use serde::Serialize;
 
 use model::{Model, Shape};
@@ -114,6 +115,8 @@ struct Timings {
     until: Option<Instant>,
     lines: Vec<Line>,
     left_out: Vec<String>,
+    /// How many of them failed.
+    failed: usize,
 }
 
 impl Timings {
@@ -124,6 +127,14 @@ impl Timings {
             self.left_out.push(format!("{}: no time", what()));
         }
         !late
+    }
+
+    /// Notes that `what` has no time because it failed: what comes after it may do better, and whoever reads the table is told.
+    fn fails(&mut self, what: String, error: &Error) {
+        eprintln!("{what}: {error}");
+        // What a GPU is too small for is no failure.
+        self.failed += usize::from(!matches!(error, Error::OutOfMemory { .. }));
+        self.left_out.push(format!("{what}: {error}"));
     }
 
     /// Keeps a line, and shows it at once: whoever ends this has seen what there was.
@@ -162,9 +173,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             .and_then(|seconds| began.checked_add(Duration::from_secs(seconds))),
         lines: Vec::new(),
         left_out: Vec::new(),
+        failed: 0,
     };
-    let ended = time_all(arguments, options, &shapes, limits, &mut timings);
-    // What was timed before something failed is worth as much as without the failure.
+    time_all(arguments, options, &shapes, limits, &mut timings);
     let table = table(&timings, limits);
     println!("{table}");
     if let Some(path) = &arguments.table {
@@ -180,7 +191,12 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         });
         write(path, serde_json::to_vec_pretty(&all)?)?;
     }
-    ended
+    let failed = timings.failed;
+    anyhow::ensure!(
+        failed == 0,
+        "{failed} of the lines failed: see what was left out"
+    );
+    Ok(())
 }
 
 fn write(path: &Path, what: impl AsRef<[u8]>) -> anyhow::Result<()> {
@@ -193,19 +209,22 @@ fn time_all(
     shapes: &[&'static Shape],
     limits: Limits,
     timings: &mut Timings,
-) -> anyhow::Result<()> {
+) {
     for shape in shapes {
         for (format, weights) in [(Format::Bf16, "bf16"), (Format::Q4_0, "q4_0")] {
             let what = || format!("{} in {weights}", shape.name);
             if !timings.begins(what) {
                 continue;
             }
-            let backend = CudaBackend::new(options)?;
-            let format = (format, weights);
-            time_shape(arguments, shape, format, backend, limits, timings).with_context(what)?;
+            let timed = CudaBackend::new(options).and_then(|backend| {
+                let format = (format, weights);
+                time_shape(arguments, shape, format, backend, limits, timings)
+            });
+            if let Err(error) = timed {
+                timings.fails(what(), &error);
+            }
         }
     }
-    Ok(())
 }
 
 fn time_shape(
@@ -215,7 +234,7 @@ fn time_shape(
     backend: CudaBackend,
     limits: Limits,
     timings: &mut Timings,
-) -> anyhow::Result<()> {
+) -> Result<(), Error> {
     let most = arguments.batch.iter().copied().max().unwrap_or(1);
     let rows = most.max(arguments.prompt);
     let dtype = match arguments.kv_cache_dtype {
@@ -240,44 +259,79 @@ fn time_shape(
             if !timings.begins(what) {
                 continue;
             }
-            let Ok(mut kv) = model.cache(batch, context + 1, dtype) else {
-                timings.left_out.push(format!("{}: no memory", what()));
-                continue;
-            };
             let step = model::step(batch, context, 1);
-            let seconds = median(arguments.repeat, || model.forward(&step, &mut kv))?;
-            let bytes = model.weight_bytes() + batch * shape.kv_bytes(context, dtype);
-            let share = bytes as f64 / seconds / limits.bandwidth;
-            timings.add(line("decode", batch, context, batch, seconds, Some(share)));
+            let cache = (batch, context + 1, dtype);
+            match time(arguments.repeat, &mut model, &step, cache) {
+                Ok(seconds) => {
+                    let bytes = model.weight_bytes() + batch * shape.kv_bytes(context, dtype);
+                    let share = bytes as f64 / seconds / limits.bandwidth;
+                    timings.add(line("decode", batch, context, batch, seconds, Some(share)));
+                }
+                Err(error) => timings.fails(what(), &error),
+            }
         }
     }
     let prompt = arguments.prompt;
-    if !timings.begins(|| format!("{} in {weights}, a prompt of {prompt}", shape.name)) {
+    let what = || format!("{} in {weights}, a prompt of {prompt}", shape.name);
+    if !timings.begins(what) {
         return Ok(());
     }
-    let mut kv = model.cache(1, prompt, dtype)?;
     let step = model::step(1, 0, prompt);
-    let seconds = median(arguments.repeat.min(5), || model.forward(&step, &mut kv))?;
-    let share = limits
-        .matrix
-        .map(|rate| shape.operations(prompt) / seconds / rate);
-    timings.add(line("prefill", 1, prompt, prompt, seconds, share));
+    match time(
+        arguments.repeat.min(5),
+        &mut model,
+        &step,
+        (1, prompt, dtype),
+    ) {
+        Ok(seconds) => {
+            let share = limits
+                .matrix
+                .map(|rate| shape.operations(prompt) / seconds / rate);
+            timings.add(line("prefill", 1, prompt, prompt, seconds, share));
+        }
+        Err(error) => timings.fails(what(), &error),
+    }
     Ok(())
 }
 
-/// Seconds of a step, the median after two that do not count: one looks kernels up, one is captured.
-fn median(
+/// Seconds of a step with a cache of its own, for `(sequences, tokens, precision)`; see [`median`].
+fn time(
     repeat: u32,
-    mut step: impl FnMut() -> Result<(), quire_kernels::Error>,
-) -> Result<f64, quire_kernels::Error> {
-    step()?;
-    step()?;
-    let mut seconds = Vec::new();
-    for _ in 0..repeat {
-        let begin = Instant::now();
-        step()?;
-        seconds.push(begin.elapsed().as_secs_f64());
+    model: &mut Model,
+    step: &Step,
+    (sequences, tokens, dtype): (usize, usize, KvDtype),
+) -> Result<f64, Error> {
+    let mut kv = model.cache(sequences, tokens, dtype)?;
+    let seconds = median(repeat, model, step, &mut kv);
+    if seconds.is_err() {
+        // The steps before the one that failed: the next line begins with none.
+        while model.collect().is_ok() {}
     }
+    seconds
+}
+
+/// Seconds of a step, the median after two that do not count: one looks kernels up and is captured, one is replayed for the first time.
+///
+/// From the end of a step to the end of the next, which is launched before the first one ends: as an engine does that plans ahead. What the host does for a
+/// step is not counted unless the GPU waits for it.
+fn median(repeat: u32, model: &mut Model, step: &Step, kv: &mut KvCache) -> Result<f64, Error> {
+    for _ in 0..2 {
+        model.launch(step, kv)?;
+        model.collect()?;
+    }
+    let mut seconds = Vec::new();
+    model.launch(step, kv)?;
+    model.launch(step, kv)?;
+    model.collect()?;
+    let mut end = Instant::now();
+    for _ in 0..repeat {
+        model.launch(step, kv)?;
+        model.collect()?;
+        let now = Instant::now();
+        seconds.push((now - end).as_secs_f64());
+        end = now;
+    }
+    model.collect()?;
     seconds.sort_by(f64::total_cmp);
     Ok(seconds[seconds.len() / 2])
 }

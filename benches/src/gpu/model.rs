@@ -182,8 +182,8 @@ impl Model {
         self.layers.iter().map(layer).sum::<usize>() + bytes(&self.head)
     }
 
-    /// One step, to its end on the device; of a prompt without logits.
-    pub fn forward(&mut self, step: &Step, kv: &mut KvCache) -> Result<(), Error> {
+    /// Launches a step, behind those that were launched and not collected; of a prompt without logits. It draws nothing.
+    pub fn launch(&mut self, step: &Step, kv: &mut KvCache) -> Result<(), Error> {
         let shape = AttentionShape {
             heads: self.shape.heads,
             kv_heads: self.shape.kv_heads,
@@ -222,17 +222,25 @@ impl Model {
             b.linear_add(&self.gated, &layer.down, None, &mut self.hidden)?;
         }
         if step.logit_rows.is_empty() {
-            return b.finish();
+            return b.finish_later();
         }
         b.rms_norm(&self.hidden, &self.norm, EPS, &mut self.normed)?;
         b.head_product(&self.normed, &self.head)?;
-        b.finish()
+        b.finish_later()
+    }
+
+    /// Waits for the end of the oldest step that was launched.
+    pub fn collect(&mut self) -> Result<(), Error> {
+        self.backend.collect(&mut Vec::new())
     }
 }
 
-/// `sequences` with `context` tokens behind them, each with `rows` new ones. Those that generate want logits.
+/// `sequences` with `context` tokens behind them, each with `rows` new ones, to be launched ahead. Those that generate want logits.
 pub fn step(sequences: usize, context: usize, rows: usize) -> Step {
-    let mut step = Step::default();
+    let mut step = Step {
+        deferred: true,
+        ..Step::default()
+    };
     let blocks = (context + rows).div_ceil(BLOCK) as u32;
     let all = sequences as u32 * blocks;
     // Blocks are scattered, as they are in a cache that is used.

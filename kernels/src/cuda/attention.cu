@@ -69,10 +69,10 @@ template <int D, bool SPLIT, class Cache> struct Attend {
         }
     }
 
-    // Where a KV head's part of the block that holds a position begins.
-    static DEVICE const uint8_t *part_of(const AttentionParams &p, const Item &item, int kv_head, const HeadPart &part, int position) {
+    // Where a KV head's part of a sequence's `at`th block begins.
+    static DEVICE const uint8_t *part_of(const AttentionParams &p, const Item &item, int kv_head, const HeadPart &part, int at) {
         const uint32_t *table = words(p.step, p.step->tables) + item.table;
-        size_t block = table[position / p.block_size * p.page_groups + p.page_group];
+        size_t block = table[at * p.page_groups + p.page_group];
         return static_cast<const uint8_t *>(p.cache) + (block * static_cast<size_t>(p.kv_heads) + static_cast<size_t>(kv_head)) * part.bytes;
     }
 
@@ -85,8 +85,8 @@ template <int D, bool SPLIT, class Cache> struct Attend {
             bool there = position >= oldest && position < static_cast<int>(item.end) && 16 * chunk < static_cast<int>(part.row);
             const uint8_t *from = cache;
             if (there) {
-                from = part_of(p, item, kv_head, part, position);
-                from += static_cast<size_t>(position % p.block_size) * part.row + static_cast<size_t>(16 * chunk);
+                int block = block_of(p, position), in = position - block * p.block_size;
+                from = part_of(p, item, kv_head, part, block) + static_cast<size_t>(in) * part.row + static_cast<size_t>(16 * chunk);
             }
             copy_async(to.keys + place_of<ROW>(row, chunk), from, there);
             copy_async(to.values + place_of<ROW>(row, chunk), there ? from + part.keys : cache, there);
@@ -99,8 +99,8 @@ template <int D, bool SPLIT, class Cache> struct Attend {
                 bool there = position + 8 > oldest && position < static_cast<int>(item.end);
                 const uint8_t *from = cache;
                 if (there) {
-                    int place = (value ? p.block_size : 0) + position % p.block_size;
-                    from = part_of(p, item, kv_head, part, position) + part.both + static_cast<size_t>(2 * place);
+                    int block = block_of(p, position), in = position - block * p.block_size;
+                    from = part_of(p, item, kv_head, part, block) + part.both + static_cast<size_t>(2 * (value ? p.block_size + in : in));
                 }
                 copy_async(to.scales + 8 * at, from, there);
             }
@@ -160,6 +160,16 @@ template <int D, bool SPLIT, class Cache> struct Attend {
     // Scores become weights under the running maximum; what was summed up before shrinks to it.
     static DEVICE void soften(const AttentionParams &p, const Item &item, int begin, int first_query, float (&scores)[EIGHTS][4], State &state) {
         int group = p.heads / p.kv_heads;
+        // Scores are powers of two from here on. Those that are not capped are scaled in the same multiplication.
+        float to_log2 = p.scale * LOG2_E;
+        if (p.softcap > 0.0f) {
+            to_log2 = LOG2_E;
+#pragma unroll
+            for (int n = 0; n < EIGHTS; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) scores[n][i] = capped(p, scores[n][i]);
+            }
+        }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int query = first_query + lane() / 4 + 8 * half;
@@ -172,12 +182,25 @@ template <int D, bool SPLIT, class Cache> struct Attend {
 #pragma unroll
             for (int n = 0; n < EIGHTS; n++) {
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    int at = begin + 8 * n + lane() % 4 * 2 + i;
-                    float &score = scores[n][2 * half + i];
-                    score = at >= oldest && at <= last ? capped(p, score) * LOG2_E : -INFINITY;
-                    most = fmaxf(most, score);
+                for (int i = 0; i < 2; i++) scores[n][2 * half + i] *= to_log2;
+            }
+            // Most tiles lie wholly before the queries that look at them. Queries that are not there see whatever others see.
+            bool whole = query >= static_cast<int>(item.count) || (begin >= oldest && begin + 8 * EIGHTS - 1 <= last);
+            if (vote(whole) != 0xffffffffu) {
+#pragma unroll
+                for (int n = 0; n < EIGHTS; n++) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        int at = begin + 8 * n + lane() % 4 * 2 + i;
+                        float &score = scores[n][2 * half + i];
+                        score = at >= oldest && at <= last ? score : -INFINITY;
+                    }
                 }
+            }
+#pragma unroll
+            for (int n = 0; n < EIGHTS; n++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) most = fmaxf(most, scores[n][2 * half + i]);
             }
             // The four lanes of a row.
             most = fmaxf(most, exchange(most, 1));
@@ -274,21 +297,34 @@ template <int D, bool SPLIT, class Cache> struct Attend {
         }
     }
 
-    // The warps' sums, added up in their order. Shared memory: [warps][16] maxima, [warps][16] sums, [warps][16][D] values.
+    // From a query's values to the next's in shared memory: four queries' pairs are in different banks.
+    static constexpr int VALUES = D + 8;
+
+    // The warps' sums, added up in their order. Shared memory: [warps][16] maxima, [warps][16] sums, [warps][16][VALUES] values.
     static DEVICE void store_partial(const AttentionParams &p, const Item &item, int kv_head, const State &state) {
         float *most = reinterpret_cast<float *>(shared_memory());
         float *sums = most + ATTENTION_WARPS * 16, *out = sums + ATTENTION_WARPS * 16;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int query = lane() / 4 + 8 * half;
+            // Generation has few queries: a group's.
+            if (query >= static_cast<int>(item.count)) continue;
             if (lane() % 4 == 0) {
                 most[warp() * 16 + query] = state.most[half];
                 sums[warp() * 16 + query] = state.sum[half];
             }
+            float *to = out + (warp() * 16 + query) * VALUES;
 #pragma unroll
-            for (int eight = 0; eight < D / 8; eight++) {
-                float *to = out + (warp() * 16 + query) * D;
-                for (int i = 0; i < 2; i++) to[Cache::element(eight, lane() % 4 * 2 + i)] = state.out[eight][2 * half + i];
+            for (int eight = 0; eight < D / 8; eight += 2) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    // Two columns that are neighbours.
+                    float2 pair;
+                    pair.x = Cache::INTERLEAVED ? state.out[eight][2 * half + i] : state.out[eight + i][2 * half];
+                    pair.y = Cache::INTERLEAVED ? state.out[eight + 1][2 * half + i] : state.out[eight + i][2 * half + 1];
+                    int k = Cache::INTERLEAVED ? Cache::element(eight, lane() % 4 * 2 + i) : Cache::element(eight + i, lane() % 4 * 2);
+                    *reinterpret_cast<float2 *>(to + k) = pair;
+                }
             }
         }
         block_barrier();
@@ -301,7 +337,7 @@ template <int D, bool SPLIT, class Cache> struct Attend {
             for (int w = 0; w < ATTENTION_WARPS && largest > -INFINITY; w++) {
                 float weight = power_of_two(most[w * 16 + query] - largest);
                 total = fmaf(weight, sums[w * 16 + query], total);
-                value = fmaf(weight, out[(w * 16 + query) * D + k], value);
+                value = fmaf(weight, out[(w * 16 + query) * VALUES + k], value);
             }
             size_t to = base + static_cast<size_t>(query);
             p.partial[to * static_cast<size_t>(p.d) + static_cast<size_t>(k)] = value;
@@ -310,43 +346,66 @@ template <int D, bool SPLIT, class Cache> struct Attend {
     }
 };
 
-#define ATTENTION_OF(D, name, Cache)                                                                                            \
-    KERNEL(attention_together_##D##_##name, AttentionParams, ATTENTION_THREADS) { Attend<D, false, Cache>::run(p); }            \
+#define SPLIT(D, name, Cache)                                                                                                   \
     KERNEL(attention_split_##D##_##name, AttentionParams, ATTENTION_THREADS) { Attend<D, true, Cache>::run(p); }
+#define TOGETHER(D, name, Cache)                                                                                                \
+    KERNEL(attention_together_##D##_##name, AttentionParams, ATTENTION_THREADS) { Attend<D, false, Cache>::run(p); }
+// By shared memory there is room for two.
+#define TOGETHER_TWO(D, name, Cache)                                                                                            \
+    KERNEL_OF_BLOCKS(attention_together_##D##_##name, AttentionParams, ATTENTION_THREADS, 2) { Attend<D, false, Cache>::run(p); }
 #define ATTENTION(name, Cache)                                                                                                  \
-    ATTENTION_OF(64, name, Cache)                                                                                               \
-    ATTENTION_OF(128, name, Cache)                                                                                              \
-    ATTENTION_OF(256, name, Cache)
+    SPLIT(64, name, Cache)                                                                                                      \
+    SPLIT(128, name, Cache)                                                                                                     \
+    SPLIT(256, name, Cache)                                                                                                     \
+    TOGETHER(64, name, Cache)                                                                                                   \
+    TOGETHER(256, name, Cache)
 
 ATTENTION(f16, F16Cache)
 ATTENTION(bf16, Bf16Cache)
 ATTENTION(fp8, Fp8Cache)
+TOGETHER_TWO(128, f16, F16Cache)
+TOGETHER_TWO(128, bf16, Bf16Cache)
+TOGETHER(128, fp8, Fp8Cache)
 
-// A block for the queries of a Merge and one KV head.
+// Columns that a lane of attention_merge adds up.
+constexpr int MERGE_COLUMNS = 4;
+
+// A block for the queries of a Merge and one KV head, a warp for a query at a time. No load waits for another's result: what all splits say of the softmax
+// comes first, then their values follow each other. A split that the query does not see has no weight: its maximum is -infinity, its sum and values are 0.
 KERNEL(attention_merge, AttentionParams, ATTENTION_THREADS) {
     if (static_cast<uint32_t>(block_x()) >= p.step->list_lengths[p.list]) return;
     Merge merge = reinterpret_cast<const Merge *>(words(p.step, p.step->lists[p.list]))[block_x()];
     int kv_head = block_y(), group = p.heads / p.kv_heads;
     size_t base = static_cast<size_t>(merge.partial) + static_cast<size_t>(kv_head) * static_cast<size_t>(merge.count);
-    for (int at = thread(); at < static_cast<int>(merge.count) * p.d; at += ATTENTION_THREADS) {
-        int query = at / p.d, k = at % p.d;
+    for (int query = warp(); query < static_cast<int>(merge.count); query += ATTENTION_WARPS) {
         int f = static_cast<int>(merge.first) + query, head = kv_head * group + f % group;
-        float most = -INFINITY, sum = 0.0f, value = 0.0f;
-        if (p.sinks != nullptr) {
-            most = p.sinks[head] * LOG2_E;
-            sum = 1.0f;
+        size_t first = base + static_cast<size_t>(query), stride = merge.stride, d = static_cast<size_t>(p.d);
+        float sink = p.sinks != nullptr ? p.sinks[head] * LOG2_E : -INFINITY, most = -INFINITY, sum = 0.0f;
+        for (uint32_t split = lane(); split < merge.splits; split += 32) most = fmaxf(most, p.softmax[first + split * stride].x);
+        // Finite: a query sees its own position.
+        most = fmaxf(warp_max(most), sink);
+        for (uint32_t split = lane(); split < merge.splits; split += 32) {
+            float2 softmax = p.softmax[first + split * stride];
+            sum = fmaf(power_of_two(softmax.x - most), softmax.y, sum);
         }
-        for (uint32_t split = 0; split < merge.splits; split++) {
-            size_t from = base + static_cast<size_t>(split) * static_cast<size_t>(merge.stride) + static_cast<size_t>(query);
-            float2 softmax = p.softmax[from];
-            // A split that the query does not see.
-            if (softmax.x == -INFINITY) continue;
-            float larger = fmaxf(most, softmax.x);
-            float shrink = most == -INFINITY ? 0.0f : power_of_two(most - larger), weight = power_of_two(softmax.x - larger);
-            sum = sum * shrink + weight * softmax.y;
-            value = value * shrink + weight * p.partial[from * static_cast<size_t>(p.d) + static_cast<size_t>(k)];
-            most = larger;
+        sum = warp_sum(sum) + power_of_two(sink - most);
+        for (int k0 = lane(); k0 < p.d; k0 += 32 * MERGE_COLUMNS) {
+            float value[MERGE_COLUMNS] = {};
+#pragma unroll 4
+            for (uint32_t split = 0; split < merge.splits; split++) {
+                size_t from = first + split * stride;
+                float weight = power_of_two(p.softmax[from].x - most);
+#pragma unroll
+                for (int i = 0; i < MERGE_COLUMNS; i++) {
+                    int k = k0 + 32 * i;
+                    if (k < p.d) value[i] = fmaf(weight, p.partial[from * d + static_cast<size_t>(k)], value[i]);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < MERGE_COLUMNS; i++) {
+                int k = k0 + 32 * i;
+                if (k < p.d) put(p.out, static_cast<size_t>(merge.row) + static_cast<size_t>(f / group), head * p.d + k, value[i] / sum);
+            }
         }
-        put(p.out, static_cast<size_t>(merge.row) + static_cast<size_t>(f / group), head * p.d + k, value / sum);
     }
 }

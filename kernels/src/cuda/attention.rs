@@ -5,7 +5,7 @@ use super::buffers::{Activations, KvCache, Vector};
 use super::params;
 use super::plan::{APART, Heads, List, TOGETHER};
 use super::scratch::Purpose;
-use crate::{AttentionShape, Error, KvDtype, KvLayer};
+use crate::{AttentionShape, Error, KvDtype, KvLayer, Span, Step};
 
 /// Heads of a block of the kernel without tensor cores, and the largest it takes.
 const PLAIN_HEADS: usize = 4;
@@ -48,11 +48,24 @@ fn shared(dtype: KvDtype, size: usize, split: bool) -> usize {
     let queries = if split { APART } else { TOGETHER } as usize;
     let tiles = queries * query + stages * positions * both;
     if split {
-        // The sums of four warps take their place.
-        tiles.max(4 * 16 * (2 + size) * size_of::<f32>())
+        // The sums of four warps take their place, 8 floats between queries.
+        tiles.max(4 * 16 * (2 + size + 8) * size_of::<f32>())
     } else {
         tiles
     }
+}
+
+/// What kernels multiply positions with instead of dividing them by a block's size: exact for the positions of this step.
+fn block_inverse(step: &Step, block_size: usize) -> Result<u32, Error> {
+    let size = block_size as u64;
+    let exact = |span: &Span| u64::from(span.start + span.rows) * size <= 1 << 32;
+    if size < 2 || !size.is_power_of_two() && !step.spans.iter().all(exact) {
+        return Err(Error::Shape(format!(
+            "KV blocks of {block_size} positions, which is no power of two, for a sequence of more than {}",
+            (1_u64 << 32) / size.max(1)
+        )));
+    }
+    Ok((1_u64 << 32).div_ceil(size) as u32)
 }
 
 impl CudaBackend {
@@ -117,6 +130,8 @@ impl CudaBackend {
             window: shape.window.map_or(0, |window| window.min(i32::MAX as u32)) as i32,
             scale: shape.scale,
             softcap: shape.softcap.unwrap_or(0.0),
+            block_inverse: block_inverse(&self.step, kv.shape.block_size)?,
+            pad: 0,
         };
         let Some(((together, split), size)) = tensor_cores else {
             let blocks = heads.div_ceil(PLAIN_HEADS);
@@ -159,6 +174,35 @@ impl CudaBackend {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_product_with_the_inverse_is_the_quotient_for_every_position_that_is_allowed() {
+        let step = |end| Step {
+            spans: vec![Span {
+                row: 0,
+                rows: 1,
+                start: end - 1,
+                table: 0,
+                beyond: false,
+            }],
+            ..Step::default()
+        };
+        for size in (16..2000_usize).step_by(16).chain([1 << 20]) {
+            let end = if size.is_power_of_two() {
+                u32::MAX
+            } else {
+                ((1_u64 << 32) / size as u64) as u32
+            };
+            let inverse = block_inverse(&step(end), size).unwrap();
+            let ends = (0..2000_u32).chain((0..2000).map(|i| end - 1 - i));
+            let edges = (1..2000_u32).map(|i| (end / 2000 * i / size as u32) * size as u32);
+            for at in ends.chain(edges.flat_map(|edge| [edge.saturating_sub(1), edge])) {
+                let quotient = (u64::from(at) * u64::from(inverse)) >> 32;
+                assert_eq!(quotient, u64::from(at / size as u32), "{at} / {size}");
+            }
+        }
+        assert!(block_inverse(&step(200_000_000), 24).is_err());
+    }
 
     #[test]
     fn a_block_of_attention_fits_the_shared_memory_of_every_gpu() {

@@ -26,12 +26,13 @@ KERNEL(attention_plain, AttentionParams, PLAIN_THREADS) {
         sum = 1.0f;
     }
     for (int at = oldest_seen(p, position); at <= position; at++) {
-        size_t block = table[at / p.block_size * p.page_groups + p.page_group];
+        int in_table = block_of(p, at), place = at - in_table * p.block_size;
+        size_t block = table[in_table * p.page_groups + p.page_group];
         const uint8_t *of_head = static_cast<const uint8_t *>(p.cache) + (block * static_cast<size_t>(p.kv_heads) + kv_head) * part.bytes;
-        const uint8_t *key = of_head + static_cast<size_t>(at % p.block_size) * part.row, *value = key + part.keys;
+        const uint8_t *key = of_head + static_cast<size_t>(place) * part.row, *value = key + part.keys;
         float key_scale = 1.0f, value_scale = 1.0f;
         if (dtype == CacheDtype::FP8) {
-            const uint16_t *scales = reinterpret_cast<const uint16_t *>(of_head + part.both) + at % p.block_size;
+            const uint16_t *scales = reinterpret_cast<const uint16_t *>(of_head + part.both) + place;
             key_scale = bf16_value(scales[0]);
             value_scale = bf16_value(scales[p.block_size]);
         }

@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Threads of the kernels that have a block for each row.
-const THREADS: usize = 256;
+pub(super) const THREADS: usize = 256;
 /// Blocks that elementwise work on a row is divided among, at most.
 const BLOCKS_OF_ROW: usize = 64;
 
@@ -151,6 +151,14 @@ impl CudaBackend {
     pub fn finish(&mut self) -> Result<(), Error> {
         self.submit(Results::default())?;
         self.flights.collect(&mut self.tokens).map(drop)
+    }
+
+    /// Launches what was recorded, of a deferred step, for which [`Backend::collect`] waits; for benchmarks of steps without sampling.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn finish_later(&mut self) -> Result<(), Error> {
+        self.submit(Results::default())
     }
 
     /// Checks the step's block tables for a layer, once for all that are alike.
@@ -660,7 +668,9 @@ impl CudaBackend {
             alpha,
             limit,
         };
-        let blocks = n.div_ceil(THREADS).min(BLOCKS_OF_ROW);
+        // Few rows need all threads that there are; of many, a thread does more than begin and end.
+        let each = if rows < 256 { 1 } else { 8 };
+        let blocks = n.div_ceil(THREADS * each).min(BLOCKS_OF_ROW);
         self.launch("gate", (rows, blocks), 0, &gate);
     }
 }

@@ -65,10 +65,11 @@ DEVICE float cache_element(CacheDtype dtype, const uint8_t *row, int k) {
 
 // What the tensor-core kernels are compiled for. `WIDTH`: bytes of an element. `STEPS`: products of 16 columns in 32 bytes of a row.
 // `element`: which column stands at `place` of the `eight`th eight of queries and of sums. (Queries and keys may have their columns in any
-// order, if it is the same.) `b` is what ldmatrix brings of 16 positions × 32 bytes.
+// order, if it is the same.) `INTERLEAVED`: neighbours are in two eights, at the same place, and not in one. `b` is what ldmatrix brings of
+// 16 positions × 32 bytes.
 struct SixteenBits {
     static constexpr int WIDTH = 2, STEPS = 1;
-    static constexpr bool SCALED = false;
+    static constexpr bool SCALED = false, INTERLEAVED = false;
     static DEVICE int element(int eight, int place) { return 8 * eight + place; }
 };
 template <class Multiplies> struct CacheOf : SixteenBits {
@@ -91,7 +92,7 @@ using Bf16Cache = CacheOf<MultipliesBf16>;
 // E4M3 is widened to bf16 and not to f16, which is exact either way: a value's weight is multiplied with its scale, and f16 has no room for that.
 struct Fp8Cache {
     static constexpr int WIDTH = 1, STEPS = 2;
-    static constexpr bool SCALED = true;
+    static constexpr bool SCALED = true, INTERLEAVED = true;
     // Of sixteen columns those of even number come first: so two bytes of each word become a pair with no more than masks and shifts.
     static DEVICE int element(int eight, int place) { return 16 * (eight / 2) + 2 * place + eight % 2; }
     static DEVICE uint32_t pack(float low, float high) { return pack_bf16(low, high); }

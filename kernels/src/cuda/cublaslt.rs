@@ -1,4 +1,5 @@
-//! [`Library`]: cuBLASLt, where it is found, for dense products with many rows. Which algorithm suits a shape is asked once and remembered.
+//! [`Library`]: cuBLASLt, where it is found, for dense products with many rows. Which algorithm suits a shape is asked once and remembered; of a shape
+//! that none suits it says so before a step is recorded, and our kernels do its work.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -15,20 +16,56 @@ use crate::Error;
 /// What algorithms may use beside their operands; NVIDIA advises 32 MiB on Hopper.
 const WORKSPACE: usize = 32 << 20;
 
+/// Above so many rows they are rounded up for the choice of an algorithm: prompts have any number of rows, and each would be asked about and remembered.
+const EXACT_ROWS: u32 = 512;
+/// What they are rounded to: no tile of an algorithm is larger by less.
+const ROWS: u32 = 64;
+
 pub(super) struct Library {
     handle: sys::cublasLtHandle_t,
     stream: driver::CUstream,
     workspace: driver::CUdeviceptr,
-    products: Mutex<HashMap<DenseShape, Product>>,
+    /// By shapes as [`key`] has them; `None`: no algorithm.
+    products: Mutex<HashMap<DenseShape, Option<Product>>>,
 }
 
-/// A product's description and its algorithm.
-struct Product {
-    descriptor: sys::cublasLtMatmulDesc_t,
+/// A product's descriptions.
+struct Described {
+    product: sys::cublasLtMatmulDesc_t,
     w: sys::cublasLtMatrixLayout_t,
     x: sys::cublasLtMatrixLayout_t,
     out: sys::cublasLtMatrixLayout_t,
+}
+
+impl Drop for Described {
+    fn drop(&mut self) {
+        // Nothing is left to be done about an error here.
+        // SAFETY: handles of ours, each destroyed once; what is on the stream was described when it was put there.
+        unsafe {
+            if !self.product.is_null() {
+                let _ = lt::destroy_matmul_desc(self.product);
+            }
+            let layouts = [self.w, self.x, self.out].into_iter();
+            for layout in layouts.filter(|layout| !layout.is_null()) {
+                let _ = lt::destroy_matrix_layout(layout);
+            }
+        }
+    }
+}
+
+/// A product and its algorithm.
+struct Product {
+    described: Described,
     algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+/// The shape that an algorithm is asked for.
+fn key(shape: DenseShape) -> DenseShape {
+    let rows = match shape.rows {
+        0..=EXACT_ROWS => shape.rows,
+        rows => rows.div_ceil(ROWS).saturating_mul(ROWS),
+    };
+    DenseShape { rows, ..shape }
 }
 
 fn failed(what: &str, error: lt::CublasError) -> Error {
@@ -61,33 +98,71 @@ impl Library {
         }))
     }
 
-    /// Puts a product on the stream.
-    pub fn run(&self, dense: &Dense) -> Result<(), Error> {
+    /// Whether there is an algorithm for a product.
+    pub fn supports(&self, shape: DenseShape) -> bool {
         let mut products = self.products.lock().unwrap_or_else(PoisonError::into_inner);
-        let product = match products.entry(dense.shape) {
-            std::collections::hash_map::Entry::Occupied(product) => product.into_mut(),
-            std::collections::hash_map::Entry::Vacant(place) => {
-                place.insert(self.describe(dense.shape)?)
-            }
+        let product = products.entry(key(shape));
+        product
+            .or_insert_with_key(|&shape| self.describe(shape).ok())
+            .is_some()
+    }
+
+    /// Puts a product on the stream, of a shape that is supported.
+    pub fn run(&self, dense: &Dense) -> Result<(), Error> {
+        let shape = dense.shape;
+        let mut products = self.products.lock().unwrap_or_else(PoisonError::into_inner);
+        // An algorithm for rounded rows may not do for these: found out once.
+        let known = match products.get(&shape) {
+            None => products.get(&key(shape)),
+            exact => exact,
         };
+        if let Some(Some(product)) = known {
+            let done = self.put(product, dense);
+            if done.is_ok() || key(shape) == shape {
+                return done;
+            }
+        }
+        let product = self.describe(shape)?;
+        let done = self.put(&product, dense);
+        products.insert(shape, Some(product));
+        done
+    }
+
+    fn put(&self, product: &Product, dense: &Dense) -> Result<(), Error> {
+        let Described {
+            product: what,
+            w,
+            x,
+            out,
+        } = product.described;
+        let rows = u64::from(dense.shape.rows);
         let alpha = 1.0_f32;
         let beta = if dense.shape.add { 1.0_f32 } else { 0.0 };
-        // SAFETY: descriptions made for these operands, whose memory is alive until the stream has passed here; the scalars are read before
-        // the call returns.
+        // SAFETY: descriptions made for these operands, used by nobody else meanwhile (their map is locked) and told how many rows there are; the operands'
+        // memory is alive until the stream has passed here; the scalars are read before the call returns.
         unsafe {
+            for layout in [x, out] {
+                lt::set_matrix_layout_attribute(
+                    layout,
+                    sys::cublasLtMatrixLayoutAttribute_t::CUBLASLT_MATRIX_LAYOUT_COLS,
+                    (&raw const rows).cast(),
+                    size_of::<u64>(),
+                )
+                .map_err(|error| failed("a number of rows", error))?;
+            }
             lt::matmul(
                 self.handle,
-                product.descriptor,
+                what,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
                 dense.w as *const c_void,
-                product.w,
+                w,
                 dense.x as *const c_void,
-                product.x,
+                x,
                 dense.out as *const c_void,
-                product.out,
+                out,
                 dense.out as *mut c_void,
-                product.out,
+                out,
                 &raw const product.algorithm,
                 self.workspace as *mut c_void,
                 WORKSPACE,
@@ -99,6 +174,7 @@ impl Library {
 
     /// cuBLASLt counts by column: our `out[r, f]` is its `[f, r]`, the product of the transposed `w` `[k, f]` and `x` `[k, r]`.
     fn describe(&self, shape: DenseShape) -> Result<Product, Error> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
         let operand = match shape.operand {
             Operand::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
             Operand::F16 => sys::cudaDataType_t::CUDA_R_16F,
@@ -113,7 +189,13 @@ impl Library {
         let layout = |kind, rows, cols, stride: u32| {
             lt::create_matrix_layout(kind, rows, cols, i64::from(stride)).map_err(describing)
         };
-        let descriptor =
+        let mut described = Described {
+            product: std::ptr::null_mut(),
+            w: std::ptr::null_mut(),
+            x: std::ptr::null_mut(),
+            out: std::ptr::null_mut(),
+        };
+        described.product =
             lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, float)
                 .map_err(describing)?;
         // CUBLAS_OP_T; the bindings leave cublasOperation_t out.
@@ -121,37 +203,55 @@ impl Library {
         // SAFETY: a descriptor that was just made, and an attribute of its type.
         unsafe {
             lt::set_matmul_desc_attribute(
-                descriptor,
+                described.product,
                 sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
                 (&raw const transposed).cast(),
                 size_of::<i32>(),
             )
         }
         .map_err(describing)?;
-        let w = layout(operand, cols, features, shape.cols)?;
-        let x = layout(operand, cols, rows, shape.x_stride)?;
-        let out = layout(float, features, rows, shape.out_stride)?;
-        let workspace = WORKSPACE;
+        described.w = layout(operand, cols, features, shape.cols)?;
+        described.x = layout(operand, cols, rows, shape.x_stride)?;
+        described.out = layout(float, features, rows, shape.out_stride)?;
+        let workspace = WORKSPACE as u64;
+        let [of_w, of_x, of_out] = shape.alignments;
+        // The output is read, too: it is C as well as D. Without being told, an algorithm expects all four to be aligned to 256 bytes.
+        let alignments = [
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, of_w),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, of_x),
+            (
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                of_out,
+            ),
+            (
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+                of_out,
+            ),
+        ];
         let preference = lt::create_matmul_pref().map_err(describing)?;
-        // SAFETY: descriptions that were just made; the preference is not needed afterwards.
+        // SAFETY: descriptions that were just made, and attributes of their types; the preference is not needed afterwards.
         let heuristic = unsafe {
-            lt::set_matmul_pref_attribute(
+            let set = lt::set_matmul_pref_attribute(
                 preference,
-                sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                 (&raw const workspace).cast(),
-                size_of::<usize>(),
-            )
-            .map_err(describing)?;
-            let heuristic =
-                lt::get_matmul_algo_heuristic(self.handle, descriptor, w, x, out, out, preference);
+                size_of::<u64>(),
+            );
+            let set = alignments.iter().fold(set, |set, (attribute, bytes)| {
+                set.and_then(|()| {
+                    let bytes = std::ptr::from_ref(bytes).cast();
+                    lt::set_matmul_pref_attribute(preference, *attribute, bytes, size_of::<u32>())
+                })
+            });
+            let Described { product, w, x, out } = described;
+            let heuristic = set.and_then(|()| {
+                lt::get_matmul_algo_heuristic(self.handle, product, w, x, out, out, preference)
+            });
             lt::destroy_matmul_pref(preference).map_err(describing)?;
             heuristic.map_err(|error| failed(&format!("an algorithm for {shape:?}"), error))?
         };
         Ok(Product {
-            descriptor,
-            w,
-            x,
-            out,
+            described,
             algorithm: heuristic.algo,
         })
     }
@@ -159,21 +259,42 @@ impl Library {
 
 impl Drop for Library {
     fn drop(&mut self) {
-        let products = self
-            .products
+        self.products
             .get_mut()
-            .unwrap_or_else(PoisonError::into_inner);
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
         // Nothing is left to be done about an error here.
         // SAFETY: handles of ours, each destroyed once, after everything on the stream is done.
         unsafe {
-            for (_, product) in products.drain() {
-                let _ = lt::destroy_matmul_desc(product.descriptor);
-                let _ = lt::destroy_matrix_layout(product.w);
-                let _ = lt::destroy_matrix_layout(product.x);
-                let _ = lt::destroy_matrix_layout(product.out);
-            }
             let _ = cuda::free_sync(self.workspace);
             let _ = lt::destroy_handle(self.handle);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompts_of_nearly_as_many_rows_share_an_algorithm() {
+        let of = |rows| DenseShape {
+            operand: Operand::Bf16,
+            rows,
+            features: 4096,
+            cols: 4096,
+            x_stride: 4096,
+            out_stride: 4096,
+            add: false,
+            alignments: [256; 3],
+        };
+        assert_eq!(key(of(8100)), key(of(8128)));
+        assert_eq!(key(of(8128)).rows, 8128);
+        assert_ne!(
+            key(of(500)),
+            key(of(501)),
+            "generation has few numbers of rows"
+        );
+        assert_eq!(key(of(u32::MAX)).rows, u32::MAX);
     }
 }

@@ -15,8 +15,28 @@
 
 #define DEVICE __device__ __forceinline__
 
-// A kernel takes one struct of parameters by value, which the host mirrors (`params.rs`). `threads` is its block size.
-#define KERNEL(name, Params, threads) extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+// Waits until what is ahead in the stream is done and can be seen, and lets what comes next begin to do so: a kernel that was launched to overlap the one before
+// it may be there early, and may read and write nothing before (`driver.rs`). Otherwise, and before Hopper, there is nothing to wait for.
+DEVICE void take_turn() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// A kernel takes one struct of parameters by value, which the host mirrors (`params.rs`). `threads` is its block size. Its first act is to take its turn.
+#define KERNEL_OF(name, Params, bounds)                                                                                         \
+    DEVICE void name##_body(const Params &p);                                                                                   \
+    extern "C" __global__ void bounds name(const __grid_constant__ Params p) {                                                  \
+        take_turn();                                                                                                            \
+        name##_body(p);                                                                                                         \
+    }                                                                                                                           \
+    DEVICE void name##_body(const Params &p)
+#define KERNEL(name, Params, threads) KERNEL_OF(name, Params, __launch_bounds__(threads))
+
+// As KERNEL, with registers for so many `blocks` on a multiprocessor: without being told, the compiler may keep a few bytes in memory for the sake of one more,
+// for which there is no shared memory; or take registers that a second block lacks.
+#define KERNEL_OF_BLOCKS(name, Params, threads, blocks) KERNEL_OF(name, Params, __launch_bounds__(threads, blocks))
 
 // The block's dynamic shared memory.
 DEVICE char *shared_memory() {
@@ -90,6 +110,9 @@ DEVICE uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
 }
 // Four bytes out of the eight of `low` and `high`: digit i of `selector` says which is byte i.
 DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) { return __byte_perm(low, high, selector); }
+
+// The high half of a · b.
+DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 DEVICE float exchange(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE int exchange(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }

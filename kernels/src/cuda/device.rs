@@ -10,7 +10,7 @@ use super::params::{Params, Pointer, bytes_of};
 use crate::{Error, Rank};
 
 /// Most bytes a kernel's parameters have.
-const PARAMS: usize = 128;
+const PARAMS: usize = 136;
 
 /// One kernel to be run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,6 +82,13 @@ pub(crate) struct DenseShape {
     pub out_stride: u32,
     /// Whether what is in the output is added to.
     pub add: bool,
+    /// What the addresses of `w`, `x` and the output are multiples of, in bytes: a power of two up to 256.
+    pub alignments: [u32; 3],
+}
+
+/// What an address is a multiple of, as [`DenseShape::alignments`] has it.
+pub(crate) fn alignment(at: Pointer) -> u32 {
+    1 << at.trailing_zeros().min(8)
 }
 
 /// `out[r, f] (+)= Σ_k x[r, k] · w[f, k]` by a vendor's library. `x`, `w` 16-bit, `out` f32.
@@ -165,8 +172,8 @@ pub(crate) trait Device: Send + Sync {
     /// Runs a list, without waiting. `again`: lists equal to it will follow, so that it is worth keeping as a graph.
     fn run(&self, list: &[Work], again: bool) -> Result<(), Error>;
 
-    /// Whether it has a library for [`Dense`] products.
-    fn has_dense(&self) -> bool;
+    /// Whether it has a library that computes [`Dense`] products of this shape.
+    fn supports(&self, shape: DenseShape) -> bool;
 
     /// Which of the ranks that run equal lists, and exchange numbers in them, it is.
     fn rank(&self) -> Rank {

@@ -19,17 +19,28 @@ use cudarc::driver::sys::{
 
 use super::backend::{CudaBackend, CudaOptions};
 use super::cublaslt::Library;
-use super::device::{Device, Launch, Work};
+use super::device::{DenseShape, Device, Launch, Work};
 use super::flights::FLIGHTS;
 use super::nccl::Ties;
 use super::params::Pointer;
 use crate::{Error, Rank};
 
-/// Kernels as nvcc made them: a name and a fatbin each, of which the driver takes what fits the GPU.
-const FATBINS: &[(&str, &[u8])] = &include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
+/// A fatbin as nvcc aligns those that it embeds itself: the driver reads its 8-byte fields in place.
+#[repr(align(16))]
+struct Aligned<T: ?Sized>(T);
 
-/// Graphs that are kept: a few lists for each of the buckets.
-const GRAPHS: usize = 64;
+/// Kernels as nvcc made them: a name and a fatbin each, of which the driver takes what fits the GPU.
+static FATBINS: &[(&str, &Aligned<[u8]>)] = &include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
+
+/// Devices whose context stays until the process ends. The driver destroys a context when the last backend lets go of it, and makes a new one in 0.2 to 0.5 s:
+/// once for each test, say.
+static KEPT: Mutex<Vec<sys::CUdevice>> = Mutex::new(Vec::new());
+
+/// Graphs that are kept: the lists that generation comes by, which differ in their rows and in the splits of their attention.
+const GRAPHS: usize = 256;
+/// Set to 1, it has every kernel on a GPU of Hopper's kind or newer begin while the one before it ends, up to where it would read or write anything ("programmatic
+/// dependent launch"). Not documented as a setting, for nobody has measured yet what it is worth.
+const OVERLAP: &str = "QUIRE_CUDA_OVERLAP";
 /// Shared memory a block has without asking.
 const SHARED_UNASKED: u32 = 48 << 10;
 
@@ -115,6 +126,8 @@ pub(super) struct Driver {
     name: String,
     /// Compute capability and multiprocessors.
     kind: [i32; 3],
+    /// Whether kernels begin while others end: see [`OVERLAP`].
+    overlap: bool,
     /// To the other ranks, where it is one of several.
     ties: Option<Ties>,
     state: Mutex<State>,
@@ -149,6 +162,14 @@ impl Driver {
         // SAFETY: as above; released when this is dropped.
         let context = unsafe { cuda::primary_ctx::retain(device) }
             .map_err(|error| failed("a context", error))?;
+        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+        if !kept.contains(&device) {
+            // SAFETY: as above; never released.
+            unsafe { cuda::primary_ctx::retain(device) }
+                .map_err(|error| failed("a context", error))?;
+            kept.push(device);
+        }
+        drop(kept);
         let mut driver = Self {
             device,
             context,
@@ -160,6 +181,7 @@ impl Driver {
             library: None,
             name: format!("{name} (compute capability {major}.{minor})"),
             kind: [major, minor, multiprocessors],
+            overlap: major >= 9 && std::env::var_os(OVERLAP).is_some_and(|value| value == "1"),
             ties: None,
             state: Mutex::default(),
         };
@@ -174,7 +196,7 @@ impl Driver {
         }
         for (name, fatbin) in FATBINS {
             // SAFETY: a fatbin by nvcc, whole and alive.
-            let module = unsafe { cuda::module::load_data(fatbin.as_ptr().cast()) }
+            let module = unsafe { cuda::module::load_data(fatbin.0.as_ptr().cast()) }
                 .map_err(|error| failed(&format!("loading the kernels of {name}"), error))?;
             driver.modules.push(module);
         }
@@ -283,17 +305,48 @@ impl Driver {
         }
         // The driver reads as many bytes as the kernel's parameter has, which the test of sizes in the emulation compares.
         let mut params = [launch.params().as_ptr().cast_mut().cast::<c_void>()];
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid.0,
+            gridDimY: launch.grid.1,
+            gridDimZ: 1,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: self.stream,
+            attrs: &raw mut overlap,
+            numAttrs: 1,
+        };
         // SAFETY: the function takes one struct of plain data by value, which the driver copies before it returns. What it points to is memory of
-        // this device that is alive until the list has run: see `Scratch` and `Buffer`.
+        // this device that is alive until the list has run: see `Scratch` and `Buffer`. That kernels which overlap wait for each other is the
+        // first thing each does (`device.cuh`).
         unsafe {
-            cuda::launch_kernel(
-                kernel.function,
-                (launch.grid.0, launch.grid.1, 1),
-                (launch.threads, 1, 1),
-                launch.shared,
-                self.stream,
-                &mut params,
-            )
+            if self.overlap {
+                let extra = std::ptr::null_mut();
+                sys::cuLaunchKernelEx(
+                    &raw const config,
+                    kernel.function,
+                    params.as_mut_ptr(),
+                    extra,
+                )
+                .result()
+            } else {
+                cuda::launch_kernel(
+                    kernel.function,
+                    (launch.grid.0, launch.grid.1, 1),
+                    (launch.threads, 1, 1),
+                    launch.shared,
+                    self.stream,
+                    &mut params,
+                )
+            }
         }
         .map_err(|error| failed(&format!("launching {name} on {:?}", launch.grid), error))
     }
@@ -390,9 +443,14 @@ impl Device for Driver {
             Some(_) => "with cuBLASLt",
             None => "without cuBLASLt",
         };
+        let overlap = if self.overlap {
+            ", kernels overlapping"
+        } else {
+            ""
+        };
         let exchange = self.ties.as_ref().map(Ties::description);
         let and = exchange.map_or_else(String::new, |exchange| format!(", with {exchange}"));
-        format!("{}, {library}{and}", self.name)
+        format!("{}, {library}{overlap}{and}", self.name)
     }
 
     fn memory(&self) -> Result<(u64, u64), Error> {
@@ -574,8 +632,9 @@ impl Device for Driver {
             .map_err(|error| failed("replaying a step", error))
     }
 
-    fn has_dense(&self) -> bool {
-        self.library.is_some()
+    fn supports(&self, shape: DenseShape) -> bool {
+        let library = self.library.as_ref();
+        self.enter().is_ok() && library.is_some_and(|library| library.supports(shape))
     }
 
     fn rank(&self) -> Rank {

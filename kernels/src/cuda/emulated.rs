@@ -11,7 +11,7 @@ use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::backend::{CudaBackend, CudaOptions};
-use super::device::{Device, Exchange, Launch, Work};
+use super::device::{Dense, DenseShape, Device, Exchange, Launch, Operand, Work, alignment};
 use super::flights::FLIGHTS;
 use super::params::Pointer;
 use crate::{Collective, Error, InProcess, Rank};
@@ -104,12 +104,21 @@ struct Watched {
     /// The step that is to fail, and how one has.
     fails: Option<usize>,
     failed: Option<String>,
+    /// Whether there is a library for products.
+    library: bool,
 }
 
 impl Watch {
     /// What has happened so far, in order.
     pub fn moments(&self) -> Vec<Moment> {
         self.lock().moments.clone()
+    }
+
+    /// Gives it a library for dense products, without which its own kernels multiply everything, as on a GPU without cuBLASLt.
+    #[must_use]
+    pub fn with_library(self) -> Self {
+        self.lock().library = true;
+        self
     }
 
     /// Lets the step that is launched after `more` others fail, and with it everything that comes later, as a fault in a kernel does.
@@ -172,6 +181,50 @@ fn copy(to: Pointer, from: Pointer, bytes: usize) {
     }
 }
 
+/// What the vendor's library would do.
+fn multiply(dense: &Dense) -> Result<(), Error> {
+    let shape = dense.shape;
+    let aligned = [dense.w, dense.x, dense.out].map(alignment);
+    if aligned
+        .iter()
+        .zip(shape.alignments)
+        .any(|(&is, said)| is < said)
+    {
+        return Err(Error::Device(format!(
+            "{dense:?}: aligned to {aligned:?} bytes"
+        )));
+    }
+    let value = |bits: u16| match shape.operand {
+        Operand::Bf16 => half::bf16::from_bits(bits).to_f32(),
+        Operand::F16 => half::f16::from_bits(bits).to_f32(),
+    };
+    let (rows, features, cols) = (
+        shape.rows as usize,
+        shape.features as usize,
+        shape.cols as usize,
+    );
+    let row = |at: Pointer, row: usize, stride: usize| {
+        // SAFETY: parts of allocations (see `Buffer`), or the host is wrong, which the pages around allocations are there to show.
+        unsafe { std::slice::from_raw_parts((at as *const u16).add(row * stride), cols) }
+    };
+    for r in 0..rows {
+        let x: Vec<f32> = row(dense.x, r, shape.x_stride as usize)
+            .iter()
+            .map(|&bits| value(bits))
+            .collect();
+        for f in 0..features {
+            let w = row(dense.w, f, cols).iter().map(|&bits| value(bits));
+            let sum: f32 = x.iter().zip(w).map(|(x, w)| x * w).sum();
+            // SAFETY: as above.
+            unsafe {
+                let out = (dense.out as *mut f32).add(r * shape.out_stride as usize + f);
+                *out = if shape.add { *out + sum } else { sum };
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A kernel's entry, what its parameters occupy, and its block size.
 fn kernel(name: &'static str) -> Result<(*const c_void, usize, i32), Error> {
     let missing = || Error::Device(format!("there is no kernel {name}"));
@@ -231,9 +284,7 @@ impl Emulated {
         for work in list {
             match work {
                 Work::Launch(launch) => Self::launch(launch)?,
-                Work::Dense(_) => {
-                    return Err(Error::Device("the emulation has no library".to_owned()));
-                }
+                Work::Dense(dense) => multiply(dense)?,
                 &Work::AllReduce(Exchange { at, count }) => {
                     self.exchange(at, count, InProcess::all_reduce)?;
                 }
@@ -434,8 +485,9 @@ impl Device for Emulated {
         Ok(())
     }
 
-    fn has_dense(&self) -> bool {
-        false
+    fn supports(&self, shape: DenseShape) -> bool {
+        // As some algorithms want it.
+        self.watch.lock().library && shape.alignments.iter().all(|&bytes| bytes >= 16)
     }
 
     fn rank(&self) -> Rank {

@@ -118,8 +118,7 @@ struct Q4_K : Nibbles {
 struct Int4 : Nibbles {
     static DEVICE void load(const Weights &w, size_t row, int k, Run &run) {
         run.quants = load16(w.quants + block(w, row, k) * 16);
-        size_t group = row * static_cast<size_t>(w.cols / w.group) + static_cast<size_t>(k / w.group);
-        const float *side = reinterpret_cast<const float *>(w.scales) + 2 * group;
+        const float *side = reinterpret_cast<const float *>(w.scales) + 2 * group_of(w, row, k);
         run.scale = side[0];
         run.minimum = side[1];
     }
@@ -149,22 +148,20 @@ struct Q5_1 : Nibbles {
 
 struct Bytes : MultipliesBf16 {
     static constexpr int RUN = 16;
-    static DEVICE size_t group_of(const Weights &w, size_t row, int k) {
-        return row * static_cast<size_t>(w.cols / w.group) + static_cast<size_t>(k / w.group);
-    }
     static DEVICE uint4 quants(const Weights &w, size_t row, int k) {
         return load16(w.quants + row * static_cast<size_t>(w.cols) + static_cast<size_t>(k));
     }
-    // Byte `i` of a word as a float: 0x4b000000 is 2^23, whose last bits count in ones.
-    static DEVICE float byte(uint32_t word, uint32_t i) {
-        return float_of_bits(permute_bytes(word, 0x4b000000u, 0x7440u | i)) - 8388608.0f;
+    // Byte `i` of a word, less `zero`, as a float: 0x4b000000 is 2^23, whose last bits count in ones.
+    static DEVICE float byte(uint32_t word, uint32_t i, float zero) {
+        return float_of_bits(permute_bytes(word, 0x4b000000u, 0x7440u | i)) - (8388608.0f + zero);
     }
 };
 
 struct Q8_0 : Bytes {
     static DEVICE void load(const Weights &w, size_t row, int k, Run &run) {
         run.quants = quants(w, row, k);
-        run.scale = f16_value(reinterpret_cast<const uint16_t *>(w.scales)[group_of(w, row, k)]);
+        size_t at = row * static_cast<size_t>(w.cols / 32) + static_cast<size_t>(k / 32);
+        run.scale = f16_value(reinterpret_cast<const uint16_t *>(w.scales)[at]);
     }
     static DEVICE void expand(const Run &run, uint32_t (&pairs)[RUN / 2]) {
         uint32_t w[4];
@@ -172,7 +169,7 @@ struct Q8_0 : Bytes {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             uint32_t word = w[i / 2], at = 2 * (i % 2);
-            pairs[i] = pack_bf16((byte(word, at) - 128.0f) * run.scale, (byte(word, at + 1) - 128.0f) * run.scale);
+            pairs[i] = pack_bf16(byte(word, at, 128.0f) * run.scale, byte(word, at + 1, 128.0f) * run.scale);
         }
     }
 };
@@ -190,8 +187,8 @@ struct Int8 : Bytes {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             uint32_t word = w[i / 2], at = 2 * (i % 2);
-            float low = fmaf(byte(word, at), run.scale, run.minimum);
-            float high = fmaf(byte(word, at + 1), run.scale, run.minimum);
+            float low = fmaf(byte(word, at, 0.0f), run.scale, run.minimum);
+            float high = fmaf(byte(word, at + 1, 0.0f), run.scale, run.minimum);
             pairs[i] = pack_bf16(low, high);
         }
     }

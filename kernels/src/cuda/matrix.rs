@@ -69,6 +69,21 @@ impl Layout {
         }
     }
 
+    /// `Weights::group_inverse` of `params.cuh`, which 16-bit floats need not have.
+    fn group_inverse(self, cols: usize) -> u32 {
+        match self.group() / 8 {
+            0 => 0,
+            _ if self.group() == cols => 0,
+            eights => (1_u64 << 32).div_ceil(eights as u64) as u32,
+        }
+    }
+
+    /// Whether a product with the inverse is the quotient, for every column.
+    fn divides(self, cols: usize) -> bool {
+        let (cols, group) = (cols as u64, self.group() as u64);
+        group.is_power_of_two() || group == cols || cols * group / 64 < 1 << 32
+    }
+
     /// Bytes of a row of `cols` elements in each plane: quants, scales, more.
     fn planes(self, cols: usize) -> [usize; 3] {
         let groups = cols / self.group();
@@ -116,7 +131,9 @@ impl Segment {
             scales: self.planes[1].at(),
             more: self.planes[2].at(),
             cols: self.cols as i32,
-            group: self.layout.group() as i32,
+            groups: (self.cols / self.layout.group()) as i32,
+            group_inverse: self.layout.group_inverse(self.cols),
+            pad: 0,
         }
     }
 
@@ -293,6 +310,12 @@ impl Segment {
     ) -> Result<Self, Error> {
         let format = sources[0].format;
         let layout = Layout::of(format, cols);
+        if !layout.divides(cols) {
+            return Err(Error::Shape(format!(
+                "rows of {cols} columns in groups of {}: too many on a GPU for groups whose size is no power of two",
+                layout.group()
+            )));
+        }
         let rows: usize = sources.iter().map(|source| source.part.rows).sum();
         let bytes = layout.planes(cols);
         let plane = |bytes: usize| {
@@ -548,4 +571,26 @@ fn quantize_ternary(values: &[f32], bytes: &mut Vec<u8>) -> Result<(), Error> {
         bytes.extend(stored);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_product_with_the_inverse_is_the_quotient_for_every_column_of_what_is_accepted() {
+        for group in (16..700).step_by(16).chain([4096]) {
+            for groups in [1, 2, 3, 40] {
+                let (layout, cols) = (Layout::Int8(group), groups * group);
+                assert!(layout.divides(cols));
+                let inverse = layout.group_inverse(cols);
+                for k in (0..cols).step_by(8) {
+                    let quotient = (k as u64 / 8 * u64::from(inverse)) >> 32;
+                    assert_eq!(quotient, (k / group) as u64, "{k} / {group} of {groups}");
+                }
+            }
+        }
+        assert!(!Layout::Fp8(48 << 10).divides(48 << 20));
+        assert!(Layout::Fp8(48 << 20).divides(48 << 20));
+    }
 }

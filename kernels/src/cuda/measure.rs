@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::backend::CudaBackend;
 use super::buffers::{Activations, KvCache};
-use super::device::{Buffer, Dense, DenseShape, Launch, Operand, Work};
+use super::device::{Buffer, Dense, DenseShape, Launch, Operand, Work, alignment};
 use super::matrix::{Layout, Matrix};
 use super::params::{self, Pointer, Precision};
 use super::scratch::Purpose;
@@ -43,31 +43,33 @@ impl CudaBackend {
             })?;
             2.0 * COPIED as f64 / seconds
         };
-        if !device.has_dense() {
-            return Ok(Limits {
-                bandwidth,
-                matrix: None,
-            });
-        }
         let (w, x, out) = (
             buffer(2 * SIDE * SIDE)?,
             buffer(2 * SIDE * SIDE)?,
             buffer(4 * SIDE * SIDE)?,
         );
+        let side = SIDE as u32;
+        let shape = DenseShape {
+            operand: Operand::Bf16,
+            rows: side,
+            features: side,
+            cols: side,
+            x_stride: side,
+            out_stride: side,
+            add: false,
+            alignments: [w.at(), x.at(), out.at()].map(alignment),
+        };
+        if !device.supports(shape) {
+            return Ok(Limits {
+                bandwidth,
+                matrix: None,
+            });
+        }
         for (at, seed) in [(w.at(), 2), (x.at(), 3)] {
             self.fill(at, SIDE * SIDE, Precision::Bf16, 1.0, seed)?;
         }
-        let side = SIDE as u32;
         let product = Work::Dense(Dense {
-            shape: DenseShape {
-                operand: Operand::Bf16,
-                rows: side,
-                features: side,
-                cols: side,
-                x_stride: side,
-                out_stride: side,
-                add: false,
-            },
+            shape,
             w: w.at(),
             x: x.at(),
             out: out.at(),

@@ -7,8 +7,8 @@
 //!
 //! Activations are f32 in the residual stream and behind products, bf16 before them; sums are f32. The KV cache is f16 (f32 without tensor cores).
 //!
-//! **Invariant:** no kernel uses an atomic on a float, and where positions and k are split is a function of the sequence and the matrix; with
-//! [`CudaOptions::deterministic`] it is also the same for any number of rows.
+//! **Invariant:** no kernel uses an atomic on a float, and where positions are split is a function of the sequence; with [`CudaOptions::deterministic`]
+//! where k is split is a function of the matrix, the same for any number of rows.
 
 mod attention;
 mod backend;

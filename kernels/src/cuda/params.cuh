@@ -62,9 +62,17 @@ struct Weights {
     const uint8_t *scales;
     const uint8_t *more;
     int cols;
-    // Elements under one scale.
-    int group;
+    // Groups of elements under one scale in a row; and 2^32 divided by the eights of such a group, rounded up (0 where the row is one group).
+    int groups;
+    uint32_t group_inverse;
+    int pad;
 };
+
+// Which of its row's groups element `k` is in: its quotient by the group's size, without a division for every 16 bytes. Exact for rows of matrices that
+// are accepted (`matrix.rs`).
+DEVICE size_t group_of(const Weights &w, size_t row, int k) {
+    return row * static_cast<size_t>(w.groups) + multiply_high(static_cast<uint32_t>(k) / 8, w.group_inverse);
+}
 
 // So many rows of one expert, from one place on among the rows sorted by expert.
 struct Tile {
@@ -89,9 +97,11 @@ struct Product {
     int column;
     // Add to `out` what there is.
     int add;
+    // Products of many rows may divide k: into how many splits, of how many columns; the sums of each are `rows` rows further on in `out`.
+    int splits, split_cols;
 };
 
-// The part of a product that a block's second index names.
+// The part of a product that a tile's number, mostly a block's second index, names.
 struct Part {
     // The first row of x (or place) and of the matrix, and how many rows of x.
     int first, rows;
@@ -101,16 +111,16 @@ struct Part {
 };
 
 // False where there is nothing to do.
-DEVICE bool part_of(const Product &p, int tile_rows, Part &part) {
+DEVICE bool part_of(const Product &p, int at, int tile_rows, Part &part) {
     if (p.tiles == nullptr) {
-        part.first = block_y() * tile_rows;
+        part.first = at * tile_rows;
         part.rows = p.rows - part.first < tile_rows ? p.rows - part.first : tile_rows;
         part.matrix_row = 0;
         part.bias = p.column;
         return true;
     }
-    if (static_cast<uint32_t>(block_y()) >= *p.tile_count) return false;
-    Tile tile = p.tiles[block_y()];
+    if (static_cast<uint32_t>(at) >= *p.tile_count) return false;
+    Tile tile = p.tiles[at];
     part.first = static_cast<int>(tile.first);
     part.rows = static_cast<int>(tile.rows);
     part.matrix_row = static_cast<size_t>(tile.expert) * static_cast<size_t>(p.features);

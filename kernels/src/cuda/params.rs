@@ -39,12 +39,13 @@ params! {
     /// `Rows` of `params.cuh`.
     struct Rows { data: Pointer, stride: i32, precision: i32 }
     /// `Weights` of `params.cuh`.
-    struct Weights { quants: Pointer, scales: Pointer, more: Pointer, cols: i32, group: i32 }
+    struct Weights { quants: Pointer, scales: Pointer, more: Pointer, cols: i32, groups: i32, group_inverse: u32, pad: i32 }
     struct Product {
         w: Weights, x: Pointer, out: Pointer, bias: Pointer, tiles: Pointer, tile_count: Pointer, row_of: Pointer,
-        rows: i32, features: i32, x_stride: i32, out_stride: i32, column: i32, add: i32,
+        rows: i32, features: i32, x_stride: i32, out_stride: i32, column: i32, add: i32, splits: i32, split_cols: i32,
     }
     struct FloatProduct { of: Product, x: Rows }
+    struct Expand { w: Weights, out: Pointer, first: i32, rows: i32 }
     struct Embed { step: Pointer, table: Weights, drawn: Pointer, out: Pointer, first: u32, rows: u32, scale: f32, pad: i32 }
     struct RotaryTable { step: Pointer, frequencies: Pointer, beyond: Pointer, out: Pointer, count: i32, scale: f32 }
     struct Convert { x: Rows, out: Rows, order: Pointer, cols: i32, pad: i32 }
@@ -62,7 +63,7 @@ params! {
     struct Attention {
         step: Pointer, qkv: Pointer, cache: Pointer, sinks: Pointer, out: Rows, partial: Pointer, softmax: Pointer,
         list: i32, heads: i32, kv_heads: i32, d: i32, qkv_stride: i32, block_size: i32, page_groups: i32, page_group: i32, dtype: i32,
-        window: i32, scale: f32, softcap: f32,
+        window: i32, scale: f32, softcap: f32, block_inverse: u32, pad: i32,
     }
     struct Route {
         scores: Pointer, chosen: Pointer, weights: Pointer, rows: i32, experts: i32, top_k: i32, normalised: i32,

@@ -1,7 +1,7 @@
 //! [`Plan`]: a step as the kernels read it — one header at a fixed address, one array of words — and the buckets its sizes are rounded up to.
 //!
-//! Steps that only generate are padded to a bucket of rows, and their lists of attention work to a power of two, so that few different
-//! lists of launches occur and each is worth a graph. Padding computes rows nobody reads; it stores no keys and asks for no attention.
+//! Steps that only generate are padded to a bucket of rows, and their lists of attention work to eighths of a power of two, so that few
+//! different lists of launches occur and each is worth a graph. Padding computes rows nobody reads; it stores no keys and asks for no attention.
 
 use super::params::Header;
 use crate::{Draw, Span, Step};
@@ -23,6 +23,12 @@ pub(crate) fn bucket(rows: usize) -> usize {
         129..=LARGEST_BUCKET => rows.next_multiple_of(64),
         _ => rows,
     }
+}
+
+/// Work items that a list of `items` is padded to. A block without work ends at once, but first it waits for its share of a multiprocessor's shared memory, as
+/// those with work do: so there are a quarter more of them at most, and four lengths for each doubling.
+fn padded(items: usize) -> usize {
+    items.next_multiple_of((items.next_power_of_two() / 8).max(1))
 }
 
 /// The lists of attention work; see `attention.cu`.
@@ -266,11 +272,7 @@ impl Plan {
             let count = items.len() / words[list];
             self.header.lists[list] = self.padded(&items, items.len());
             self.header.list_lengths[list] = count as u32;
-            self.counts[list] = if self.again && count > 0 {
-                count.next_power_of_two()
-            } else {
-                count
-            };
+            self.counts[list] = if self.again { padded(count) } else { count };
             self.items[list] = items;
         }
         if self.again {
@@ -400,6 +402,16 @@ mod tests {
         }
         let buckets: std::collections::BTreeSet<_> = (1..=512).map(bucket).collect();
         assert!(buckets.len() <= 20, "{buckets:?}");
+    }
+
+    #[test]
+    fn lists_of_work_are_padded_by_a_quarter_at_most_and_to_few_lengths() {
+        for items in 0..5000 {
+            let padded = padded(items);
+            assert!(padded >= items && 4 * (padded - items) <= items, "{items}");
+        }
+        let lengths: std::collections::BTreeSet<_> = (1..=4096).map(padded).collect();
+        assert!(lengths.len() <= 8 + 4 * 10, "{}", lengths.len());
     }
 
     #[test]

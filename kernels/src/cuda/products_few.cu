@@ -18,6 +18,16 @@ DEVICE Run no_run() {
     return run;
 }
 
+// Two rows' runs at `k`; nothing where there are none.
+template <class F> DEVICE void load_runs(const Product &p, const Part &part, int feature, int k, Run (&w)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int f = feature + 8 * half;
+        w[half] = no_run();
+        if (k < p.w.cols && f < p.features) F::load(p.w, part.matrix_row + static_cast<size_t>(f), k, w[half]);
+    }
+}
+
 // Adds what a stretch contributes. `x`: the runs of the lane's rows of activations.
 template <class F, int T> DEVICE void multiply_run(float (&sums)[T][4], const Run (&w)[2], const uint16_t *const (&x)[T], int k, bool there) {
     uint32_t low[F::RUN / 2], high[F::RUN / 2];
@@ -43,7 +53,7 @@ template <class F, int T> DEVICE void multiply_run(float (&sums)[T][4], const Ru
 
 template <class F, int T> DEVICE void product_few(const Product &p) {
     Part part;
-    if (!part_of(p, 8 * T, part)) return;
+    if (!part_of(p, block_y(), 8 * T, part)) return;
     int group = lane() / 4, place = lane() % 4;
     int feature = block_x() * FEW_FEATURES + group;
     const uint16_t *x[T];
@@ -54,24 +64,37 @@ template <class F, int T> DEVICE void product_few(const Product &p) {
     }
     float sums[T][4] = {};
     constexpr int STRETCH = 4 * F::RUN;
-    // Loads of two stretches are under way at a time.
-    for (int k0 = warp() * STRETCH; k0 < p.w.cols; k0 += 2 * FEW_WARPS * STRETCH) {
-        Run w[2][2];
-        int k[2];
-        bool there[2];
+    constexpr int STEP = FEW_WARPS * STRETCH;
+    if constexpr (T == 1) {
+        // Each stretch's place is loaded again as soon as it was multiplied, so that loads are always under way; more of them where a run is few
+        // elements and the arithmetic short.
+        constexpr int AHEAD = F::RUN == 8 ? 4 : 2;
+        Run w[AHEAD][2];
+        int k = warp() * STRETCH + place * F::RUN;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            k[i] = k0 + i * FEW_WARPS * STRETCH + place * F::RUN;
-            there[i] = k[i] < p.w.cols;
+        for (int i = 0; i < AHEAD; i++) load_runs<F>(p, part, feature, k + i * STEP, w[i]);
+        for (int k0 = warp() * STRETCH; k0 < p.w.cols; k0 += AHEAD * STEP, k += AHEAD * STEP) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int f = feature + 8 * half;
-                w[i][half] = no_run();
-                if (there[i] && f < p.features) F::load(p.w, part.matrix_row + static_cast<size_t>(f), k[i], w[i][half]);
+            for (int i = 0; i < AHEAD; i++) {
+                multiply_run<F, T>(sums, w[i], x, k + i * STEP, k + i * STEP < p.w.cols);
+                load_runs<F>(p, part, feature, k + (AHEAD + i) * STEP, w[i]);
             }
         }
+    } else {
+        // With more rows registers are short: loads of two stretches are under way at a time.
+        for (int k0 = warp() * STRETCH; k0 < p.w.cols; k0 += 2 * STEP) {
+            Run w[2][2];
+            int k[2];
+            bool there[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) multiply_run<F, T>(sums, w[i], x, k[i], there[i]);
+            for (int i = 0; i < 2; i++) {
+                k[i] = k0 + i * STEP + place * F::RUN;
+                there[i] = k[i] < p.w.cols;
+                load_runs<F>(p, part, feature, k[i], w[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) multiply_run<F, T>(sums, w[i], x, k[i], there[i]);
+        }
     }
     // [warp][row][feature]
     float *shared = reinterpret_cast<float *>(shared_memory());

@@ -15,7 +15,7 @@ struct FloatProduct {
 KERNEL(product_f32, FloatProduct, FLOAT_THREADS) {
     const Product &of = p.of;
     Part part;
-    if (!part_of(of, FLOAT_ROWS, part)) return;
+    if (!part_of(of, block_y(), FLOAT_ROWS, part)) return;
     int feature = block_x() * (FLOAT_THREADS / 32) + warp();
     if (feature >= of.features) return;
     size_t row = part.matrix_row + static_cast<size_t>(feature);

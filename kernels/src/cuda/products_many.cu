@@ -3,6 +3,8 @@
 // A block makes 128 output features for ROWS rows, 64 of k at a time. Activations are copied to shared memory asynchronously; weights are
 // loaded to registers, expanded to bf16 there and stored to shared memory; both for the next 64 while these are multiplied. Rows of shared memory
 // are 128 bytes, in which the 16-byte chunks of row r change places by r % 8, so that eight rows' chunks are in different banks.
+//
+// Where features and rows make fewer blocks than a GPU has room for, k is divided among more of them, and `add_parts` adds their sums up.
 #include "formats.cuh"
 
 constexpr int MANY_THREADS = 256;
@@ -19,7 +21,8 @@ template <class F, int ROWS> struct Many {
     // Warps stand 4 along features and 2 along rows.
     static constexpr int TILES = ROWS / 16;
 
-    static DEVICE void load_weights(const Product &p, const Part &part, int k0, Run (&runs)[MINE]) {
+    // `end`: of the columns of the block's split, here and below.
+    static DEVICE void load_weights(const Product &p, const Part &part, int k0, int end, Run (&runs)[MINE]) {
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
             int at = thread() + i * MANY_THREADS;
@@ -27,7 +30,7 @@ template <class F, int ROWS> struct Many {
             runs[i].quants = uint4{0, 0, 0, 0};
             runs[i].scale = runs[i].minimum = 0.0f;
             runs[i].more = 0;
-            if (feature < p.features && k < p.w.cols) F::load(p.w, part.matrix_row + static_cast<size_t>(feature), k, runs[i]);
+            if (feature < p.features && k < end) F::load(p.w, part.matrix_row + static_cast<size_t>(feature), k, runs[i]);
         }
     }
 
@@ -46,12 +49,12 @@ template <class F, int ROWS> struct Many {
         }
     }
 
-    static DEVICE void copy_activations(const Product &p, const Part &part, int k0, uint16_t *shared) {
+    static DEVICE void copy_activations(const Product &p, const Part &part, int k0, int end, uint16_t *shared) {
 #pragma unroll
         for (int i = 0; i < ROWS * 8 / MANY_THREADS; i++) {
             int at = thread() + i * MANY_THREADS;
             int row = at / 8, chunk = at % 8, k = k0 + 8 * chunk;
-            bool there = row < part.rows && k < p.w.cols;
+            bool there = row < part.rows && k < end;
             const uint16_t *from = there ? row_of_x(p, part.first + row) + k : p.x;
             copy_async(shared + swizzled(row, chunk), from, there);
         }
@@ -89,24 +92,26 @@ template <class F, int ROWS> struct Many {
 
     static DEVICE void run(const Product &p) {
         Part part;
-        if (!part_of(p, ROWS, part)) return;
+        int tile = block_y() / p.splits, split = block_y() % p.splits;
+        if (!part_of(p, tile, ROWS, part)) return;
+        int begin = split * p.split_cols, end = p.w.cols - begin < p.split_cols ? p.w.cols : begin + p.split_cols;
         constexpr int WEIGHTS = MANY_FEATURES * MANY_K, ACTIVATIONS = ROWS * MANY_K;
         uint16_t *shared = reinterpret_cast<uint16_t *>(shared_memory());
         // Two buffers of each; which one, as arithmetic: an array of pointers would live in local memory.
         uint16_t *weights = shared, *activations = shared + 2 * WEIGHTS;
         float sums[2][TILES][4] = {};
         Run runs[MINE];
-        copy_activations(p, part, 0, activations);
-        load_weights(p, part, 0, runs);
+        copy_activations(p, part, begin, end, activations);
+        load_weights(p, part, begin, end, runs);
         store_weights(runs, weights);
         copy_async_wait<0>();
         block_barrier();
         int now = 0;
-        for (int k0 = 0; k0 < p.w.cols; k0 += MANY_K) {
-            bool more = k0 + MANY_K < p.w.cols;
+        for (int k0 = begin; k0 < end; k0 += MANY_K) {
+            bool more = k0 + MANY_K < end;
             if (more) {
-                copy_activations(p, part, k0 + MANY_K, activations + (now ^ 1) * ACTIVATIONS);
-                load_weights(p, part, k0 + MANY_K, runs);
+                copy_activations(p, part, k0 + MANY_K, end, activations + (now ^ 1) * ACTIVATIONS);
+                load_weights(p, part, k0 + MANY_K, end, runs);
             }
             multiply(sums, weights + now * WEIGHTS, activations + now * ACTIVATIONS);
             if (more) store_weights(runs, weights + (now ^ 1) * WEIGHTS);
@@ -123,7 +128,7 @@ template <class F, int ROWS> struct Many {
                 for (int i = 0; i < 4; i++) {
                     int feature = block_x() * MANY_FEATURES + warp() % 4 * 32 + 16 * m + group + (i < 2 ? 0 : 8);
                     int row = warp() / 4 * (ROWS / 2) + 8 * n + 2 * place + i % 2;
-                    if (feature < p.features && row < part.rows) put_sum(p, part, part.first + row, feature, sums[m][n][i]);
+                    if (feature < p.features && row < part.rows) put_sum(p, part, split * p.rows + part.first + row, feature, sums[m][n][i]);
                 }
             }
         }
@@ -131,7 +136,7 @@ template <class F, int ROWS> struct Many {
 };
 
 #define MANY(format, name)                                                                                                      \
-    KERNEL(product_many_##name##_64, Product, MANY_THREADS) { Many<format, 64>::run(p); }                                       \
+    KERNEL_OF_BLOCKS(product_many_##name##_64, Product, MANY_THREADS, 2) { Many<format, 64>::run(p); }                          \
     KERNEL(product_many_##name##_128, Product, MANY_THREADS) { Many<format, 128>::run(p); }
 
 MANY(Bf16, bf16)

@@ -24,6 +24,10 @@ pub(super) enum Purpose {
     Softmax,
     /// Parts of sums or of logits, of this rank or of all.
     Parts,
+    /// A product's sums over parts of k.
+    Splits,
+    /// Quantised weights as bf16.
+    Expanded,
     /// Of experts: `[rows, experts]`, then by choice or by place.
     Scores,
     Chosen,

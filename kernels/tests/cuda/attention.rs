@@ -262,7 +262,7 @@ fn a_cache_takes_the_bytes_it_is_sized_by_and_others_are_refused() {
     ] {
         let shape = KvShape {
             layers: 3,
-            blocks: 50,
+            blocks: 600,
             block_size: 32,
             kv_heads: 2,
             head_dim: 64,
@@ -272,11 +272,13 @@ fn a_cache_takes_the_bytes_it_is_sized_by_and_others_are_refused() {
         let free = || gpu.memory().unwrap().unwrap().free as usize;
         let before = free();
         let kv = gpu.kv_cache(&shape).unwrap();
-        let taken = before - free();
-        // A GPU gives memory out in larger pieces.
+        let taken = before.saturating_sub(free());
+        // A GPU gives memory out in pieces of 2 MiB, and may have a part of one left.
         let bytes = shape.block_bytes() * shape.blocks;
+        let piece = 2 << 20;
+        assert!(bytes > 7 * piece);
         assert!(
-            (bytes..=bytes + (4 << 20)).contains(&taken),
+            (bytes - piece..=bytes + 2 * piece).contains(&taken),
             "{dtype:?}: {taken}"
         );
         drop(kv);

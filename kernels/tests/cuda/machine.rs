@@ -56,6 +56,17 @@ pub fn gpu(deterministic: bool) -> CudaBackend {
     panic!("these tests need a GPU (QUIRE_TEST_GPU=1) or the feature cuda-emulation: {options:?}");
 }
 
+/// As [`gpu`], with a library for dense products, which an emulated one otherwise has not.
+pub fn gpu_with_library() -> CudaBackend {
+    #[cfg(feature = "cuda-emulation")]
+    if std::env::var_os("QUIRE_TEST_GPU").is_none() {
+        use quire_kernels::cuda::Watch;
+        let watch = Watch::default().with_library();
+        return CudaBackend::emulated_under(CudaOptions::default(), watch).unwrap();
+    }
+    gpu(false)
+}
+
 /// The ranks of a group of GPUs, emulated or not; none where this machine has fewer than are asked for, which is said.
 pub fn gpus(options: CudaOptions, of: usize) -> Vec<CudaBackend> {
     #[cfg(feature = "cuda")]

@@ -4,7 +4,7 @@ use quire_kernels::cuda::CudaBackend;
 use quire_kernels::{Backend, Format, MatrixPart};
 
 use crate::common::{Random, bits, encode, formats, plain_step};
-use crate::machine::{Machine, distance, exact, gpu, of};
+use crate::machine::{Machine, distance, exact, gpu, gpu_with_library, of};
 
 /// Rows on both sides of every kernel's tile.
 const ROWS: [usize; 9] = [1, 2, 8, 9, 16, 23, 33, 65, 130];
@@ -112,6 +112,54 @@ fn a_product_is_added_to_what_is_there() {
 }
 
 #[test]
+fn many_rows_of_few_features_are_as_defined_though_k_is_divided() {
+    let mut random = Random(5);
+    let mut gpu = gpu(false);
+    for (format, rows, cols) in [
+        (Format::Q4_0, 40, 1088),
+        (Format::Q8_0, 70, 2112),
+        (Format::Q4K, 130, 1280),
+    ] {
+        let features = 150;
+        let (stored, values) = encode(format, &random.floats(features * cols));
+        let case = Case {
+            format,
+            features,
+            cols,
+            x: exact(&mut random, rows * cols),
+            stored,
+            values,
+            bias: Some(random.floats(features)),
+        };
+        let got = case.run(&mut gpu, &case.x, f32::NAN, false);
+        let error = distance(&got, &case.reference(0.0));
+        assert!(error < case.allowed(), "{format:?}: {error}");
+        let got = case.run(&mut gpu, &case.x, 3.0, true);
+        assert!(distance(&got, &case.reference(3.0)) < case.allowed());
+    }
+}
+
+#[test]
+fn prompts_are_multiplied_by_a_library_with_weights_that_are_expanded_for_it() {
+    let mut random = Random(6);
+    let mut gpu = gpu_with_library();
+    for format in formats() {
+        // Fewest rows of a prompt whose weights are expanded.
+        let mut case = Case::new(&mut random, format, 512);
+        case.features = case.features.min(70);
+        let (stored, values) = encode(format, &random.floats(case.features * case.cols));
+        (case.stored, case.values) = (stored, values);
+        case.bias = case.bias.map(|bias| bias[..case.features].to_vec());
+        let got = case.run(&mut gpu, &case.x, f32::NAN, false);
+        let error = distance(&got, &case.reference(0.0));
+        let shape = [case.features, case.cols];
+        assert!(error < case.allowed(), "{format:?} {shape:?}: {error}");
+        let got = case.run(&mut gpu, &case.x, 3.0, true);
+        assert!(distance(&got, &case.reference(3.0)) < case.allowed());
+    }
+}
+
+#[test]
 fn columns_that_are_no_multiple_of_eight_are_multiplied_in_f32() {
     let mut random = Random(3);
     let mut gpu = gpu(false);
@@ -136,9 +184,18 @@ fn columns_that_are_no_multiple_of_eight_are_multiplied_in_f32() {
 fn a_row_has_the_same_bits_alone_and_among_others_when_deterministic() {
     let mut random = Random(4);
     let mut gpu = gpu(true);
-    for format in [Format::Bf16, Format::Q4K, Format::Q8_0, Format::F32] {
-        let case = Case::new(&mut random, format, 37);
+    let formats = [Format::Bf16, Format::Q4K, Format::Q8_0, Format::F32];
+    // Rows of one stretch for a warp, or of several.
+    for (format, long) in formats.into_iter().flat_map(|f| [(f, false), (f, true)]) {
+        let mut case = Case::new(&mut random, format, 37);
+        if long {
+            case.cols = 2304;
+            case.x = exact(&mut random, 37 * case.cols);
+            let floats = random.floats(case.features * case.cols);
+            (case.stored, case.values) = encode(format, &floats);
+        }
         let together = case.run(&mut gpu, &case.x, f32::NAN, false);
+        assert!(distance(&together, &case.reference(0.0)) < case.allowed());
         for (row, (x, expected)) in case
             .x
             .chunks(case.cols)
@@ -155,7 +212,7 @@ fn a_row_has_the_same_bits_alone_and_among_others_when_deterministic() {
 #[test]
 fn a_matrix_may_have_parts_in_different_formats_and_sorted_columns() {
     let mut random = Random(5);
-    let mut gpu = gpu(false);
+    let (mut plain, mut with_library) = (gpu(false), gpu_with_library());
     let cols = 256;
     let order: Vec<u32> = (0..cols as u32).map(|k| (k * 77 + 5) % 256).collect();
     let grouped = formats()
@@ -164,12 +221,18 @@ fn a_matrix_may_have_parts_in_different_formats_and_sorted_columns() {
         .unwrap();
     let parts = [
         (Format::Q4K, 7, None),
-        (Format::Q4K, 5, None),
+        (Format::Q4K, 6, None),
         (Format::Q6K, 20, None),
         (grouped, 9, Some(&order)),
         (Format::F32, 3, None),
     ];
-    for rows in [3, 40] {
+    for rows in [3, 40, 520] {
+        // Columns of the output that begin at no multiple of 16 bytes are not for the library: those of Q6_K.
+        let gpu = if rows < 512 {
+            &mut plain
+        } else {
+            &mut with_library
+        };
         let x = exact(&mut random, rows * cols);
         let encoded: Vec<_> = parts
             .iter()
@@ -186,7 +249,7 @@ fn a_matrix_may_have_parts_in_different_formats_and_sorted_columns() {
         gpu.begin(&plain_step(rows)).unwrap();
         let matrix = gpu.matrix(&of_parts, None).unwrap();
         let input = gpu.filled(rows, cols, &x);
-        let mut out = gpu.filled(rows, 44, &vec![f32::NAN; rows * 44]);
+        let mut out = gpu.filled(rows, 45, &vec![f32::NAN; rows * 45]);
         gpu.linear(&input, &matrix, None, &mut out).unwrap();
         let mut expected = Vec::new();
         for x in x.chunks(cols) {
