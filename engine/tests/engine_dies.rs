@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{demo_checkpoint, submit};
 use quire::core::{Engine, EngineConfig, Event, FinishReason, Request, StepReport, SubmitError};
@@ -106,10 +106,13 @@ fn complete(address: SocketAddr, stream: bool) -> std::io::Result<String> {
 #[test]
 fn a_server_answers_its_clients_before_it_ends() {
     const CLIENTS: u32 = 16;
-    let engine = start(|step| {
+    let (all, there) = mpsc::channel::<()>();
+    let engine = start(move |step| {
+        // The first step waits until everybody is there.
+        let _ = there.recv();
         assert!(step.sequences < CLIENTS, "a fault, as the test wants it");
     });
-    let generator = Generator::new(engine, &demo_checkpoint());
+    let generator = Generator::new(engine.clone(), &demo_checkpoint());
     let (tell, address) = mpsc::channel();
     let server = thread::spawn(move || {
         let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -127,6 +130,12 @@ fn a_server_answers_its_clients_before_it_ends() {
     let clients: Vec<_> = (0..CLIENTS)
         .map(|n| thread::spawn(move || complete(address, n % 2 == 0)))
         .collect();
+    let began = Instant::now();
+    while engine.stats().in_flight < CLIENTS {
+        assert!(began.elapsed() < PATIENCE, "{:?}", engine.stats());
+        thread::sleep(Duration::from_millis(1));
+    }
+    drop(all);
     for (n, client) in clients.into_iter().enumerate() {
         let answer = client.join().unwrap().unwrap();
         assert!(answer.contains("the computation failed"), "{n}: {answer}");

@@ -131,15 +131,17 @@ impl Scheduler {
         }
     }
 
-    /// Whether the head of the queue is known not to fit, and will not be looked up; `forget`: from now on it is not known.
+    /// Whether the head of the queue is known not to fit, and will not be looked up.
     #[doc(hidden)]
-    pub fn knows_no_room(&mut self, forget: bool) -> bool {
+    pub fn knows_no_room(&self) -> bool {
         let head = self.waiting.first_key_value();
-        let known = head.is_some_and(|(_, &head)| self.is_known_unfit(head));
-        if forget {
-            self.unfit = None;
-        }
-        known
+        head.is_some_and(|(_, &head)| self.is_known_unfit(head))
+    }
+
+    /// Looks the head of the queue up again in any case.
+    #[doc(hidden)]
+    pub fn forget_no_room(&mut self) {
+        self.unfit = None;
     }
 
     /// Chain hashes of the findable blocks that events tell about.

@@ -85,7 +85,7 @@ fn a_head_that_begins_with_less_may_want_fewer_blocks() {
     // 32 blocks, of which the full group's first four are held by the one that runs; and two to spare.
     let waits = add(&mut scheduler, request((0..40).chain(300..360), 1));
     step(&mut scheduler, 7, false);
-    assert!(scheduler.knows_no_room(false));
+    assert!(scheduler.knows_no_room());
     // Of a prefix that ends where that one's does, its window is held, too: 28 blocks are enough.
     scheduler.clear_prefix_cache();
     scheduler.abort(holds);

@@ -592,7 +592,10 @@ impl World {
         }
         self.abort_some();
         let unresolved = self.end_step();
-        self.known_unfit += u64::from(self.scheduler.knows_no_room(self.forgetful));
+        self.known_unfit += u64::from(self.scheduler.knows_no_room());
+        if self.forgetful {
+            self.scheduler.forget_no_room();
+        }
         self.scheduler.schedule(Time(self.now));
         self.scheduler.check_invariants();
         let preempted = &self.scheduler.batch().preempted;

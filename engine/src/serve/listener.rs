@@ -129,7 +129,8 @@ mod tests {
                 let stream = TcpStream::connect(address).await.expect("it accepts");
                 stream.writable().await.expect("a socket");
                 stream.try_write(beginning.as_bytes()).expect("a few bytes");
-                closes(&stream).await;
+                let closed = tokio::time::timeout(Duration::from_secs(60), closes(&stream)).await;
+                closed.unwrap_or_else(|_| panic!("{protocol:?} waits after {beginning:?}"));
             }
             serving.abort();
         }
