@@ -21,7 +21,6 @@ pub use output::{Generation, Output, OutputToken, StopCause, Usage};
 pub use request::{
     GenerationRequest, MAX_JSON, MAX_MESSAGES, MAX_STOP_STRINGS, MAX_TOOLS, Prompt, SamplingRequest,
 };
-pub(crate) use turns::Turns;
 
 #[cfg(doc)]
 use crate::core::Engine;

@@ -7,7 +7,7 @@ use tokio::task::JoinError;
 
 /// Places for work that takes a processor for a while: more at once would only delay each other, and the engine's threads.
 #[derive(Debug)]
-pub(crate) struct Turns(Arc<Semaphore>);
+pub(super) struct Turns(Arc<Semaphore>);
 
 impl Turns {
     pub fn new(places: usize) -> Self {

@@ -1,9 +1,8 @@
 //! [`JsonBody`]: a request's JSON, read so that whatever is wrong with it is said in OpenAI's shape and names the field.
 //!
 //! Parsed JSON takes many times the memory of its text, and a long text takes a while: large bodies are parsed one after the other, off the
-//! async threads, and only so much of them is [`Held`] at once, from the first byte until the engine has the request.
+//! async threads, the next once the fields of the last one have been read; and only so much of them is [`Held`] at once, from the first byte until the engine has the request.
 
-use std::sync::LazyLock;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -12,10 +11,10 @@ use axum::http::{HeaderMap, StatusCode, header};
 use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
 use super::error::ApiError;
-use crate::generation::Turns;
 use crate::serve::LARGEST_REQUEST;
 use crate::serve::held::{Held, SMALL};
 
@@ -24,13 +23,14 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// and one that nobody is going to read.
 const SHORT_PATIENCE: Duration = Duration::from_secs(5);
 
-static PARSING: LazyLock<Turns> = LazyLock::new(|| Turns::new(1));
+static PARSING: Semaphore = Semaphore::const_new(1);
 
 /// A request's body as a JSON object.
 #[derive(Debug)]
 pub(super) struct JsonBody {
     value: Value,
     held: Held,
+    _turn: Option<SemaphorePermit<'static>>,
 }
 
 impl<S: Send + Sync> FromRequest<S> for JsonBody {
@@ -53,10 +53,11 @@ impl<S: Send + Sync> FromRequest<S> for JsonBody {
             ));
         }
         if bytes.len() <= SMALL {
-            return parse(&bytes, held);
+            return parse(&bytes, held, None);
         }
-        PARSING
-            .run(move || parse(&bytes, held))
+        let turn = PARSING.acquire().await.ok();
+        // The turn is the work's: who hangs up does not end what has begun.
+        tokio::task::spawn_blocking(move || parse(&bytes, held, turn))
             .await
             .map_err(|error| ApiError::internal(format!("reading the body: {error}")))?
     }
@@ -149,9 +150,17 @@ fn fields<T: DeserializeOwned>(body: &Value) -> Result<T, ApiError> {
     })
 }
 
-fn parse(bytes: &[u8], held: Held) -> Result<JsonBody, ApiError> {
+fn parse(
+    bytes: &[u8],
+    held: Held,
+    turn: Option<SemaphorePermit<'static>>,
+) -> Result<JsonBody, ApiError> {
     match serde_json::from_slice(bytes) {
-        Ok(value @ Value::Object(_)) => Ok(JsonBody { value, held }),
+        Ok(value @ Value::Object(_)) => Ok(JsonBody {
+            value,
+            held,
+            _turn: turn,
+        }),
         Ok(_) => Err(ApiError::new(
             StatusCode::BAD_REQUEST,
             "the body is JSON but not an object",
