@@ -17,6 +17,12 @@ static ROOM: Room = Room {
     large: Semaphore::const_new(16 * LARGEST_REQUEST),
 };
 
+/// For reflection, whose requests are names. Its client streams: what it sent is there as long as it does not read what it asked for.
+static REFLECTION: Room = Room {
+    small: Semaphore::const_new(64 * SMALL),
+    large: Semaphore::const_new(0),
+};
+
 /// Bytes that may still come.
 #[derive(Debug)]
 struct Room {
@@ -43,6 +49,14 @@ pub(super) struct Held {
 pub(super) struct Full;
 
 impl Held {
+    /// In a room where nobody is in the way but those who ask the same.
+    pub fn for_reflection() -> Self {
+        Self {
+            room: &REFLECTION,
+            ..Self::default()
+        }
+    }
+
     /// Counts bytes that have arrived.
     ///
     /// # Errors
