@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use quire_scheduler::{AddError, TokenId};
 
-use super::observe::{Histograms, Observation};
+use super::observe::{Histograms, Observation, reason, refused};
 use super::output::TextOptions;
 use super::turns::Turns;
 use super::{GenerateError, Generation, GenerationRequest, MAX_STOP_STRINGS, Prompt};
@@ -152,7 +152,7 @@ impl Generator {
     /// The request is wrong or refused; nothing is kept of it.
     pub async fn generate(&self, request: GenerationRequest) -> Result<Generation, GenerateError> {
         let accepted = self.accept(request).await;
-        accepted.inspect_err(super::observe::refused)
+        accepted.inspect_err(|error| refused(reason(error)))
     }
 
     async fn accept(&self, request: GenerationRequest) -> Result<Generation, GenerateError> {

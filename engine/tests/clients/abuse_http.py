@@ -234,6 +234,8 @@ def a_body_nobody_wants_is_not_waited_for_long(server: Server) -> None:
 def what_requests_hold_together_has_an_end(server: Server) -> None:
     """Bodies that arrive but for their last byte: large requests are refused meanwhile, small ones are served, on both ports."""
     completion = lambda body: httpx.post(server.url + "/v1/completions", json=body, timeout=30, trust_env=False)
+    overloaded = lambda: server.metrics().value_or_zero("quire_requests_refused_total", reason="overloaded")
+    before = overloaded()
     with QuireClient(server) as client, contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(17) as pool:
 
         def hold(_: int = 0) -> None:
@@ -257,6 +259,7 @@ def what_requests_hold_together_has_an_end(server: Server) -> None:
             client.stub.Generate(pb.GenerateRequest(text=TOO_LONG["prompt"]), timeout=20)
         expect.equal(completion(COMPLETION).status_code, 200, "a small request")
         client.Generate(pb.GenerateRequest(text="Hello", stop=pb.StopConditions(max_tokens=1)))
+    expect.that(overloaded() >= before + 2, "what was refused is counted")
     expect.within(20, lambda: completion(TOO_LONG).status_code == 400, "afterwards a large request is read")
     server.comes_to_rest()
 
