@@ -4,9 +4,12 @@
 mod common;
 
 use std::future::Future;
-use std::time::Instant;
+use std::sync::{Arc, mpsc};
+use std::thread::{self, ThreadId};
+use std::time::{Duration, Instant};
 
 use common::demo_checkpoint;
+use futures_util::FutureExt;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use quire::core::{Engine, EngineConfig, FinishReason, StepReport};
 use quire::generation::{GenerateError, Generation, GenerationRequest, Generator, Output, Prompt};
@@ -148,6 +151,38 @@ fn every_refusal_is_counted_by_its_reason() {
     assert_eq!(refused.refused("deadline"), 1.0);
     assert_eq!(refused.refused("draining"), 1.0);
     assert_eq!(refused.finished(), [0.0; 4], "none of them is an answer");
+}
+
+/// Tells which thread dropped it.
+struct Tell(mpsc::Sender<ThreadId>);
+
+impl Drop for Tell {
+    fn drop(&mut self) {
+        self.0.send(thread::current().id()).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_a_request_holds_is_dropped_where_its_prompt_is_tokenised_whoever_waits() {
+    let here = thread::current().id();
+    let generator = generator(&EngineConfig::default(), None);
+    let ask = || {
+        let (tell, told) = mpsc::channel();
+        let mut request = request(1, 1900);
+        request.held = Some(Arc::new(Tell(tell)));
+        (Box::pin(generator.generate(request)), told)
+    };
+
+    let (generating, told) = ask();
+    let generation = generating.await.unwrap();
+    assert_ne!(told.try_recv().unwrap(), here, "before an answer is read");
+    drop(generation);
+
+    let (mut hung_up, told) = ask();
+    drop(hung_up.as_mut().now_or_never());
+    drop(hung_up);
+    let patience = Duration::from_secs(60);
+    assert_ne!(told.recv_timeout(patience).unwrap(), here);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use quire_scheduler::{AddError, TokenId};
 
-use super::observe::{Histograms, Observation};
+use super::observe::{Histograms, Observation, reason, refused};
 use super::output::TextOptions;
 use super::turns::Turns;
 use super::{GenerateError, Generation, GenerationRequest, MAX_STOP_STRINGS, Prompt};
@@ -125,7 +125,7 @@ impl Generator {
         }
     }
 
-    /// The text of a whole sequence, made on a thread that may block.
+    /// The text of a whole sequence, made on a thread that may block; `held` is dropped there.
     ///
     /// # Errors
     /// Ids the model does not have; the error names `param`.
@@ -134,10 +134,14 @@ impl Generator {
         param: &str,
         tokens: Vec<TokenId>,
         skip_special: bool,
+        held: impl Send + 'static,
     ) -> Result<String, GenerateError> {
         self.check_tokens(param, &tokens)?;
         let inner = Arc::clone(&self.inner);
-        let decode = move || inner.tokenizer.decode(&tokens, skip_special);
+        let decode = move || {
+            let _held = held;
+            inner.tokenizer.decode(&tokens, skip_special)
+        };
         let done = self.inner.tokenising.run(decode).await;
         done.map_err(|error| GenerateError::Internal(format!("detokenising failed: {error}")))
     }
@@ -148,7 +152,7 @@ impl Generator {
     /// The request is wrong or refused; nothing is kept of it.
     pub async fn generate(&self, request: GenerationRequest) -> Result<Generation, GenerateError> {
         let accepted = self.accept(request).await;
-        accepted.inspect_err(super::observe::refused)
+        accepted.inspect_err(|error| refused(reason(error)))
     }
 
     async fn accept(&self, request: GenerationRequest) -> Result<Generation, GenerateError> {
@@ -162,7 +166,7 @@ impl Generator {
             return Err(GenerateError::DeadlineExceeded);
         }
         let tokens: Arc<[TokenId]> = self
-            .tokenize(request.prompt, request.add_special)
+            .tokenize(request.prompt, request.add_special, request.held)
             .await?
             .into();
         let model = inner.engine.model();
@@ -219,7 +223,8 @@ impl Generator {
         ))
     }
 
-    /// A prompt's tokens, made on a thread that may block. `add_special` is for plain text: chat templates write theirs out.
+    /// A prompt's tokens, made on a thread that may block; `held` is dropped there. `add_special` is for plain text: chat templates write
+    /// theirs out.
     ///
     /// # Errors
     /// The text is longer than any context, the template refuses the conversation, or there is none.
@@ -227,15 +232,19 @@ impl Generator {
         &self,
         prompt: Prompt,
         add_special: bool,
+        held: impl Send + 'static,
     ) -> Result<Vec<TokenId>, GenerateError> {
         if let Prompt::Tokens(tokens) = prompt {
             return Ok(tokens);
         }
         let inner = Arc::clone(&self.inner);
-        let encode = move || match prompt {
-            Prompt::Tokens(tokens) => Ok(tokens),
-            Prompt::Text(text) => inner.encode(&text, add_special),
-            Prompt::Chat(conversation) => inner.encode(&inner.render(&conversation)?, false),
+        let encode = move || {
+            let _held = held;
+            match prompt {
+                Prompt::Tokens(tokens) => Ok(tokens),
+                Prompt::Text(text) => inner.encode(&text, add_special),
+                Prompt::Chat(conversation) => inner.encode(&inner.render(&conversation)?, false),
+            }
         };
         let done = self.inner.tokenising.run(encode).await;
         done.map_err(|error| GenerateError::Internal(format!("tokenising failed: {error}")))?

@@ -16,7 +16,7 @@ mod turns;
 
 pub use error::GenerateError;
 pub use generator::Generator;
-pub(crate) use observe::{SECONDS, labels};
+pub(crate) use observe::{SECONDS, labels, refused};
 pub use output::{Generation, Output, OutputToken, StopCause, Usage};
 pub use request::{
     GenerationRequest, MAX_JSON, MAX_MESSAGES, MAX_STOP_STRINGS, MAX_TOOLS, Prompt, SamplingRequest,

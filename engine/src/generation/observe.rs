@@ -203,9 +203,9 @@ pub(crate) static SECONDS: LazyLock<Vec<(&'static str, Vec<f64>)>> = LazyLock::n
     ]
 });
 
-/// Counts a request that was not accepted.
-pub(super) fn refused(error: &GenerateError) {
-    let reason = match error {
+/// Why a request was not accepted, as [`refused`] counts it.
+pub(super) fn reason(error: &GenerateError) -> &'static str {
+    match error {
         GenerateError::Invalid { .. } => "invalid",
         GenerateError::TooLong(_) => "too_long",
         GenerateError::UnknownModel { .. } => "unknown_model",
@@ -214,6 +214,10 @@ pub(super) fn refused(error: &GenerateError) {
         GenerateError::DeadlineExceeded => "deadline",
         GenerateError::Aborted => "aborted",
         GenerateError::Internal(_) => "error",
-    };
+    }
+}
+
+/// Counts a request that was not accepted.
+pub(crate) fn refused(reason: &'static str) {
     counter!("quire_requests_refused_total", "reason" => reason).increment(1);
 }

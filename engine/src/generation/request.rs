@@ -1,5 +1,6 @@
 //! [`GenerationRequest`]: what a client asks for, whatever protocol it speaks.
 
+use std::any::Any;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -107,6 +108,8 @@ pub struct GenerationRequest {
     pub cache_salt: String,
     /// When the client stops waiting.
     pub deadline: Option<Instant>,
+    /// Dropped when the prompt is tokens, whether anybody still waits for them or not.
+    pub held: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl GenerationRequest {
@@ -124,6 +127,7 @@ impl GenerationRequest {
             tenant: Arc::from(""),
             cache_salt: String::new(),
             deadline: None,
+            held: None,
         }
     }
 }

@@ -6,6 +6,7 @@
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::LARGEST_REQUEST;
+use crate::generation::refused;
 
 /// Bytes of every request that have a room of their own, so that small requests are served whatever large ones do.
 pub(super) const SMALL: usize = 64 << 10;
@@ -15,6 +16,12 @@ pub(super) const RETRY_AFTER: u32 = 1;
 static ROOM: Room = Room {
     small: Semaphore::const_new(32 * LARGEST_REQUEST),
     large: Semaphore::const_new(16 * LARGEST_REQUEST),
+};
+
+/// For reflection, whose requests are names. Its client streams: what it sent is there as long as it does not read what it asked for.
+static REFLECTION: Room = Room {
+    small: Semaphore::const_new(64 * SMALL),
+    large: Semaphore::const_new(0),
 };
 
 /// Bytes that may still come.
@@ -43,11 +50,23 @@ pub(super) struct Held {
 pub(super) struct Full;
 
 impl Held {
+    /// In a room where nobody is in the way but those who ask the same.
+    pub fn for_reflection() -> Self {
+        Self {
+            room: &REFLECTION,
+            ..Self::default()
+        }
+    }
+
     /// Counts bytes that have arrived.
     ///
     /// # Errors
-    /// There is no room for them.
+    /// There is no room for them: the request is to be refused, and is counted as such.
     pub fn add(&mut self, bytes: usize) -> Result<(), Full> {
+        self.take(bytes).inspect_err(|_| refused("overloaded"))
+    }
+
+    fn take(&mut self, bytes: usize) -> Result<(), Full> {
         let small = SMALL.saturating_sub(self.bytes).min(bytes);
         self.bytes = self.bytes.saturating_add(bytes);
         take(&self.room.small, small, &mut self.small)?;
@@ -82,6 +101,8 @@ fn take(
 
 #[cfg(test)]
 mod tests {
+    use metrics_exporter_prometheus::PrometheusBuilder;
+
     use super::*;
 
     fn held(room: &'static Room, bytes: &[usize]) -> Result<Held, Full> {
@@ -109,7 +130,14 @@ mod tests {
         drop(first);
         let fourth = held(room, &[SMALL, 60]).expect("what was given back");
         let fifth = held(room, &[SMALL]).expect("a small one");
-        assert_eq!(held(room, &[1]).err(), Some(Full));
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let refused = metrics::with_local_recorder(&recorder, || held(room, &[1]));
+        assert_eq!(refused.err(), Some(Full));
+        let counted = recorder.handle().render();
+        assert!(
+            counted.contains("quire_requests_refused_total{reason=\"overloaded\"} 1\n"),
+            "{counted}"
+        );
         drop((second, third, fourth, fifth));
         assert_eq!(room.small.available_permits(), 4 * SMALL);
         assert_eq!(room.large.available_permits(), 100);

@@ -239,7 +239,7 @@ fn describe() {
         ),
         (
             "quire_requests_refused_total",
-            "Requests for an answer that were read and not accepted, by reason.",
+            "Requests for an answer that were well-formed and not accepted, by reason; and as overloaded, requests of any kind that there was no room to read.",
         ),
     ] {
         describe_counter!(name, help);

@@ -30,11 +30,13 @@ use listener::Protocol;
 pub use grpc::TokenizerFiles;
 pub use metrics::{Metrics, step_observer};
 
-/// How long clients may take to read their answers once the last one is computed.
+/// How long clients may take to read their answers once the last one is computed,
 const FLUSH: Duration = Duration::from_secs(10);
+/// and where the answer is that the engine is gone: it is short, and somebody waits to start a new process.
+const SHORT_FLUSH: Duration = Duration::from_secs(3);
 /// How long the last bytes may take to leave once nobody has an answer to read: where somebody had one when the end began, on a busy machine,
 const FAREWELL: Duration = Duration::from_secs(3);
-/// and where nobody had.
+/// and where nobody had, or only a short one.
 const SHORT_FAREWELL: Duration = Duration::from_millis(500);
 
 /// Largest request body of either protocol, in bytes. Far above any context; what is longer is refused without being read.
@@ -171,21 +173,13 @@ impl Server {
 
         engine.drain();
         health.serving(false).await;
-        let farewell = if self.generator.has_unread_answers() {
-            FAREWELL
-        } else {
-            SHORT_FAREWELL
-        };
-        let patience = if engine.is_healthy() {
+        let unread = self.generator.has_unread_answers();
+        if engine.is_healthy() {
             tracing::info!(
                 requests = engine.stats().in_flight,
                 "shutting down: finishing what was accepted, refusing what is new"
             );
-            FLUSH
-        } else {
-            // What there is to say is short, and somebody waits to start a new process.
-            FAREWELL
-        };
+        }
         // Connections are served meanwhile: what is new is refused in words, not by silence.
         tokio::select! {
             () = engine.drained() => {}
@@ -200,6 +194,7 @@ impl Server {
             }
         }
         close.send_replace(true);
+        let (farewell, patience) = waits(engine.is_healthy(), unread);
         let answered = async {
             self.generator.answered().await;
             tokio::time::sleep(farewell).await;
@@ -217,6 +212,15 @@ impl Server {
         } else {
             Err(ServeError::EngineStopped)
         }
+    }
+}
+
+/// How long to wait once nobody has an answer to read, and how long in all. `unread`: somebody had one when the end began.
+fn waits(healthy: bool, unread: bool) -> (Duration, Duration) {
+    match (healthy, unread) {
+        (true, true) => (FAREWELL, FLUSH),
+        (true, false) => (SHORT_FAREWELL, FLUSH),
+        (false, _) => (SHORT_FAREWELL, SHORT_FLUSH),
     }
 }
 
@@ -241,4 +245,20 @@ async fn over(limit: Option<Duration>) {
 async fn closed(mut closing: watch::Receiver<bool>) {
     // The sender lives as long as `run`; without it there is nothing to wait for either.
     let _ = closing.wait_for(|&closing| closing).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_has_read_an_answer_is_not_taken_for_one_who_has_not() {
+        for (healthy, unread) in [(true, true), (true, false), (false, true), (false, false)] {
+            let (farewell, patience) = waits(healthy, unread);
+            assert!(
+                farewell * 2 < patience,
+                "no time to read: {healthy} {unread}"
+            );
+        }
+    }
 }

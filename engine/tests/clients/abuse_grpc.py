@@ -6,7 +6,7 @@ import random
 import grpc
 
 import expect
-from quire_client import QuireClient
+from quire_client import QuireClient, endless_request
 from server import Server
 from stubs import pb
 
@@ -125,6 +125,19 @@ def large_messages_at_once_stall_nobody(start) -> None:
         expect.equal(set(codes) - allowed, set(), f"codes for large {what}")
         grown = server.peak_memory() - peak
         expect.that(grown < 3 << 29, f"eight times many {what}: the server grew by {grown >> 20} MiB")
+
+
+def what_is_being_answered_holds_none_of_its_request(server: Server) -> None:
+    """More large requests than there is room for at once, each sent when the one before is on its way to an answer."""
+    request = endless_request(cache_salt="x" * (8_000_000))
+    with QuireClient(server) as client:
+        calls = []
+        for number in range(1, 19):
+            calls.append(client.stub.Generate.future(request, timeout=50))
+            expect.within(20, lambda: server.metrics().value("quire_requests_in_flight") == number, f"{number} are accepted")
+        for call in calls:
+            call.cancel()
+    server.comes_to_rest()
 
 
 def control_characters_in_names_are_harmless(server: Server) -> None:

@@ -1,5 +1,6 @@
 """A thousand wrong HTTP requests from a seeded table: each gets a 4xx whose body says why, in OpenAI's form."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -233,19 +234,32 @@ def a_body_nobody_wants_is_not_waited_for_long(server: Server) -> None:
 def what_requests_hold_together_has_an_end(server: Server) -> None:
     """Bodies that arrive but for their last byte: large requests are refused meanwhile, small ones are served, on both ports."""
     completion = lambda body: httpx.post(server.url + "/v1/completions", json=body, timeout=30, trust_env=False)
-    with QuireClient(server) as client, contextlib.ExitStack() as stack:
-        for _ in range(17):
+    overloaded = lambda: server.metrics().value_or_zero("quire_requests_refused_total", reason="overloaded")
+    before = overloaded()
+    with QuireClient(server) as client, contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(17) as pool:
+
+        def hold(_: int = 0) -> None:
             head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 8388608\r\n\r\n"
             wire = _begin(stack, server, head)
             with contextlib.suppress(OSError):
                 wire.sendall(b"x" * (8388608 - 1))
-        refused = expect.within(20, lambda: (r := completion(TOO_LONG)).status_code == 429 and r, "a large request is refused")
+
+        def refusal() -> httpx.Response | None:
+            if (response := completion(TOO_LONG)).status_code == 429:
+                return response
+            # Some that were refused left room, or have waited too long for their last byte.
+            return hold()
+
+        # At once: those that come first are not waited for until the last have come.
+        list(pool.map(hold, range(17)))
+        refused = expect.within(20, refusal, "a large request is refused")
         expect.equal(refused.headers.get("retry-after"), "1")
         expect.equal(refused.json()["error"]["code"], "overloaded")
         with expect.status(grpc.StatusCode.RESOURCE_EXHAUSTED):
             client.stub.Generate(pb.GenerateRequest(text=TOO_LONG["prompt"]), timeout=20)
         expect.equal(completion(COMPLETION).status_code, 200, "a small request")
         client.Generate(pb.GenerateRequest(text="Hello", stop=pb.StopConditions(max_tokens=1)))
+    expect.that(overloaded() >= before + 2, "what was refused is counted")
     expect.within(20, lambda: completion(TOO_LONG).status_code == 400, "afterwards a large request is read")
     server.comes_to_rest()
 

@@ -8,6 +8,7 @@ use quire_proto::v1::generation_server::Generation;
 use quire_scheduler::TokenId;
 use tonic::{Request, Response, Status};
 
+use super::arrival::held;
 use super::request::{conversation, deadline, generation, request_id, status};
 use super::response::{Events, Reported};
 use crate::generation::{Generator, Prompt};
@@ -29,7 +30,8 @@ impl GenerationService {
     }
 
     /// Checks a request and starts it.
-    async fn start(&self, request: Request<v1::GenerateRequest>) -> Result<Events, Status> {
+    async fn start(&self, mut request: Request<v1::GenerateRequest>) -> Result<Events, Status> {
+        let held = held(&mut request);
         let deadline = deadline(request.metadata());
         let request = request.into_inner();
         self.generator
@@ -45,7 +47,8 @@ impl GenerationService {
         let registered = self.registry.enter(&id).ok_or_else(|| {
             Status::already_exists(format!("request_id `{id}` belongs to a live request"))
         })?;
-        let request = generation(request, id.clone(), deadline)?;
+        let mut request = generation(request, id.clone(), deadline)?;
+        request.held = held;
         let samples = request.sampling.n.unwrap_or(1);
         let generation = self
             .generator
@@ -102,8 +105,9 @@ impl Generation for GenerationService {
 
     async fn tokenize(
         &self,
-        request: Request<v1::TokenizeRequest>,
+        mut request: Request<v1::TokenizeRequest>,
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let held = held(&mut request);
         let request = request.into_inner();
         let prompt = match request.input {
             None => {
@@ -118,7 +122,7 @@ impl Generation for GenerationService {
         };
         let tokens = self
             .generator
-            .tokenize(prompt, request.add_special_tokens.unwrap_or(true))
+            .tokenize(prompt, request.add_special_tokens.unwrap_or(true), held)
             .await
             .map_err(|error| status(&error))?;
         let ids = tokens.into_iter().map(|token| token.0).collect();
@@ -127,13 +131,14 @@ impl Generation for GenerationService {
 
     async fn detokenize(
         &self,
-        request: Request<v1::DetokenizeRequest>,
+        mut request: Request<v1::DetokenizeRequest>,
     ) -> Result<Response<v1::DetokenizeResponse>, Status> {
+        let held = held(&mut request);
         let request = request.into_inner();
         let tokens: Vec<TokenId> = request.ids.into_iter().map(TokenId).collect();
         let text = self
             .generator
-            .detokenize("ids", tokens, !request.include_special_tokens)
+            .detokenize("ids", tokens, !request.include_special_tokens, held)
             .await
             .map_err(|error| status(&error))?;
         Ok(Response::new(v1::DetokenizeResponse { text }))

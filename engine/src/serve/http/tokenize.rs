@@ -36,7 +36,7 @@ pub(super) async fn tokenize(
     State(app): State<App>,
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
-    let (body, _held): (TokenizeBody, _) = body.read()?;
+    let (body, held): (TokenizeBody, _) = body.read()?;
     app.generator
         .check_model(body.model.as_deref().unwrap_or_default())?;
     let prompt = match (body.prompt, body.messages) {
@@ -56,7 +56,7 @@ pub(super) async fn tokenize(
     };
     let tokens = app
         .generator
-        .tokenize(prompt, body.add_special_tokens.unwrap_or(true))
+        .tokenize(prompt, body.add_special_tokens.unwrap_or(true), held)
         .await?;
     let tokenizer = app.generator.tokenizer();
     let strings = body.return_token_strs.unwrap_or(false).then(|| {
@@ -78,14 +78,14 @@ pub(super) async fn detokenize(
     State(app): State<App>,
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
-    let (body, _held): (DetokenizeBody, _) = body.read()?;
+    let (body, held): (DetokenizeBody, _) = body.read()?;
     app.generator
         .check_model(body.model.as_deref().unwrap_or_default())?;
     let tokens: Vec<TokenId> = body.tokens.into_iter().map(TokenId).collect();
     let skip_special = body.skip_special_tokens.unwrap_or(false);
     let text = app
         .generator
-        .detokenize("tokens", tokens, skip_special)
+        .detokenize("tokens", tokens, skip_special, held)
         .await?;
     Ok(Json(json!({"prompt": text})))
 }

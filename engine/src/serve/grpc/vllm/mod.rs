@@ -22,6 +22,7 @@ use quire_proto::vllm::grpc::engine::vllm_engine_server::VllmEngine;
 use serde_json::{Map, json};
 use tonic::{Request, Response, Status};
 
+use super::arrival::held;
 use super::request::{deadline, request_id, status};
 use crate::generation::Generator;
 use crate::serve::registry::Registry;
@@ -95,15 +96,17 @@ impl VllmEngine for VllmService {
 
     async fn generate(
         &self,
-        request: Request<vllm::GenerateRequest>,
+        mut request: Request<vllm::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
+        let held = held(&mut request);
         let deadline = deadline(request.metadata());
         let request = request.into_inner();
         let id = request_id(&request.request_id)?;
         let registered = self.registry.enter(&id).ok_or_else(|| {
             Status::already_exists(format!("request_id `{id}` belongs to a live request"))
         })?;
-        let (request, reported) = request::generation(request, id, deadline)?;
+        let (mut request, reported) = request::generation(request, id, deadline)?;
+        request.held = held;
         let generation = self
             .generator
             .generate(request)

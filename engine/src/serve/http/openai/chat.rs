@@ -75,9 +75,9 @@ pub(in super::super) async fn chat_completions(
     }
     let max_tokens = body.max_completion_tokens.or(body.max_tokens);
     let prompt = Prompt::Chat(Box::new(conversation));
-    let request = parameters.request(&id, prompt, max_tokens, logprobs, None)?;
+    let mut request = parameters.request(&id, prompt, max_tokens, logprobs, None)?;
+    request.held = Some(Arc::new(held));
     let generation = app.generator.generate(request).await?;
-    drop(held);
     let answer = Answer {
         endpoint: Endpoint::Chat,
         id,

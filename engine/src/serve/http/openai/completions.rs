@@ -88,6 +88,7 @@ pub(in super::super) async fn completions(
         asked => asked.unwrap_or(DEFAULT_MAX_TOKENS),
     };
     let prompt_logprobs = body.logprobs.filter(|_| echo);
+    let held = Arc::new(held);
     let mut generations = Vec::with_capacity(prompts.len());
     for prompt in prompts {
         let mut request = parameters.request(
@@ -98,6 +99,7 @@ pub(in super::super) async fn completions(
             prompt_logprobs,
         )?;
         request.add_special = body.add_special_tokens.unwrap_or(true);
+        request.held = Some(Arc::clone(&held) as _);
         generations.push(app.generator.generate(request).await?);
     }
     drop(held);
