@@ -253,6 +253,39 @@ mod tests {
     }
 
     #[test]
+    fn only_numbers_in_a_field_are_widths() {
+        for (source, expected) in [
+            ("{{ '%s 9999999999' % 'x' }}", "x 9999999999"),
+            ("{{ '%%9999999999 %3s' % 'x' }}", "%9999999999   x"),
+            ("{{ '%(9999999999)s' % {'9999999999': 'x'} }}", "x"),
+            (
+                "{{ '{} 9999999999: {:>3}'.format('x', 'y') }}",
+                "x 9999999999:   y",
+            ),
+            ("{{ '{{:9999999999}} {}'.format('x') }}", "{:9999999999} x"),
+        ] {
+            let got = template(source).render(&conversation());
+            assert_eq!(got.expect("it renders"), expected);
+        }
+        for (source, narrow) in [
+            ("{{ '%%%-WIDTHs|' % 'x' }}", "%x    |"),
+            ("{{ '%(a%s)-WIDTHs|' % {'a%s': 'x'} }}", "x    |"),
+            ("{{ '%s %.WIDTHf' % (1, 1.5) }}", "1 1.50000"),
+            ("{{ '{{{:WIDTH}|'.format('x') }}", "{x    |"),
+            ("{{ '{:}<WIDTH}|'.format('x') }}", "x}}}}|"),
+            ("{{ '{:<WIDTH}|'.format('x') }}", "x    |"),
+            ("{{ '{0[}:]:{>WIDTH}'.format({'}:': 'x'}) }}", "{{{{x"),
+            ("{{ '{} {:+#0,.WIDTHf}'.format(1, 1.5) }}", "1 +1.50000"),
+        ] {
+            let of =
+                |width: &str| template(&source.replace("WIDTH", width)).render(&conversation());
+            assert_eq!(of("5").expect("it renders"), narrow, "{source}");
+            let error = of("999999999999").unwrap_err();
+            assert!(error.to_string().contains("fuel"), "{source}: {error}");
+        }
+    }
+
+    #[test]
     fn a_template_cannot_exhaust_memory() {
         // A few words that mean terabytes.
         let much = "(['x' * 50000000] * 100000)";
