@@ -8,6 +8,7 @@
 
 mod error;
 mod generator;
+mod json_size;
 mod observe;
 mod output;
 mod request;
@@ -16,6 +17,7 @@ mod turns;
 
 pub use error::GenerateError;
 pub use generator::Generator;
+pub(crate) use json_size::{structure_of, structure_of_text};
 pub(crate) use observe::{SECONDS, labels};
 pub use output::{Generation, Output, OutputToken, StopCause, Usage};
 pub use request::{
