@@ -521,7 +521,8 @@ fn escape(state: &State<'_, '_>, value: &Value) -> Result<Value, Error> {
     if value.is_safe() {
         return Ok(value.clone());
     }
-    budget::text(state, value)?;
+    let bytes = budget::text(state, value)?;
+    budget::afford(state, bytes.saturating_mul("&#34;".len()))?;
     let mut out = String::new();
     for c in value.to_string().chars() {
         match c {
