@@ -13,7 +13,6 @@ mod observe;
 mod output;
 mod request;
 mod stop;
-mod turns;
 
 pub use error::GenerateError;
 pub use generator::Generator;
@@ -23,7 +22,6 @@ pub use output::{Generation, Output, OutputToken, StopCause, Usage};
 pub use request::{
     GenerationRequest, MAX_JSON, MAX_MESSAGES, MAX_STOP_STRINGS, MAX_TOOLS, Prompt, SamplingRequest,
 };
-pub(crate) use turns::Turns;
 
 #[cfg(doc)]
 use crate::core::Engine;

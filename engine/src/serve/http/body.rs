@@ -15,7 +15,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 
 use super::error::ApiError;
-use crate::generation::Turns;
+use crate::blocking::BlockingSlots;
 use crate::serve::LARGEST_REQUEST;
 use crate::serve::held::{Held, SMALL};
 
@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// and one that nobody is going to read.
 const SHORT_PATIENCE: Duration = Duration::from_secs(5);
 
-static PARSING: LazyLock<Turns> = LazyLock::new(|| Turns::new(1));
+static PARSING: LazyLock<BlockingSlots> = LazyLock::new(|| BlockingSlots::new(1));
 
 /// A request's body as a JSON object.
 #[derive(Debug)]
