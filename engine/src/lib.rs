@@ -4,6 +4,7 @@
 //! runs it on a backend, [`core`] is the engine loop that batches requests, [`generation`] turns text into requests and tokens into text,
 //! [`serve`] speaks the protocols, [`cli`] is the command line.
 
+mod blocking;
 pub mod checkpoint;
 pub mod cli;
 pub mod core;

@@ -11,12 +11,12 @@ use jiff::civil::DateTime;
 use jiff::fmt::strtime;
 use quire::tokenizer::{ChatTemplate, Clock, Conversation, TemplateError};
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 #[test]
 fn every_template_renders_every_conversation_as_transformers_does() {
     let expected = Expected::read();
-    let conversations: Map<String, Value> = json("conversations.json");
+    let conversations: Map<String, Value> = read("conversations.json");
     let mut wrong = Vec::new();
     for (name, renderings) in &expected.templates {
         let source = std::fs::read_to_string(directory().join(name)).unwrap();
@@ -39,7 +39,7 @@ fn every_template_renders_every_conversation_as_transformers_does() {
 #[test]
 fn every_idiom_means_what_it_means_in_jinja2() {
     let expected = Expected::read();
-    let idioms: Idioms = json("idioms.json");
+    let idioms: Idioms = read("idioms.json");
     assert_eq!(
         idioms.templates.len(),
         expected.idioms.len(),
@@ -59,6 +59,44 @@ fn every_idiom_means_what_it_means_in_jinja2() {
         }
     }
     assert!(wrong.is_empty(), "{}", report(&wrong));
+}
+
+#[test]
+fn large_conversations_are_rendered() {
+    let long = "two words, <b> \n".repeat(8 << 16);
+    let mut many = vec![];
+    for _ in 0..256 {
+        let call = json!({"type": "function", "id": "a1b2c3d4e", "function": {"name": "f", "arguments": {"x": [1]}}});
+        many.extend([
+            json!({"role": "user", "content": "Hi"}),
+            json!({"role": "assistant", "content": "", "tool_calls": [call]}),
+            json!({"role": "tool", "tool_call_id": "a1b2c3d4e", "name": "f", "content": "2"}),
+            json!({"role": "assistant", "content": "Two."}),
+        ]);
+    }
+    let short = |i| json!({"role": if i % 2 == 0 { "user" } else { "assistant" }, "content": "x"});
+    let expected = Expected::read();
+    let mut rendered = 0;
+    for name in expected.templates.keys() {
+        let source = std::fs::read_to_string(directory().join(name)).unwrap();
+        let template = expected.compile(&source).unwrap();
+        for messages in [
+            vec![json!({"role": "user", "content": long})],
+            many.clone(),
+            (0..1000).map(short).collect(),
+        ] {
+            let conversation = Conversation {
+                messages,
+                ..Conversation::default()
+            };
+            match template.render(&conversation) {
+                Ok(_) => rendered += 1,
+                // Some have no calls, or not these.
+                Err(error) => assert!(!error.to_string().contains("fuel"), "{name}: {error}"),
+            }
+        }
+    }
+    assert!(rendered > 2 * expected.templates.len(), "{rendered}");
 }
 
 #[derive(Deserialize)]
@@ -86,7 +124,7 @@ enum Rendering {
 
 impl Expected {
     fn read() -> Self {
-        json("expected.json")
+        read("expected.json")
     }
 
     fn compile(&self, source: &str) -> Result<ChatTemplate, TemplateError> {
@@ -133,7 +171,7 @@ fn directory() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/templates")
 }
 
-fn json<T: for<'de> Deserialize<'de>>(name: &str) -> T {
+fn read<T: for<'de> Deserialize<'de>>(name: &str) -> T {
     let text = std::fs::read_to_string(directory().join(name)).unwrap();
     serde_json::from_str(&text).unwrap()
 }

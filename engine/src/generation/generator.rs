@@ -8,8 +8,8 @@ use quire_scheduler::{AddError, TokenId};
 
 use super::observe::{Histograms, Observation, reason, refused};
 use super::output::TextOptions;
-use super::turns::Turns;
 use super::{GenerateError, Generation, GenerationRequest, MAX_STOP_STRINGS, Prompt};
+use crate::blocking::BlockingSlots;
 use crate::checkpoint::{Checkpoint, GenerationDefaults};
 use crate::core::{Engine, Request};
 use crate::tokenizer::{ChatTemplate, Conversation, Tokenizer};
@@ -30,7 +30,7 @@ struct Inner {
     defaults: GenerationDefaults,
     histograms: Histograms,
     /// Prompts that are tokenised at once.
-    tokenising: Turns,
+    tokenising: BlockingSlots,
     /// Each answer that is not read to its end holds a clone.
     unread: Arc<()>,
 }
@@ -54,7 +54,7 @@ impl Generator {
                 tokenizer: Arc::clone(&checkpoint.tokenizer),
                 template: checkpoint.chat_template.clone(),
                 defaults: checkpoint.generation.clone(),
-                tokenising: Turns::new(cores),
+                tokenising: BlockingSlots::new(cores),
                 unread: Arc::new(()),
             }),
         }

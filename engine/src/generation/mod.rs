@@ -8,14 +8,15 @@
 
 mod error;
 mod generator;
+mod json_size;
 mod observe;
 mod output;
 mod request;
 mod stop;
-mod turns;
 
 pub use error::GenerateError;
 pub use generator::Generator;
+pub(crate) use json_size::{structure_of, structure_of_text};
 pub(crate) use observe::{SECONDS, labels, refused};
 pub use output::{Generation, Output, OutputToken, StopCause, Usage};
 pub use request::{

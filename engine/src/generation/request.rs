@@ -14,7 +14,8 @@ use crate::tokenizer::Conversation;
 pub const MAX_MESSAGES: usize = 16_384;
 /// Most tools of a conversation.
 pub const MAX_TOOLS: usize = 1024;
-/// Most bytes of JSON in a conversation, of tools, calls and variables together: parsed, it takes fifty times the memory.
+/// Most bytes of JSON in a conversation, of tools, calls and variables together and without what is in their strings: parsed, it takes fifty
+/// times the memory.
 pub const MAX_JSON: usize = 1 << 20;
 /// Most stop strings of a request.
 pub const MAX_STOP_STRINGS: usize = 16;

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 import shutil
 import tempfile
 
@@ -12,6 +13,7 @@ import expect
 from server import Server
 
 DEMO = pathlib.Path(__file__).parents[2] / "demo-model"
+USE = pathlib.Path(__file__).parents[3] / "docs" / "use.md"
 QUESTION = [{"role": "user", "content": "What does `Vec::push` do?"}]
 GREEDY = {"model": "demo", "messages": QUESTION, "temperature": 0, "max_tokens": 200}
 
@@ -191,16 +193,45 @@ def what_would_change_an_answer_and_is_not_supported_is_refused_by_name(server: 
         "allowed_token_ids": [5],
         "truncate_prompt_tokens": 1,
         "use_beam_search": True,
+        "logits_processors": ["x"],
+        "logprob_token_ids": [5],
+        "prompt_embeds": "x",
+        "prompt_logprobs": 1,
+        "repetition_detection": {"max_pattern_size": 2},
+        "response_format": {"type": "json_object"},
+        "return_tokens_as_token_ids": True,
+        "thinking_token_budget": 1,
     }
-    chat = {"add_special_tokens": True, "chat_template": "x", "continue_final_message": True, "echo": True}
+    chat = {
+        "add_special_tokens": True,
+        "audio": {"voice": "x"},
+        "chat_template": "x",
+        "continue_final_message": True,
+        "documents": [{"title": "x", "text": "y"}],
+        "echo": True,
+        "functions": [{"name": "f"}],
+        "return_prompt_text": True,
+        "tool_choice": "required",
+        "verbosity": "low",
+        "web_search_options": {"search_context_size": "low"},
+    }
+    only_completion = {"suffix": "x", "best_of": 2}
     completion = {"model": "demo", "prompt": "x", "max_tokens": 1}
     nothing = {str: "", list: [], dict: {}, int: None, bool: False}
-    for path, base, fields in [("/v1/completions", completion, both), ("/v1/chat/completions", GREEDY | {"max_tokens": 1}, both | chat)]:
+    never_empty = {"response_format", "functions", "tool_choice"}
+    # What the documentation lists is what is tried.
+    listed = re.search(r"asked for and not supported\s*\((.*?)\)\s*is refused", USE.read_text(), re.DOTALL).group(1)
+    expect.equal(set(re.findall(r"`(\w+)`", listed)), set(both | chat | only_completion))
+    for path, base, fields in [
+        ("/v1/completions", completion, both | only_completion),
+        ("/v1/chat/completions", GREEDY | {"max_tokens": 1}, both | chat),
+    ]:
         for field, value in fields.items():
             response = server.http.post(path, json=base | {field: value})
             expect.equal((response.status_code, response.json().get("error", {}).get("param")), (400, field), f"{path} {field}")
         # Clients send what they leave alone, too.
-        server.post(path, base | {field: nothing[type(value)] for field, value in fields.items()})
+        server.post(path, base | dict.fromkeys(fields))
+        server.post(path, base | {field: nothing[type(value)] for field, value in fields.items() if field not in never_empty})
 
 
 def what_a_prompt_is_made_with_is_taken(start) -> None:

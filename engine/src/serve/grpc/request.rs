@@ -11,6 +11,7 @@ use tonic::{Code, Status};
 
 use crate::generation::{
     GenerateError, GenerationRequest, MAX_JSON, MAX_MESSAGES, MAX_TOOLS, Prompt, SamplingRequest,
+    structure_of_text,
 };
 use crate::tokenizer::Conversation;
 
@@ -106,10 +107,13 @@ pub(super) fn conversation(chat: v1::Chat) -> Result<Conversation, Status> {
     }
     let calls = chat.messages.iter().flat_map(|m| &m.tool_calls_json);
     let texts = chat.tools_json.iter().chain(calls);
-    let json = texts.map(String::len).sum::<usize>() + chat.template_variables_json.len();
+    let json: usize = texts
+        .chain([&chat.template_variables_json])
+        .map(|text| structure_of_text(text))
+        .sum();
     if json > MAX_JSON {
         return Err(Status::invalid_argument(format!(
-            "chat has {json} bytes in its tools_json, tool_calls_json and template_variables_json, expected at most {MAX_JSON}"
+            "chat has {json} bytes in its tools_json, tool_calls_json and template_variables_json, without what is in strings, expected at most {MAX_JSON}"
         )));
     }
     let messages = chat
@@ -267,6 +271,26 @@ mod tests {
                 .map(tonic::metadata::MetadataValue::as_bytes),
             Some(&b"2000"[..])
         );
+    }
+
+    #[test]
+    fn much_json_is_refused_but_not_long_texts_in_it() {
+        let of = |value: Value| {
+            let text = json!({"x": value}).to_string();
+            conversation(v1::Chat {
+                messages: vec![v1::ChatMessage {
+                    role: "assistant".to_owned(),
+                    tool_calls_json: vec![text.clone()],
+                    ..v1::ChatMessage::default()
+                }],
+                tools_json: vec![text.clone()],
+                template_variables_json: text,
+                ..v1::Chat::default()
+            })
+        };
+        assert!(of("[\"".repeat(MAX_JSON).into()).is_ok());
+        let refused = of(vec![1; MAX_JSON / 6].into()).expect_err("it is too much");
+        assert_eq!(refused.code(), Code::InvalidArgument);
     }
 
     #[test]

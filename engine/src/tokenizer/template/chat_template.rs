@@ -8,8 +8,10 @@ use minijinja::{Environment, Error, ErrorKind, State};
 
 use super::{budget, dialect, python};
 
-/// Instructions a template may execute: a hostile one must end.
-const FUEL: u64 = 10_000_000;
+/// Instructions a template may execute: a hostile one must end. As 64 bytes cost as much as an instruction, it is also about 256 MB at most
+/// that one rendering makes. With the templates we know 8 MiB of content take a fifth of it and 16,384 messages half; two that look through
+/// all messages at each take it all for some more than a thousand.
+const FUEL: u64 = 4_000_000;
 const NAME: &str = "chat template";
 
 /// Tells templates the time: given a format, the formatted local time.
@@ -250,6 +252,53 @@ mod tests {
             let got = template(source).render(&conversation());
             assert_eq!(got.expect("it renders"), expected);
         }
+    }
+
+    #[test]
+    fn only_numbers_in_a_field_are_widths() {
+        for (source, expected) in [
+            ("{{ '%s 9999999999' % 'x' }}", "x 9999999999"),
+            ("{{ '%%9999999999 %3s' % 'x' }}", "%9999999999   x"),
+            ("{{ '%(9999999999)s' % {'9999999999': 'x'} }}", "x"),
+            (
+                "{{ '{} 9999999999: {:>3}'.format('x', 'y') }}",
+                "x 9999999999:   y",
+            ),
+            ("{{ '{{:9999999999}} {}'.format('x') }}", "{:9999999999} x"),
+        ] {
+            let got = template(source).render(&conversation());
+            assert_eq!(got.expect("it renders"), expected);
+        }
+        for (source, narrow) in [
+            ("{{ '%%%-WIDTHs|' % 'x' }}", "%x    |"),
+            ("{{ '%(a%s)-WIDTHs|' % {'a%s': 'x'} }}", "x    |"),
+            ("{{ '%s %.WIDTHf' % (1, 1.5) }}", "1 1.50000"),
+            ("{{ '{{{:WIDTH}|'.format('x') }}", "{x    |"),
+            ("{{ '{:}<WIDTH}|'.format('x') }}", "x}}}}|"),
+            ("{{ '{:<WIDTH}|'.format('x') }}", "x    |"),
+            ("{{ '{0[}:]:{>WIDTH}'.format({'}:': 'x'}) }}", "{{{{x"),
+            ("{{ '{} {:+#0,.WIDTHf}'.format(1, 1.5) }}", "1 +1.50000"),
+        ] {
+            let of =
+                |width: &str| template(&source.replace("WIDTH", width)).render(&conversation());
+            assert_eq!(of("5").expect("it renders"), narrow, "{source}");
+            let error = of("999999999999").unwrap_err();
+            assert!(error.to_string().contains("fuel"), "{source}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_rendering_makes_at_most_256_mb() {
+        let of = |texts: u64| {
+            let source = format!(
+                "{{% set ns = namespace(all=[]) %}}{{% for i in range({texts}) %}}\
+                 {{% set ns.all = ns.all + [('x' ~ i % 10) * 5000000] %}}{{% endfor %}}{{{{ ns.all | length }}}}"
+            );
+            template(&source).render(&conversation())
+        };
+        assert_eq!(of(25).expect("it renders"), "25");
+        let error = of(26).unwrap_err();
+        assert!(error.to_string().contains("fuel"), "{error}");
     }
 
     #[test]

@@ -197,23 +197,72 @@ pub(super) fn afford_format(
     text: &str,
     values: &[Value],
 ) -> Result<(), Error> {
-    let sign = match style {
-        FormatStyle::Printf => '%',
-        FormatStyle::StrFormat => '{',
-    };
     let mut bytes = 0_usize;
     for value in values {
         bytes = bytes.saturating_add(budget::text(state, value)?);
     }
-    // Each field can be all of the values, and any number behind the first sign a field's width.
-    bytes = bytes.saturating_mul(text.matches(sign).count());
-    let fields = text.find(sign).map_or("", |first| &text[first..]);
-    for width in fields.split(|c: char| !c.is_ascii_digit()) {
-        if !width.is_empty() {
-            bytes = bytes.saturating_add(width.parse().unwrap_or(usize::MAX));
+    // Each field can be all of the values.
+    let (fields, widths) = fields(style, text);
+    let bytes = bytes.saturating_mul(fields).saturating_add(widths);
+    budget::afford(state, bytes.saturating_add(text.len()))
+}
+
+/// How many fields a format has, and what their widths and precisions add up to: at least those that [`formatting`] reads.
+fn fields(style: FormatStyle, text: &str) -> (usize, usize) {
+    let sign = match style {
+        FormatStyle::Printf => '%',
+        FormatStyle::StrFormat => '{',
+    };
+    let (mut count, mut widths) = (0, 0_usize);
+    let mut rest = text;
+    while let Some((_, field)) = rest.split_once(sign) {
+        if let Some(escaped) = field.strip_prefix(sign) {
+            rest = escaped;
+            continue;
+        }
+        count += 1;
+        let spec = match style {
+            FormatStyle::Printf => field
+                .strip_prefix('(')
+                .map_or(field, |key| behind(key, ')')),
+            FormatStyle::StrFormat => str_format_spec(field),
+        };
+        let other = |c: char| !c.is_ascii_digit() && !"+ -#,_.".contains(c);
+        let (numbers, behind) = spec.split_at(spec.find(other).unwrap_or(spec.len()));
+        for number in numbers.split(|c: char| !c.is_ascii_digit()) {
+            if !number.is_empty() {
+                widths = widths.saturating_add(number.parse().unwrap_or(usize::MAX));
+            }
+        }
+        rest = behind;
+    }
+    (count, widths)
+}
+
+/// From a field of `str.format` what its specification has behind fill and alignment, or from the field's end on.
+fn str_format_spec(field: &str) -> &str {
+    let mut rest = field;
+    loop {
+        match rest.find([':', '[', '}']).map(|at| rest.split_at(at)) {
+            Some((_, key)) if key.starts_with('[') => rest = behind(key, ']'),
+            Some((_, spec)) if spec.starts_with(':') => {
+                rest = &spec[1..];
+                break;
+            }
+            Some((_, end)) => return end,
+            None => return "",
         }
     }
-    budget::afford(state, bytes.saturating_add(text.len()))
+    let mut characters = rest.chars();
+    match (characters.next(), characters.next()) {
+        (Some(_), Some('<' | '>' | '^')) => characters.as_str(),
+        (Some('<' | '>' | '^'), _) => &rest[1..],
+        _ => rest,
+    }
+}
+
+fn behind(text: &str, end: char) -> &str {
+    text.split_once(end).map_or("", |(_, behind)| behind)
 }
 
 fn indent(state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
@@ -472,7 +521,8 @@ fn escape(state: &State<'_, '_>, value: &Value) -> Result<Value, Error> {
     if value.is_safe() {
         return Ok(value.clone());
     }
-    budget::text(state, value)?;
+    let bytes = budget::text(state, value)?;
+    budget::afford(state, bytes.saturating_mul("&#34;".len()))?;
     let mut out = String::new();
     for c in value.to_string().chars() {
         match c {

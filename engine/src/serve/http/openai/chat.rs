@@ -18,12 +18,17 @@ use super::response::{Answer, Endpoint, request_id};
 use crate::generation::Prompt;
 use crate::sampling::MAX_LOGPROBS;
 
-/// Fields of vLLM's that are not supported. (The template itself adds special tokens.)
-const UNSUPPORTED: [&str; 4] = [
+/// Fields of OpenAI's and vLLM's that are not supported. (The template itself adds special tokens; documents are a variable of its own.)
+const UNSUPPORTED: [&str; 9] = [
     "add_special_tokens",
+    "audio",
     "chat_template",
     "continue_final_message",
+    "documents",
     "echo",
+    "return_prompt_text",
+    "verbosity",
+    "web_search_options",
 ];
 
 #[derive(Debug, Deserialize)]

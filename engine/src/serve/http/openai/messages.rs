@@ -1,13 +1,9 @@
 //! Chat messages as clients send them, made into the plain form that chat templates were written for.
 
-use std::io;
-
-use axum::http::StatusCode;
-use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::super::error::ApiError;
-use crate::generation::{MAX_JSON, MAX_MESSAGES, MAX_TOOLS};
+use crate::generation::{MAX_JSON, MAX_MESSAGES, MAX_TOOLS, structure_of, structure_of_text};
 use crate::tokenizer::Conversation;
 
 /// A conversation for the chat template.
@@ -38,13 +34,22 @@ pub(in super::super) fn conversation(
         let message = format!("{field} is not an object");
         return Err(ApiError::param(field, message));
     }
-    let json = [structured(&messages), length(&tools), length(&variables)];
-    let json = json.into_iter().fold(0, usize::saturating_add);
-    if json > MAX_JSON {
-        return Err(ApiError::new(
-            StatusCode::BAD_REQUEST,
+    let parts = [
+        ("messages", structured(&messages)),
+        ("tools", structure_of(&tools)),
+        ("chat_template_kwargs", structure_of(&variables)),
+    ];
+    let json = parts
+        .iter()
+        .fold(0_usize, |sum, part| sum.saturating_add(part.1));
+    if let Some((largest, _)) = parts.into_iter().max_by_key(|part| part.1)
+        && json > MAX_JSON
+    {
+        return Err(ApiError::param(
+            largest,
             format!(
-                "{json} bytes of JSON in tools, chat_template_kwargs and messages beside their content, expected at most {MAX_JSON}"
+                "{json} bytes of JSON in tools, chat_template_kwargs and messages beside their content and what is in strings, expected at \
+                 most {MAX_JSON}; most of it is in {largest}"
             ),
         ));
     }
@@ -61,33 +66,19 @@ pub(in super::super) fn conversation(
     })
 }
 
-/// Bytes of what messages have beside text: calls, and whatever else a template may read. Content becomes text.
+/// Bytes of JSON that messages have beside text: calls, and whatever else a template may read. Content becomes text.
 fn structured(messages: &[Value]) -> usize {
     let fields = messages.iter().filter_map(Value::as_object).flatten();
-    fields
+    let fields = fields
         .filter(|(name, value)| *name != "content" && (value.is_object() || value.is_array()))
-        .map(|(_, value)| length(value))
-        .fold(0, usize::saturating_add)
-}
-
-/// Bytes as JSON.
-fn length(value: &impl Serialize) -> usize {
-    struct Count(usize);
-    impl io::Write for Count {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0 += bytes.len();
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-    let mut count = Count(0);
-    match serde_json::to_writer(&mut count, value) {
-        Ok(()) => count.0,
-        Err(_) => usize::MAX,
-    }
+        .map(|(_, value)| structure_of(value));
+    // JSON in a string, which is going to be parsed.
+    let calls = messages.iter().filter_map(|m| m["tool_calls"].as_array());
+    let arguments = calls
+        .flatten()
+        .filter_map(|call| call["function"]["arguments"].as_str())
+        .map(structure_of_text);
+    fields.chain(arguments).fold(0, usize::saturating_add)
 }
 
 fn plain(at: usize, message: Value) -> Result<Value, ApiError> {
@@ -215,21 +206,45 @@ mod tests {
 
     #[test]
     fn much_besides_text_is_refused() {
-        let fits = |messages: Vec<Value>, tools: Vec<Value>, variables: Map<String, Value>| {
-            conversation(messages, tools, true, variables).is_ok()
+        let of = |messages: Vec<Value>, tools: Vec<Value>, variables: Map<String, Value>| {
+            let error = conversation(messages, tools, true, variables).err()?;
+            Some(error.body()["error"]["param"].clone())
+        };
+        let calls = |arguments: Value| {
+            let call = json!({"function": {"arguments": arguments}});
+            vec![json!({"role": "assistant", "tool_calls": [call]})]
         };
         let hello = || vec![json!({"role": "user", "content": "x".repeat(2 * MAX_JSON)})];
-        let much = Value::from(vec![1; MAX_JSON / 2]);
-        let object = json!({"much": much});
-        assert!(fits(hello(), Vec::new(), Map::new()));
-        assert!(!fits(hello(), vec![object.clone()], Map::new()));
-        let variables = object.as_object().cloned().expect("an object");
-        assert!(!fits(hello(), Vec::new(), variables));
-        let arguments = json!({"function": {"arguments": much.to_string()}});
-        let calls = json!({"role": "assistant", "tool_calls": [arguments]});
-        assert!(!fits(vec![calls], Vec::new(), Map::new()));
-        let other = json!({"role": "user", "content": "x", "other": much});
-        assert!(!fits(vec![other], Vec::new(), Map::new()));
+        let much = json!({"much": vec![1; MAX_JSON / 2]});
+        let long = json!({"long": "[\"".repeat(MAX_JSON)});
+        let variables = |value: &Value| value.as_object().cloned().expect("an object");
+        let refused = [
+            (of(hello(), vec![much.clone()], Map::new()), "tools"),
+            (
+                of(hello(), Vec::new(), variables(&much)),
+                "chat_template_kwargs",
+            ),
+            (of(calls(much.clone()), Vec::new(), Map::new()), "messages"),
+            (
+                of(calls(much.to_string().into()), Vec::new(), Map::new()),
+                "messages",
+            ),
+            (
+                of(
+                    vec![json!({"role": "user", "content": "x", "other": much})],
+                    Vec::new(),
+                    Map::new(),
+                ),
+                "messages",
+            ),
+        ];
+        for (at, (param, expected)) in refused.into_iter().enumerate() {
+            assert_eq!(param, Some(expected.into()), "{at}");
+        }
+        // Long texts are no more than they are, wherever they are.
+        for messages in [hello(), calls(long.clone()), calls(long.to_string().into())] {
+            assert_eq!(of(messages, vec![long.clone()], variables(&long)), None);
+        }
     }
 
     #[test]

@@ -11,8 +11,8 @@ use super::super::body::JsonBody;
 use super::super::error::ApiError;
 use crate::generation::{GenerationRequest, Prompt, SamplingRequest};
 
-/// What other servers do and this one does not, of fields that change an answer.
-const UNSUPPORTED: [&str; 12] = [
+/// What other servers do and this one does not, of fields that change an answer. (`length_penalty` does so only with `use_beam_search`.)
+const UNSUPPORTED: [&str; 15] = [
     "allowed_token_ids",
     "bad_words",
     "guided_choice",
@@ -20,7 +20,10 @@ const UNSUPPORTED: [&str; 12] = [
     "guided_json",
     "guided_regex",
     "logits_processors",
+    "logprob_token_ids",
     "prompt_embeds",
+    "repetition_detection",
+    "return_tokens_as_token_ids",
     "structured_outputs",
     "thinking_token_budget",
     "truncate_prompt_tokens",

@@ -1,20 +1,20 @@
-//! [`Turns`]: work for threads that may block, so much of it at a time.
+//! [`BlockingSlots`]: work for threads that may block, so much of it at a time.
 
 use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 use tokio::task::JoinError;
 
-/// Places for work that takes a processor for a while: more at once would only delay each other, and the engine's threads.
+/// Slots for work that takes a processor for a while: more at once would only delay each other, and the engine's threads.
 #[derive(Debug)]
-pub(super) struct Turns(Arc<Semaphore>);
+pub(crate) struct BlockingSlots(Arc<Semaphore>);
 
-impl Turns {
-    pub fn new(places: usize) -> Self {
-        Self(Arc::new(Semaphore::new(places)))
+impl BlockingSlots {
+    pub fn new(slots: usize) -> Self {
+        Self(Arc::new(Semaphore::new(slots)))
     }
 
-    /// Does the work when its turn comes. Who no longer waits by then has it not done; what has begun keeps its place until it is done,
+    /// Does the work when a slot is free. Who no longer waits by then has it not done; what has begun keeps its slot until it is done,
     /// whether anybody waits or not.
     ///
     /// # Errors
@@ -23,9 +23,9 @@ impl Turns {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, JoinError> {
-        let place = Arc::clone(&self.0).acquire_owned().await;
+        let slot = Arc::clone(&self.0).acquire_owned().await;
         tokio::task::spawn_blocking(move || {
-            let _place = place;
+            let _slot = slot;
             work()
         })
         .await
@@ -39,25 +39,25 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn who_hangs_up_does_not_free_a_place_that_is_worked_in() {
-        let turns = Arc::new(Turns::new(1));
+    async fn who_hangs_up_does_not_free_a_slot_that_is_worked_in() {
+        let slots = Arc::new(BlockingSlots::new(1));
         let (begun, has_begun) = tokio::sync::oneshot::channel();
         let (finish, finished) = mpsc::channel();
         let first = tokio::spawn({
-            let turns = Arc::clone(&turns);
+            let slots = Arc::clone(&slots);
             async move {
                 let work = move || {
                     let _ = begun.send(());
                     let _ = finished.recv();
                 };
-                turns.run(work).await
+                slots.run(work).await
             }
         });
         has_begun.await.expect("it begins");
         first.abort();
         assert!(first.await.unwrap_err().is_cancelled());
-        assert_eq!(turns.0.available_permits(), 0);
+        assert_eq!(slots.0.available_permits(), 0);
         finish.send(()).expect("it still runs");
-        assert_eq!(turns.run(|| 5).await.ok(), Some(5));
+        assert_eq!(slots.run(|| 5).await.ok(), Some(5));
     }
 }
