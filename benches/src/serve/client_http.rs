@@ -165,11 +165,12 @@ impl HttpClient {
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::from(body.to_string()))
             .map_err(|error| Failure::new("bad request", error))?;
-        let response = self
-            .connections
-            .request(request)
-            .await
-            .map_err(|error| Failure::new("connection", chain(&error)))?;
+        let response = match self.connections.request(request.clone()).await {
+            // A server may close a connection that it kept, just as the next request is sent on it: clients send that again, and so does this one.
+            Err(error) if closed_unanswered(&error) => self.connections.request(request).await,
+            response => response,
+        };
+        let response = response.map_err(|error| Failure::new("connection", chain(&error)))?;
         if response.status() == StatusCode::OK {
             read(response).await
         } else {
@@ -231,6 +232,14 @@ async fn read(response: Response<Incoming>) -> Result<Answer, Failure> {
         .and_then(|details| details.cached_tokens)
         .unwrap_or(0);
     Ok(answer)
+}
+
+/// Whether the connection ended before there was anything of an answer.
+fn closed_unanswered(error: &hyper_util::client::legacy::Error) -> bool {
+    let cause = std::error::Error::source(error);
+    cause
+        .and_then(|cause| cause.downcast_ref::<hyper::Error>())
+        .is_some_and(hyper::Error::is_incomplete_message)
 }
 
 /// An error and what caused it; hyper's own first line rarely says what happened.
