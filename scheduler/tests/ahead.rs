@@ -1,6 +1,6 @@
 //! Steps that are completed before their tokens are known: every sequence gets the tokens it gets when nothing is planned ahead.
 //!
-//! (That blocks are where they should be meanwhile is for `random_workloads.rs`.)
+//! (That blocks are where they should be meanwhile is for `random_workloads/`.)
 #![allow(clippy::unwrap_used)]
 
 mod common;
