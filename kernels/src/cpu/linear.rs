@@ -10,6 +10,7 @@
 mod blocks;
 mod floats;
 mod integers;
+mod pairs;
 mod parts;
 mod quants;
 mod rows;
@@ -20,7 +21,7 @@ pub(crate) use rows::Rows;
 
 use std::ops::Range;
 
-use super::matrix::{Layout, Matrix, PANEL, Segment};
+use super::matrix::{Elements, Layout, Matrix, PANEL, Segment};
 use super::memory::Shared;
 use super::pool::Pool;
 use super::simd::{Isa, Simd};
@@ -93,7 +94,7 @@ impl<'a> Linear<'a> {
         let (n, k) = (self.features, self.matrix.cols);
         assert!(self.x.len() >= self.rows * k && y.len() >= self.rows * n);
         assert!(self.bias.is_none_or(|bias| bias.len() >= n));
-        // The layout depends on whether products are integer ones, and on the order of columns; segments mostly agree.
+        // The layout depends on what is multiplied, and on the order of columns; segments mostly agree.
         let mut laid_out = None;
         let y = Shared::new(y);
         for segment in &self.matrix.segments {
@@ -140,16 +141,16 @@ impl<'a> Linear<'a> {
         pool: &Pool,
         isa: Isa,
     ) -> Result<usize, Error> {
-        let quantised = layout.integers;
-        let interleave = interleave(self.rows, quantised, isa);
+        let elements = layout.elements;
+        let interleave = interleave(self.rows, elements, isa);
         let padded = self.rows.next_multiple_of(interleave);
         let k = self.matrix.cols;
         let order = self.matrix.order(layout);
-        rows.reserve(padded, k, quantised, order.is_some())?;
-        if quantised {
+        rows.reserve(padded, k, elements, order.is_some())?;
+        if elements == Elements::Quants {
             rows.reserve_unpacked(self.rows, k, pool.threads())?;
         }
-        let target = rows.target(k, quantised);
+        let target = rows.target(k, elements);
         pool.each(padded / interleave, &|tile| {
             let at = tile * interleave;
             let x = &self.x[at * k..(at + interleave).min(self.rows) * k];
@@ -212,7 +213,7 @@ impl<'a> Share<'a> {
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// How far ahead of the multiplication a single row's weights are asked for, in bytes.
+/// How far ahead of the multiplication weights are asked for, in bytes.
 const AHEAD: usize = 12 << 10;
 
 /// Asks for what will be read a little after the `bytes` at `at`. Panels follow each other in memory, so this runs into the next one.
@@ -223,6 +224,46 @@ const AHEAD: usize = 12 << 10;
 unsafe fn ahead<S: Simd>(at: *const u8, bytes: usize) {
     for line in (0..bytes).step_by(64) {
         unsafe { S::prefetch(at.wrapping_add(AHEAD + line)) };
+    }
+}
+
+/// Where the weights are that panels multiplied side by side will want: [`AHEAD`] bytes on, of all of them together.
+struct Ahead {
+    /// Bytes of a panel up to which they are in the panel itself.
+    turn: usize,
+    near: usize,
+    /// From there on they are in the panel that is read next in its stead.
+    far: usize,
+}
+
+impl Ahead {
+    /// For `P` panels at once.
+    #[inline(always)]
+    fn new<const P: usize>(share: &Share<'_>) -> Self {
+        let near = AHEAD / P;
+        let panel = share.segment.panel_bytes();
+        Self {
+            turn: panel.saturating_sub(near),
+            near,
+            far: near + (P - 1) * panel,
+        }
+    }
+
+    /// Asks for a line of each panel, of which `done` bytes are done.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `S`.
+    #[inline(always)]
+    unsafe fn ask<S: Simd, const P: usize>(&self, at: [*const u8; P], done: usize) {
+        let ahead = if done < self.turn {
+            self.near
+        } else {
+            self.far
+        };
+        for at in at {
+            // SAFETY: a prefetch may name any address; the rest is the caller's promise.
+            unsafe { S::prefetch(at.wrapping_add(ahead)) };
+        }
     }
 }
 
@@ -416,7 +457,7 @@ fn multiply(share: &Share<'_>, isa: Isa) {
     match share.segment.format {
         Format::F32 => floats::f32(share, isa),
         Format::F16 => floats::f16(share, isa),
-        Format::Bf16 => floats::bf16(share, isa),
+        Format::Bf16 => pairs::bf16(share, isa),
         Format::F8E4m3 { .. } => floats::e4m3(share, isa),
         Format::Q8_0 => quants::q8_0(share, isa),
         Format::Q4_0 => quants::q4_0(share, isa),

@@ -5,7 +5,8 @@
 //!
 //! | format | a panel is | for |
 //! |---|---|---|
-//! | f32, f16, bf16 | `[k][PANEL]` elements | each k: one element of every row |
+//! | f32, f16 | `[k][PANEL]` elements | each k: one element of every row |
+//! | bf16 | `[k/2][PANEL][2]` elements | two k of every row, which are multiplied together; see `pairs` of [`super::linear`] |
 //! | Q8_0 | `[k/32]` × 8 groups of 64 bytes, then `[k/32][PANEL]` f16 scales | see [`super::simd::Simd::dot_i8`] |
 //! | Q4_0 | `[k/32]` × 4 groups of 64 bytes, then `[k/32][PANEL]` f16 scales | see [`super::simd::Simd::dot_q4`] |
 //! | grouped, E4M3 | one unit a group, see [`super::groups`] | `integers` and `float8` of [`super::linear`] |
@@ -73,11 +74,35 @@ pub(crate) struct Run {
     at: usize,
 }
 
+/// What activations are multiplied as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Elements {
+    /// f32.
+    #[default]
+    Floats,
+    /// bfloat16, two k together.
+    Pairs,
+    /// 8 bits, blocks of 32 under a scale.
+    Quants,
+}
+
+impl Elements {
+    pub(crate) const ALL: [Self; 3] = [Self::Floats, Self::Pairs, Self::Quants];
+
+    /// What products with a format want.
+    fn of(format: Format) -> Self {
+        match format {
+            Format::Bf16 => Self::Pairs,
+            _ if format.multiplies_integers() => Self::Quants,
+            _ => Self::Floats,
+        }
+    }
+}
+
 /// What a segment wants of the activations it is multiplied with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Layout {
-    /// Integers, or floats.
-    pub(crate) integers: bool,
+    pub(crate) elements: Elements,
     /// Which of the matrix's orders they are in.
     pub(crate) order: Option<usize>,
 }
@@ -96,7 +121,8 @@ impl std::fmt::Debug for Matrix {
 pub(crate) fn panel_bytes(format: Format, cols: usize) -> usize {
     match format {
         Format::F32 => PANEL * cols * 4,
-        Format::F16 | Format::Bf16 => PANEL * cols * 2,
+        Format::F16 => PANEL * cols * 2,
+        Format::Bf16 => PANEL * cols.div_ceil(2) * 4,
         Format::Q8_0 => cols / BLOCK * (Q8_0_QUANTS + SCALES),
         Format::Q4_0 => cols / BLOCK * (Q4_0_QUANTS + SCALES),
         Format::Grouped(grouped) => cols / grouped.group * groups::unit_bytes(grouped),
@@ -289,7 +315,7 @@ impl Segment {
     /// What it wants of activations.
     pub(crate) fn layout(&self) -> Layout {
         Layout {
-            integers: self.format.multiplies_integers(),
+            elements: Elements::of(self.format),
             order: self.order,
         }
     }
@@ -346,17 +372,14 @@ impl Segment {
         let panel = row / PANEL;
         let panel = self.panels(panel..panel + 1);
         let lane = row % PANEL;
-        let at16 = |k: usize| {
-            let at = (k * PANEL + lane) * 2;
-            [panel[at], panel[at + 1]]
-        };
+        let at16 = |element: usize| [panel[2 * element], panel[2 * element + 1]];
         let value = |k: usize| match self.format {
             Format::F32 => {
                 let at = (k * PANEL + lane) * 4;
                 f32::from_le_bytes([panel[at], panel[at + 1], panel[at + 2], panel[at + 3]])
             }
-            Format::F16 => f16::from_le_bytes(at16(k)).to_f32(),
-            Format::Bf16 => bf16::from_le_bytes(at16(k)).to_f32(),
+            Format::F16 => f16::from_le_bytes(at16(k * PANEL + lane)).to_f32(),
+            Format::Bf16 => bf16::from_le_bytes(at16(of_pair(lane, k))).to_f32(),
             Format::Q8_0 => {
                 let q = panel[k / BLOCK * Q8_0_QUANTS + q8_0_offset(lane, k % BLOCK)];
                 let scale = scale_at(panel, self.cols, k / BLOCK, lane, Q8_0_QUANTS);
@@ -393,6 +416,11 @@ fn scale_offset(cols: usize, block: usize, lane: usize, quants: usize) -> usize 
 fn scale_at(panel: &[u8], cols: usize, block: usize, lane: usize, quants: usize) -> f32 {
     let at = scale_offset(cols, block, lane, quants);
     f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32()
+}
+
+/// Which element of a panel of pairs element `k` of a lane is.
+fn of_pair(lane: usize, k: usize) -> usize {
+    (k / 2 * PANEL + lane) * 2 + k % 2
 }
 
 /// Where element `k` of a lane is in a block of Q8_0 quants.
@@ -536,10 +564,17 @@ fn pack_row(part: &MatrixPart<'_>, row: usize, format: Format, lane: usize, out:
             }
         }
         // A 16-bit target has parts of that very format.
-        Format::F16 | Format::Bf16 => {
+        Format::F16 => {
             for (k, element) in stored.chunks_exact(2).enumerate() {
                 let at = (k * PANEL + lane) * 2;
                 out[at..at + 2].copy_from_slice(element);
+            }
+        }
+        // The last of an odd number has a zero beside it: that is what the panel was.
+        Format::Bf16 => {
+            for (k, pair) in stored.chunks(4).enumerate() {
+                let at = of_pair(lane, 2 * k) * 2;
+                out[at..at + pair.len()].copy_from_slice(pair);
             }
         }
         Format::Q8_0 => {

@@ -2,12 +2,14 @@
 //!
 //! E4M3 floats lie in groups with a scale. It multiplies the weight and not the group's sum, so a product is to the last bit that of the widened matrix.
 
+use std::hint::black_box;
+
 use super::super::groups::f8_unit_bytes;
 use super::super::simd::{Isa, PANEL, Simd, dispatch};
-use super::{Next, Share, panels_at, store};
+use super::{Ahead, LINE, Share, panels_at, store};
 
 /// Panels multiplied at once when there is a single activation row: enough independent chains to hide an addition's latency.
-const SINGLE_PANELS: usize = 4;
+pub(super) const SINGLE_PANELS: usize = 4;
 
 /// Walks a share. `$body::<$format, S, P, T>(share, panel, row)` computes `P` panels times `T` rows; tiles of `$rows` rows come first, what is left over is
 /// computed in the smallest tile that holds it, and rows that are not there are not stored.
@@ -15,6 +17,7 @@ macro_rules! walk {
     ($share:ident, $body:ident, $format:ident, $bytes:expr, $panels:expr, $rows:expr) => {{
         let rows = $share.linear.rows;
         if rows == 1 {
+            use $crate::cpu::linear::floats::SINGLE_PANELS;
             let mut panel = $share.first;
             while $share.last - panel >= SINGLE_PANELS {
                 $body::<$format, S, SINGLE_PANELS, 1>($share, panel, 0);
@@ -34,10 +37,8 @@ macro_rules! walk {
             while panel < $share.last {
                 let several = $panels > 1 && panel + 2 <= $share.last;
                 let after = panel + 1 + usize::from(several);
-                let mut next = Next::new($share, after, $panels, (end - begin).div_ceil($rows));
                 let mut row = begin;
                 while row < end {
-                    next.ask::<S>();
                     match ((end - row).min($rows), several) {
                         (1, true) => $body::<$format, S, 2, 1>($share, panel, row),
                         (1, false) => $body::<$format, S, 1, 1>($share, panel, row),
@@ -70,10 +71,15 @@ macro_rules! walk {
     }};
 }
 
+pub(super) use walk;
+
 /// A format whose elements are widened to f32.
 trait FloatFormat {
     /// Whether elements lie in units, each a scale of every row and then a group of k, and are worth that scale times what they load as.
     const SCALED: bool = false;
+
+    /// Bytes of an element.
+    const BYTES: usize;
 
     /// Loads a vector of elements from element `at` of a panel, or of a unit.
     ///
@@ -108,6 +114,8 @@ unsafe fn float_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
         };
         let zero = S::vsplat(0.0);
         let mut sums = [[[zero; 2]; T]; P];
+        let ahead = Ahead::new::<P>(share);
+        let mut done = 0;
         for _ in 0..k / group {
             let mut scales = [[zero; 2]; P];
             let mut elements = units;
@@ -121,6 +129,11 @@ unsafe fn float_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
                 }
             }
             for i in 0..group {
+                let at = i * PANEL * F::BYTES;
+                if at.is_multiple_of(LINE) {
+                    ahead.ask::<S, P>(elements.map(|panel| panel.add(at)), done);
+                }
+                done += PANEL * F::BYTES;
                 let mut w = [[zero; 2]; P];
                 for p in 0..P {
                     for half in 0..S::HALVES {
@@ -143,7 +156,7 @@ unsafe fn float_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
                 x = x.add(stride);
             }
         }
-        store::<S, P, T>(share, panel, row, &sums);
+        store::<S, P, T>(share, panel, row, &black_box(sums));
     }
 }
 
@@ -154,6 +167,7 @@ macro_rules! kernels {
 
         impl FloatFormat for $format {
             const SCALED: bool = $scaled;
+            const BYTES: usize = size_of::<$element>();
 
             #[inline(always)]
             unsafe fn load<S: Simd>(panel: *const u8, at: usize) -> S::V {
@@ -179,7 +193,6 @@ macro_rules! kernels {
 kernels! {
     f32: F32, false, f32, vload;
     f16: F16, false, u16, vload_f16;
-    bf16: Bf16, false, u16, vload_bf16;
     // Loads as a 256th of what it is worth; scales have the rest.
     e4m3: E4m3, true, u8, vload_f8;
 }

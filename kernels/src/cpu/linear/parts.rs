@@ -3,7 +3,7 @@
 //! Every group is a product like any other, so its bits are those it has alone; the tasks of all groups are one list, so that threads have work
 //! even where each expert has a row or two.
 
-use super::super::matrix::{Layout, Matrix, PANEL, Segment};
+use super::super::matrix::{Elements, Layout, Matrix, PANEL, Segment};
 use super::super::memory::Shared;
 use super::super::pool::Pool;
 use super::super::simd::Isa;
@@ -65,73 +65,83 @@ impl PartProducts<'_> {
     ) -> Result<(), Error> {
         self.matrix.check_nodes(pool)?;
         tasks.multiply.resize_with(pool.nodes(), Vec::new);
-        let k = self.matrix.cols;
         let y = Shared::new(y);
-        // Float and integer formats want different rows, and so do parts whose columns are sorted differently: as many passes as that makes for any group.
-        let (mut quantised, mut pass) = (false, 0);
-        loop {
-            self.plan(quantised, pass, tasks, isa);
-            if tasks.multiply.iter().all(Vec::is_empty) {
-                if quantised {
-                    return Ok(());
+        // Formats want different rows, and so do parts whose columns are sorted differently: as many passes as that makes for any group.
+        for elements in Elements::ALL {
+            for pass in 0.. {
+                self.plan(elements, pass, tasks, isa);
+                if tasks.multiply.iter().all(Vec::is_empty) {
+                    break;
                 }
-                (quantised, pass) = (true, 0);
-                continue;
+                self.run_planned(elements, y, rows, tasks, pool, isa)?;
             }
-            pass += 1;
-            let padded = self.groups.iter().map(|group| {
-                let interleave = interleave(group.rows, quantised, isa);
-                group.rows.next_multiple_of(interleave)
-            });
-            let sorted = tasks.layouts.iter().any(|layout| layout.order.is_some());
-            rows.reserve(padded.sum(), k, quantised, sorted)?;
-            if quantised {
-                let most = self.groups.iter().map(|group| group.rows).max();
-                rows.reserve_unpacked(most.unwrap_or(0), k, pool.threads())?;
-            }
-            let target = rows.target(k, quantised);
-            let tasks = &*tasks;
-            pool.each(tasks.lay_out.len(), &|task| {
-                let (group, row) = tasks.lay_out[task];
-                let at = tasks.at[group] + row;
-                let order = self.matrix.order(tasks.layouts[group]);
-                let group = &self.groups[group];
-                let interleave = interleave(group.rows, quantised, isa);
-                let end = group.first + (row + interleave).min(group.rows);
-                let x = &self.x[(group.first + row) * k..end * k];
-                // SAFETY: each tile is written by one task.
-                unsafe { target.tile(x, order, at, interleave, isa) };
-            });
-            let (rows, unpacked) = rows.unpacked(k);
-            pool.near(&|node| tasks.multiply[node].len(), &|turn| {
-                let task = tasks.multiply[turn.node][turn.task];
-                let group = &self.groups[task.group];
-                let linear = Linear {
-                    matrix: self.matrix,
-                    first: group.part * self.features,
-                    features: self.features,
-                    x: &self.x[group.first * k..(group.first + group.rows) * k],
-                    rows: group.rows,
-                    at: tasks.at[task.group],
-                    y_at: group.first * self.features,
-                    bias: self.bias,
-                    output: Output::Set,
-                };
-                let segment = &self.matrix.segments[task.segment];
-                let share = Share {
-                    linear: &linear,
-                    segment,
-                    weights: segment.panels(task.first..task.last),
-                    rows,
-                    interleave: interleave(group.rows, quantised, isa),
-                    unpacked: unpacked.of(turn.thread),
-                    y,
-                    first: task.first,
-                    last: task.last,
-                };
-                multiply(&share, isa);
-            });
         }
+        Ok(())
+    }
+
+    /// Does the tasks of a pass.
+    fn run_planned(
+        &self,
+        elements: Elements,
+        y: Shared<f32>,
+        rows: &mut Rows,
+        tasks: &Tasks,
+        pool: &Pool,
+        isa: Isa,
+    ) -> Result<(), Error> {
+        let k = self.matrix.cols;
+        let padded = self.groups.iter().map(|group| {
+            let interleave = interleave(group.rows, elements, isa);
+            group.rows.next_multiple_of(interleave)
+        });
+        let sorted = tasks.layouts.iter().any(|layout| layout.order.is_some());
+        rows.reserve(padded.sum(), k, elements, sorted)?;
+        if elements == Elements::Quants {
+            let most = self.groups.iter().map(|group| group.rows).max();
+            rows.reserve_unpacked(most.unwrap_or(0), k, pool.threads())?;
+        }
+        let target = rows.target(k, elements);
+        pool.each(tasks.lay_out.len(), &|task| {
+            let (group, row) = tasks.lay_out[task];
+            let at = tasks.at[group] + row;
+            let order = self.matrix.order(tasks.layouts[group]);
+            let group = &self.groups[group];
+            let interleave = interleave(group.rows, elements, isa);
+            let end = group.first + (row + interleave).min(group.rows);
+            let x = &self.x[(group.first + row) * k..end * k];
+            // SAFETY: each tile is written by one task.
+            unsafe { target.tile(x, order, at, interleave, isa) };
+        });
+        let (rows, unpacked) = rows.unpacked(k);
+        pool.near(&|node| tasks.multiply[node].len(), &|turn| {
+            let task = tasks.multiply[turn.node][turn.task];
+            let group = &self.groups[task.group];
+            let linear = Linear {
+                matrix: self.matrix,
+                first: group.part * self.features,
+                features: self.features,
+                x: &self.x[group.first * k..(group.first + group.rows) * k],
+                rows: group.rows,
+                at: tasks.at[task.group],
+                y_at: group.first * self.features,
+                bias: self.bias,
+                output: Output::Set,
+            };
+            let segment = &self.matrix.segments[task.segment];
+            let share = Share {
+                linear: &linear,
+                segment,
+                weights: segment.panels(task.first..task.last),
+                rows,
+                interleave: interleave(group.rows, elements, isa),
+                unpacked: unpacked.of(turn.thread),
+                y,
+                first: task.first,
+                last: task.last,
+            };
+            multiply(&share, isa);
+        });
+        Ok(())
     }
 
     /// The segments that hold rows of a part.
@@ -144,10 +154,10 @@ impl PartProducts<'_> {
     }
 
     /// The layout of pass `pass` for the rows of a part: that many others of the same kind come before it.
-    fn layout(&self, part: usize, quantised: bool, pass: usize) -> Option<Layout> {
+    fn layout(&self, part: usize, elements: Elements, pass: usize) -> Option<Layout> {
         let of_kind = || {
             let layouts = self.segments(part).map(|(_, segment)| segment.layout());
-            layouts.filter(|layout| layout.integers == quantised)
+            layouts.filter(|layout| layout.elements == elements)
         };
         let first_of_its_like = |&(at, layout): &(usize, Layout)| {
             of_kind().position(|other| other == layout) == Some(at)
@@ -156,21 +166,21 @@ impl PartProducts<'_> {
         distinct.nth(pass).map(|(_, layout)| layout)
     }
 
-    /// Lists the tasks of a pass: on segments that multiply integers, or floats, and want one layout of each group's rows.
-    fn plan(&self, quantised: bool, pass: usize, tasks: &mut Tasks, isa: Isa) {
+    /// Lists the tasks of a pass: on segments that multiply such elements and want one layout of each group's rows.
+    fn plan(&self, elements: Elements, pass: usize, tasks: &mut Tasks, isa: Isa) {
         tasks.multiply.iter_mut().for_each(Vec::clear);
         tasks.lay_out.clear();
         tasks.at.clear();
         tasks.layouts.clear();
         let mut at = 0;
         for (index, group) in self.groups.iter().enumerate() {
-            let layout = self.layout(group.part, quantised, pass);
+            let layout = self.layout(group.part, elements, pass);
             tasks.at.push(at);
             tasks.layouts.push(layout.unwrap_or_default());
             let Some(layout) = layout else {
                 continue;
             };
-            let interleave = interleave(group.rows, quantised, isa);
+            let interleave = interleave(group.rows, elements, isa);
             at += group.rows.next_multiple_of(interleave);
             let rows = (0..group.rows).step_by(interleave);
             tasks.lay_out.extend(rows.map(|row| (index, row)));

@@ -1,14 +1,16 @@
 //! [`Rows`]: activations as the tiles of a product want them, as floats or in 8 bits.
 
+use super::super::matrix::Elements;
 use super::super::memory::{Buffer, Shared};
 use super::super::simd::{self, Isa, Simd, dispatch};
-use super::{Share, TILE_ROWS, unpacked};
+use super::{Share, TILE_ROWS, pairs, unpacked};
 use crate::Error;
 use crate::quantize::BLOCK;
 
 /// Activation rows laid out for the tiles of a product. `T` rows are interleaved — as many as a tile takes, or one if there is only one.
 pub(crate) struct Rows {
-    /// Float products: `[rows / T][k][T]`. Integer products with a matrix whose columns are sorted: rows sorted alike, `[rows][k]`
+    /// Float products: `[rows / T][k][T]`; a single row is read where it is. Of pairs: see [`super::pairs`]. Integer products with a matrix whose
+    /// columns are sorted: rows sorted alike, `[rows][k]`
     pub(super) floats: Buffer<f32>,
     /// Integer products: `[rows / T][k / 32][T][32]`, in `-127..=127`
     pub(super) quants: Buffer<i8>,
@@ -93,11 +95,11 @@ impl Activations {
 }
 
 /// How many of `rows` rows lie side by side.
-pub(super) fn interleave(rows: usize, quantised: bool, isa: Isa) -> usize {
-    match (rows, quantised) {
+pub(super) fn interleave(rows: usize, elements: Elements, isa: Isa) -> usize {
+    match (rows, elements) {
         (1, _) => 1,
-        (_, true) => TILE_ROWS,
-        (_, false) => isa.float_rows(),
+        (_, Elements::Quants) => TILE_ROWS,
+        (_, Elements::Floats | Elements::Pairs) => isa.float_rows(),
     }
 }
 
@@ -107,22 +109,24 @@ impl Rows {
         &mut self,
         padded: usize,
         k: usize,
-        quantised: bool,
+        elements: Elements,
         sorted: bool,
     ) -> Result<(), Error> {
         let what = "activation rows";
         if sorted {
             self.floats.reserve(padded * k, what)?;
         }
-        if quantised {
-            let blocks = k / BLOCK;
-            self.quants.reserve(padded * k, what)?;
-            self.scales.reserve(padded * blocks, what)?;
-            self.sums.reserve(padded * blocks, what)?;
-            self.first_sums.reserve(padded * blocks, what)?;
-            self.scaled_sums.reserve(padded * blocks, what)
-        } else {
-            self.floats.reserve(padded * k, what)
+        match elements {
+            Elements::Quants => {
+                let blocks = k / BLOCK;
+                self.quants.reserve(padded * k, what)?;
+                self.scales.reserve(padded * blocks, what)?;
+                self.sums.reserve(padded * blocks, what)?;
+                self.first_sums.reserve(padded * blocks, what)?;
+                self.scaled_sums.reserve(padded * blocks, what)
+            }
+            Elements::Pairs => self.floats.reserve(padded * pairs::padded(k), what),
+            Elements::Floats => self.floats.reserve(padded * k, what),
         }
     }
 
@@ -148,10 +152,10 @@ impl Rows {
     }
 
     /// Where several threads write.
-    pub(super) fn target(&mut self, k: usize, quantised: bool) -> Target {
+    pub(super) fn target(&mut self, k: usize, elements: Elements) -> Target {
         Target {
             k,
-            quantised,
+            elements,
             floats: Shared::new(self.floats.as_mut_slice()),
             quants: Shared::new(self.quants.as_mut_slice()),
             scales: Shared::new(self.scales.as_mut_slice()),
@@ -179,7 +183,7 @@ impl UnpackedPanels {
 /// The buffers of [`Rows`], for threads that write different tiles.
 pub(super) struct Target {
     k: usize,
-    quantised: bool,
+    elements: Elements,
     floats: Shared<f32>,
     quants: Shared<i8>,
     scales: Shared<f32>,
@@ -202,7 +206,10 @@ impl Target {
         isa: Isa,
     ) {
         let k = self.k;
-        if self.quantised {
+        if self.elements == Elements::Pairs {
+            // SAFETY: the caller's promise.
+            unsafe { pairs::lay_out(x, k, self.floats, at, interleave, isa) };
+        } else if self.elements == Elements::Quants {
             let blocks = k / BLOCK;
             // SAFETY: the caller's promise.
             let out = unsafe {
@@ -251,7 +258,7 @@ impl Isa {
     fn float_rows(self) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => simd::Avx512::FLOAT_ROWS,
+            Self::Avx512 | Self::Avx512Bf16 => simd::Avx512::FLOAT_ROWS,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => simd::Avx2::<simd::Maddubs>::FLOAT_ROWS,
             #[cfg(target_arch = "x86_64")]

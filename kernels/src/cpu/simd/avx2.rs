@@ -271,6 +271,21 @@ impl<P: Products> Simd for Avx2<P> {
         }
     }
     #[inline(always)]
+    unsafe fn vload_bf16_even(p: *const u16) -> Self::V {
+        unsafe {
+            let pairs = _mm256_loadu_si256(p.cast());
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs))
+        }
+    }
+    #[inline(always)]
+    unsafe fn vload_bf16_odd(p: *const u16) -> Self::V {
+        unsafe {
+            let pairs = _mm256_loadu_si256(p.cast());
+            let odd = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32.cast_signed()));
+            _mm256_castsi256_ps(odd)
+        }
+    }
+    #[inline(always)]
     unsafe fn vload_f8(p: *const u8) -> Self::V {
         unsafe {
             let wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(p.cast()));

@@ -124,6 +124,21 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn vload_bf16_even(p: *const u16) -> Self::V {
+        unsafe {
+            let pairs = _mm512_loadu_si512(p.cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))
+        }
+    }
+    #[inline(always)]
+    unsafe fn vload_bf16_odd(p: *const u16) -> Self::V {
+        unsafe {
+            let pairs = _mm512_loadu_si512(p.cast());
+            let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
+            _mm512_castsi512_ps(odd)
+        }
+    }
+    #[inline(always)]
     unsafe fn vload_f8(p: *const u8) -> Self::V {
         unsafe {
             let wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));

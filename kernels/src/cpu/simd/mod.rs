@@ -43,6 +43,8 @@ pub enum Isa {
     AvxVnni,
     /// AVX-512 F, BW, VL and VNNI.
     Avx512,
+    /// The same with products of bfloat16.
+    Avx512Bf16,
     /// NEON, as all 64-bit ARM processors have it.
     Neon,
     /// NEON with dot products of bytes: `dotprod`, optional from Armv8.2, there from Armv8.4.
@@ -51,7 +53,8 @@ pub enum Isa {
 
 impl Isa {
     /// All of them, best first.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
+        Self::Avx512Bf16,
         Self::Avx512,
         Self::AvxVnni,
         Self::Avx2,
@@ -90,8 +93,12 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => {
+                Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16")
+            }
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::AvxVnni | Self::Avx512 => false,
+            Self::Avx2 | Self::AvxVnni | Self::Avx512 | Self::Avx512Bf16 => false,
             #[cfg(target_arch = "aarch64")]
             Self::Neon => true,
             #[cfg(target_arch = "aarch64")]
@@ -108,6 +115,7 @@ impl Isa {
             Self::Avx2 => "AVX2+FMA+F16C",
             Self::AvxVnni => "AVX2+FMA+F16C+VNNI",
             Self::Avx512 => "AVX-512+VNNI",
+            Self::Avx512Bf16 => "AVX-512+VNNI+BF16",
             Self::Neon => "NEON",
             Self::NeonDotprod => "NEON+dotprod",
         }
@@ -196,6 +204,10 @@ pub(crate) trait Simd: Copy {
     unsafe fn vload(p: *const f32) -> Self::V;
     unsafe fn vload_f16(p: *const u16) -> Self::V;
     unsafe fn vload_bf16(p: *const u16) -> Self::V;
+    /// Widens the first bfloat16 of each lane's pair. `[WIDE][2]`
+    unsafe fn vload_bf16_even(p: *const u16) -> Self::V;
+    /// Widens the second bfloat16 of each lane's pair. `[WIDE][2]`
+    unsafe fn vload_bf16_odd(p: *const u16) -> Self::V;
     /// A 256th of what E4M3 bytes, none of them NaN, are worth; see [`crate::quantize::e4m3`].
     unsafe fn vload_f8(p: *const u8) -> Self::V;
     unsafe fn vstore(p: *mut f32, x: Self::V);
@@ -363,8 +375,10 @@ macro_rules! dispatch {
         }
         match $isa {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: a backend with this instruction set is only made where the processor has it.
-            $crate::cpu::simd::Isa::Avx512 => unsafe { with_avx512($($arg),*) },
+            // SAFETY: a backend with this instruction set is only made where the processor has it. (Products of bfloat16 have a body of their own.)
+            $crate::cpu::simd::Isa::Avx512 | $crate::cpu::simd::Isa::Avx512Bf16 => unsafe {
+                with_avx512($($arg),*)
+            },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a backend with this instruction set is only made where the processor has it.
             $crate::cpu::simd::Isa::Avx2 => unsafe { with_avx2($($arg),*) },

@@ -179,6 +179,24 @@ impl<P: Products> Simd for Neon<P> {
         }
     }
     #[inline(always)]
+    unsafe fn vload_bf16_even(p: *const u16) -> Self::V {
+        unsafe {
+            [0, 8].map(|at| {
+                let pairs = vreinterpretq_u32_u16(vld1q_u16(p.add(at)));
+                vreinterpretq_f32_u32(vshlq_n_u32::<16>(pairs))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn vload_bf16_odd(p: *const u16) -> Self::V {
+        unsafe {
+            [0, 8].map(|at| {
+                let pairs = vreinterpretq_u32_u16(vld1q_u16(p.add(at)));
+                vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff_0000)))
+            })
+        }
+    }
+    #[inline(always)]
     unsafe fn vload_f8(p: *const u8) -> Self::V {
         unsafe {
             // Exponent and fraction to their places with the sign above; of the two signs that leaves, the lower goes.

@@ -117,6 +117,16 @@ impl Simd for Scalar {
         bits.map(|b| f32::from_bits(u32::from(b) << 16))
     }
     #[inline(always)]
+    unsafe fn vload_bf16_even(p: *const u16) -> Self::V {
+        let pairs = unsafe { p.cast::<[[u16; 2]; PANEL]>().read_unaligned() };
+        pairs.map(|pair| f32::from_bits(u32::from(pair[0]) << 16))
+    }
+    #[inline(always)]
+    unsafe fn vload_bf16_odd(p: *const u16) -> Self::V {
+        let pairs = unsafe { p.cast::<[[u16; 2]; PANEL]>().read_unaligned() };
+        pairs.map(|pair| f32::from_bits(u32::from(pair[1]) << 16))
+    }
+    #[inline(always)]
     unsafe fn vload_f8(p: *const u8) -> Self::V {
         let bytes = unsafe { p.cast::<[u8; PANEL]>().read_unaligned() };
         bytes.map(|b| half::f16::from_bits(half_bits(b)).to_f32())

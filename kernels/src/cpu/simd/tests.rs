@@ -249,10 +249,30 @@ kernel! { halves(x: [u16; PANEL], out) {
     wide!(out, |i| S::vload_bf16(x.add(i)));
 } }
 
+kernel! { pairs_of_halves(x: [u16; 2 * PANEL], out) {
+    let x = x.as_ptr();
+    wide!(out, |i| S::vload_bf16_even(x.add(2 * i)));
+    wide!(out, |i| S::vload_bf16_odd(x.add(2 * i)));
+} }
+
 #[test]
 fn every_16_bit_float_is_worth_the_same() {
     for first in (0..=u16::MAX).step_by(PANEL) {
         agree(halves, &std::array::from_fn(|i| first + i as u16));
+        // Beside one with all of its bits, or none.
+        for beside in [0, u16::MAX] {
+            let pairs = |odd: usize| {
+                std::array::from_fn(|i| {
+                    if i % 2 == odd {
+                        first + i as u16 / 2
+                    } else {
+                        beside
+                    }
+                })
+            };
+            agree(pairs_of_halves, &pairs(0));
+            agree(pairs_of_halves, &pairs(1));
+        }
     }
 }
 

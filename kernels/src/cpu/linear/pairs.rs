@@ -1,0 +1,243 @@
+//! Products with bfloat16 weights, two consecutive k at a time.
+//!
+//! Activations are rounded to bfloat16, as they are where such models are trained, so that a product of two elements is exact in f32. Both products of a
+//! pair are added to the sum in turn, the second first, each rounded once: that is what `vdpbf16ps` does (Intel's manual, volume 2; and measured on an AMD
+//! Zen 5), at twice the speed of multiply-adds. Where there is no such instruction two multiply-adds give the same bits. (But for sums below 2^-126, which
+//! are zero to the instruction.)
+//!
+//! A panel has `[k/2][PANEL][2]` weights. Activations lie in blocks of 32 k of each row of a tile, `[rows / T][k / 32][T][32]`, so that a block is written as
+//! it is read, and a tile finds its rows at constant distances: bfloat16 where they are multiplied as such, f32 of the same values elsewhere. Zeroes fill the
+//! last block.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{__m512, __m512bh, _mm512_dpbf16_ps};
+use std::hint::black_box;
+
+use super::super::memory::Shared;
+#[cfg(target_arch = "x86_64")]
+use super::super::simd::Avx512;
+use super::super::simd::{Isa, PANEL, Simd, dispatch};
+use super::floats::walk;
+use super::{Ahead, Share, panels_at, store};
+
+/// Consecutive k that lie together.
+const TOGETHER: usize = 32;
+/// Pairs of them.
+const PAIRS: usize = TOGETHER / 2;
+/// Bytes of a panel for two consecutive k.
+const BYTES: usize = 4 * PANEL;
+
+/// Elements of a row of `k`, the last block filled.
+pub(super) fn padded(k: usize) -> usize {
+    k.next_multiple_of(TOGETHER)
+}
+
+/// How pairs of weights are multiplied with pairs of activations.
+trait Multiply<S: Simd> {
+    /// Products that the pairs of a vector take, one after the other, and words of 32 bits that a pair of activations takes.
+    const PRODUCTS: usize;
+
+    /// What the first product, or the second, takes of the pairs of [`Simd::WIDE`] rows.
+    ///
+    /// # Safety
+    /// They are there; the processor has the instructions.
+    unsafe fn weights(pairs: *const u16, product: usize) -> S::V;
+
+    /// Adds the products of weights and activations to sums.
+    ///
+    /// # Safety
+    /// The processor has the instructions.
+    unsafe fn add(weights: S::V, x: S::V, sums: S::V) -> S::V;
+}
+
+/// Multiply-adds of f32: first of every pair's second elements, then of the first ones.
+struct Widened;
+
+impl<S: Simd> Multiply<S> for Widened {
+    const PRODUCTS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn weights(pairs: *const u16, product: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match product {
+                0 => S::vload_bf16_odd(pairs),
+                _ => S::vload_bf16_even(pairs),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(weights: S::V, x: S::V, sums: S::V) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::vfma(weights, x, sums) }
+    }
+}
+
+/// `vdpbf16ps`. Its vectors of f32 hold the bits of pairs.
+#[cfg(target_arch = "x86_64")]
+struct Native;
+
+#[cfg(target_arch = "x86_64")]
+impl Multiply<Avx512> for Native {
+    const PRODUCTS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn weights(pairs: *const u16, _: usize) -> __m512 {
+        // SAFETY: the caller's promise.
+        unsafe { Avx512::vload(pairs.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(weights: __m512, x: __m512, sums: __m512) -> __m512 {
+        // SAFETY: the caller's promise; both types are 64 bytes of which any are valid.
+        unsafe {
+            let [weights, x] =
+                [weights, x].map(|bits| std::mem::transmute::<__m512, __m512bh>(bits));
+            _mm512_dpbf16_ps(sums, weights, x)
+        }
+    }
+}
+
+/// `T` activation rows from `row` times `P` panels from `panel`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
+unsafe fn pair_tile<M: Multiply<S>, S: Simd, const P: usize, const T: usize>(
+    share: &Share<'_>,
+    panel: usize,
+    row: usize,
+) {
+    unsafe {
+        let linear = share.linear;
+        let k = linear.matrix.cols;
+        let block = share.interleave * M::PRODUCTS * PAIRS;
+        let at = (linear.at + row) * (padded(k) / 2) * M::PRODUCTS;
+        let mut x = share.rows.floats.as_slice()[at..].as_ptr();
+        let mut w = panels_at::<P>(share, panel);
+        let zero = S::vsplat(0.0);
+        let mut sums = [[[zero; 2]; T]; P];
+        let pairs = k.div_ceil(2);
+        let ahead = Ahead::new::<P>(share);
+        for pair in 0..pairs {
+            ahead.ask::<S, P>(w, pair * BYTES);
+            for product in 0..M::PRODUCTS {
+                let mut weights = [[zero; 2]; P];
+                for p in 0..P {
+                    for half in 0..S::HALVES {
+                        let pairs = w[p].cast::<u16>().add(2 * half * S::WIDE);
+                        weights[p][half] = M::weights(pairs, product);
+                    }
+                }
+                for t in 0..T {
+                    // The first product is that of the pair's last element.
+                    let x = x.add(t * M::PRODUCTS * PAIRS + M::PRODUCTS - 1 - product);
+                    let x = S::vsplat(*x);
+                    for p in 0..P {
+                        for half in 0..S::HALVES {
+                            sums[p][t][half] = M::add(weights[p][half], x, sums[p][t][half]);
+                        }
+                    }
+                }
+            }
+            w = w.map(|w| w.add(BYTES));
+            x = x.add(M::PRODUCTS);
+            if pair % PAIRS == PAIRS - 1 {
+                x = x.add(block - M::PRODUCTS * PAIRS);
+            }
+        }
+        store::<S, P, T>(share, panel, row, &black_box(sums));
+    }
+}
+
+/// Multiplies a share.
+pub(super) fn bf16(share: &Share<'_>, isa: Isa) {
+    #[inline(always)]
+    unsafe fn panels<M: Multiply<S>, S: Simd>(share: &Share<'_>) {
+        let bytes = padded(share.linear.matrix.cols) * 2 * M::PRODUCTS;
+        // SAFETY: panels hold pairs; the rest is the caller's promise.
+        unsafe {
+            walk!(share, pair_tile, M, bytes, 3 - S::HALVES, S::FLOAT_ROWS);
+        }
+    }
+    #[inline(always)]
+    unsafe fn widened<S: Simd>(share: &Share<'_>) {
+        // SAFETY: the caller's promise.
+        unsafe { panels::<Widened, S>(share) };
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512Bf16 {
+        #[target_feature(
+            enable = "avx2,fma,f16c,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16"
+        )]
+        unsafe fn native(share: &Share<'_>) {
+            // SAFETY: the instructions are enabled here; the share is the caller's promise.
+            unsafe { panels::<Native, Avx512>(share) };
+        }
+        // SAFETY: a backend with this instruction set is only made where the processor has it.
+        return unsafe { native(share) };
+    }
+    dispatch!(isa, widened(share: &Share<'_>));
+}
+
+/// Rounds rows `x` [rows, k] to the tile of `interleave` rows that begins at row `at`.
+///
+/// # Safety
+/// Nobody else has this tile, and there is room for it.
+pub(super) unsafe fn lay_out(
+    x: &[f32],
+    k: usize,
+    floats: Shared<f32>,
+    at: usize,
+    interleave: usize,
+    isa: Isa,
+) {
+    let together = isa == Isa::Avx512Bf16;
+    let words = padded(k) / if together { 2 } else { 1 };
+    // SAFETY: the caller's promise.
+    let out = unsafe { floats.range(at * words, interleave * words) };
+    dispatch!(isa, round_rows(x: &[f32], k: usize, together: bool, interleave: usize, out: &mut [f32]));
+}
+
+/// The body of [`lay_out`]; `together`: two elements in a word.
+#[inline(always)]
+unsafe fn round_rows<S: Simd>(
+    x: &[f32],
+    k: usize,
+    together: bool,
+    interleave: usize,
+    out: &mut [f32],
+) {
+    let words = if together { PAIRS } else { TOGETHER };
+    for (t, x) in x.chunks_exact(k).enumerate() {
+        let out = out.chunks_exact_mut(words).skip(t).step_by(interleave);
+        for (x, out) in x.chunks(TOGETHER).zip(out) {
+            let mut filled = [0.0; TOGETHER];
+            let x = x.first_chunk::<TOGETHER>().unwrap_or_else(|| {
+                filled[..x.len()].copy_from_slice(x);
+                &filled
+            });
+            if together {
+                for (out, pair) in out.iter_mut().zip(x.as_chunks::<2>().0) {
+                    *out = f32::from_bits(rounded(pair[1]) | rounded(pair[0]) >> 16);
+                }
+            } else {
+                for (out, &x) in out.iter_mut().zip(x) {
+                    *out = f32::from_bits(rounded(x));
+                }
+            }
+        }
+    }
+}
+
+/// The bits of `x` rounded to bfloat16, ties to even, as f32.
+#[inline(always)]
+fn rounded(x: f32) -> u32 {
+    let bits = x.to_bits();
+    // A number that is none must not become infinite for want of the bits that say so.
+    let bits = if x.is_nan() {
+        bits | 0x0040_0000
+    } else {
+        bits + 0x7fff + (bits >> 16 & 1)
+    };
+    bits & 0xffff_0000
+}
