@@ -25,6 +25,7 @@ use super::matrix::{Elements, Layout, Matrix, PANEL, Segment};
 use super::memory::Shared;
 use super::pool::Pool;
 use super::simd::{Isa, Simd};
+use crate::quantize::BLOCK;
 use crate::{Error, Format};
 
 use rows::{Activations, interleave};
@@ -267,35 +268,53 @@ impl Ahead {
     }
 }
 
-/// Panels of a share that come next. Every tile asks for a part of them, so that their own first tile does not wait for memory.
-struct Next<'a> {
-    bytes: &'a [u8],
-    part: usize,
+/// Panels that come next. Tiles ask for them while they multiply, a few lines with every block, so that the first of theirs does not wait for memory.
+struct Next {
+    at: *const u8,
+    /// Lines that are still to be asked for, and how many of them with a block.
+    left: usize,
+    each: usize,
 }
 
-impl<'a> Next<'a> {
-    /// `count` panels from `first`, or as many as the share has, asked for by `tiles` tiles.
+impl Next {
+    /// Nothing.
     #[inline(always)]
-    fn new(share: &Share<'a>, first: usize, count: usize, tiles: usize) -> Self {
-        let bytes = share.panels(first, (first + count).min(share.last).max(first));
+    fn none() -> Self {
         Self {
-            bytes,
-            part: bytes.len().div_ceil(tiles),
+            at: std::ptr::null(),
+            left: 0,
+            each: 0,
         }
     }
 
-    /// Asks for the part of a tile.
+    /// `count` panels from `first`, asked for by `tiles` tiles. Behind a share's panels are those of the next one, which may be this thread's.
+    #[inline(always)]
+    fn new(share: &Share<'_>, first: usize, count: usize, tiles: usize) -> Self {
+        let bytes = share.segment.panel_bytes();
+        let left = (count * bytes).div_ceil(LINE);
+        Self {
+            at: share
+                .weights
+                .as_ptr()
+                .wrapping_add((first - share.first) * bytes),
+            left,
+            each: left.div_ceil(tiles * (share.segment.cols / BLOCK)),
+        }
+    }
+
+    /// Asks for what falls to a block.
     ///
     /// # Safety
     /// The processor has the instructions of `S`.
     #[inline(always)]
     unsafe fn ask<S: Simd>(&mut self) {
-        let (now, later) = self.bytes.split_at(self.part.min(self.bytes.len()));
-        self.bytes = later;
-        for line in now.chunks(LINE) {
-            // SAFETY: the caller's promise.
-            unsafe { S::prefetch(line.as_ptr()) };
+        let lines = self.each.min(self.left);
+        for _ in 0..lines {
+            // SAFETY: a prefetch may name any address; the rest is the caller's promise.
+            unsafe { S::prefetch(self.at) };
+            self.at = self.at.wrapping_add(LINE);
         }
+        self.left -= lines;
     }
 }
 
@@ -303,7 +322,7 @@ impl<'a> Next<'a> {
 
 /// A kernel of integer products whose tiles [`panels`] walks.
 trait Tile: Unpack {
-    /// Integer products of `T` activation rows from `row` with `P` panels from `panel`.
+    /// Integer products of `T` activation rows from `row` with `P` panels from `panel`. Asks for its part of `next`.
     ///
     /// # Safety
     /// The share's panels are in the kernel's format, and the processor has the instructions of `S`.
@@ -312,6 +331,7 @@ trait Tile: Unpack {
         format: Self::Format,
         panel: usize,
         row: usize,
+        next: &mut Next,
     );
 }
 
@@ -326,7 +346,7 @@ unsafe fn panels<K: Tile, S: Simd>(share: &Share<'_>, format: K::Format) {
         let rows = share.linear.rows;
         if rows == 1 {
             for panel in share.first..share.last {
-                K::tile::<S, 1, 1>(share, format, panel, 0);
+                K::tile::<S, 1, 1>(share, format, panel, 0, &mut Next::none());
             }
             return;
         }
@@ -364,20 +384,21 @@ unsafe fn rows_of<K: Tile, S: Simd, const P: usize>(
     unsafe {
         let apart = unpacked::worthwhile::<K, S>(rows.len());
         let tiles = rows.len().div_ceil(TILE_ROWS);
-        let mut next = Next::new(share, panel + P, P, tiles);
+        let next = &mut Next::new(share, panel + P, P, tiles);
         if apart {
             unpacked::unpack::<K, S, P>(share, format, panel);
         }
         for row in rows.clone().step_by(TILE_ROWS) {
-            next.ask::<S>();
             match rows.end - row {
-                _ if apart => unpacked::tile::<K, S, P, TILE_ROWS, true>(share, format, panel, row),
-                3.. if P > 1 => {
-                    unpacked::tile::<K, S, P, TILE_ROWS, false>(share, format, panel, row);
+                _ if apart => {
+                    unpacked::tile::<K, S, P, TILE_ROWS, true>(share, format, panel, row, next);
                 }
-                1 => K::tile::<S, P, 1>(share, format, panel, row),
-                2 => K::tile::<S, P, 2>(share, format, panel, row),
-                _ => K::tile::<S, P, TILE_ROWS>(share, format, panel, row),
+                3.. if P > 1 => {
+                    unpacked::tile::<K, S, P, TILE_ROWS, false>(share, format, panel, row, next);
+                }
+                1 => K::tile::<S, P, 1>(share, format, panel, row, next),
+                2 => K::tile::<S, P, 2>(share, format, panel, row, next),
+                _ => K::tile::<S, P, TILE_ROWS>(share, format, panel, row, next),
             }
         }
     }

@@ -9,7 +9,7 @@ use super::super::planes::{
 };
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
 use super::unpacked::{Beside, Packed, Unpack};
-use super::{Activations, Share, Tile, ahead, panels, panels_at, store};
+use super::{Activations, Next, Share, Tile, ahead, panels, panels_at, store};
 use crate::quantize::{
     BLOCK, BlockFormat, Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q3K, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Tq1_0,
     Tq2_0,
@@ -322,9 +322,10 @@ impl<F: Scales> Tile for Blocks<F> {
         (): (),
         panel: usize,
         row: usize,
+        next: &mut Next,
     ) {
         // SAFETY: the caller's promise.
-        unsafe { tile::<F, S, P, T>(share, panel, row) }
+        unsafe { tile::<F, S, P, T>(share, panel, row, next) }
     }
 }
 
@@ -335,6 +336,7 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
     share: &Share<'_>,
     panel: usize,
     row: usize,
+    next: &mut Next,
 ) {
     unsafe {
         let blocks = share.segment.cols / BLOCK;
@@ -346,6 +348,7 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
                 let bytes = unit_bytes::<F>() / (F::SIZE / BLOCK);
                 ahead::<S>(weights[0].add(block * bytes), bytes);
             }
+            next.ask::<S>();
             for p in 0..P {
                 let (unit, within) = unit::<F>(weights[p], block);
                 sub_block::<F, S, T, 0>(unit, within, &x, &mut sums[p]);

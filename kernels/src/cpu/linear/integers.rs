@@ -7,7 +7,7 @@ use super::super::groups::{Q2_QUANTS, side_bytes, unit_bytes};
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
 use super::quants::{Q4_0, Q8_0, QuantFormat};
 use super::unpacked::{Beside, Packed, Unpack};
-use super::{Share, Tile, ahead, panels, panels_at, store};
+use super::{Next, Share, Tile, ahead, panels, panels_at, store};
 use crate::quantize::{BLOCK, Bits, Grouped, Scale, Zero};
 
 /// Pairs of bits, each plus 1.
@@ -154,6 +154,7 @@ impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
         grouped: Grouped,
         panel: usize,
         row: usize,
+        next: &mut Next,
     ) {
         unsafe {
             let blocks = share.segment.cols / BLOCK;
@@ -179,6 +180,7 @@ impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
                     }
                 }
                 for block in 0..per_unit {
+                    next.ask::<S>();
                     for p in 0..P {
                         let quants = units[p].add(side_bytes(grouped) + block * F::QUANTS);
                         let dots = F::dots::<S, T>(quants, q, row_sums);

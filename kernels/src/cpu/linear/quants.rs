@@ -3,7 +3,7 @@
 use super::super::matrix::{Q4_0_QUANTS, Q8_0_QUANTS, SCALES};
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
 use super::unpacked::{Beside, Packed, Unpack};
-use super::{Share, Tile, ahead, panels, panels_at, store};
+use super::{Next, Share, Tile, ahead, panels, panels_at, store};
 use crate::quantize::BLOCK;
 
 /// A format of quants in blocks of 32 with an f16 scale each.
@@ -77,6 +77,7 @@ impl<F: QuantFormat> Tile for Plain<F> {
         (): (),
         panel: usize,
         row: usize,
+        next: &mut Next,
     ) {
         unsafe {
             let linear = share.linear;
@@ -93,6 +94,7 @@ impl<F: QuantFormat> Tile for Plain<F> {
                 if T == 1 && P == 1 {
                     ahead::<S>(weights[0].add(block * bytes), bytes);
                 }
+                next.ask::<S>();
                 for p in 0..P {
                     let weight_scales = weights[p]
                         .add(blocks * F::QUANTS + block * SCALES)

@@ -8,7 +8,7 @@
 //! tiles ([`super::Tile`]) are for a row or a few, where other things matter: chains that hide latencies, prefetching.
 
 use super::super::simd::{PANEL, QUAD, Simd};
-use super::{Activations, Share, TILE_ROWS, store};
+use super::{Activations, Next, Share, TILE_ROWS, store};
 use crate::quantize::BLOCK;
 
 /// Groups of four k in 32.
@@ -201,7 +201,7 @@ unsafe fn unpack_group<U: Unpack, S: Simd>(
     }
 }
 
-/// Integer products of `T` activation rows from `row` with `P` panels from `panel`, which were taken apart if `APART`.
+/// Integer products of `T` activation rows from `row` with `P` panels from `panel`, which were taken apart if `APART`. Asks for its part of `next`.
 ///
 /// # Safety
 /// That of [`unpack`].
@@ -212,6 +212,7 @@ pub(super) unsafe fn tile<U: Unpack, S: Simd, const P: usize, const T: usize, co
     format: U::Format,
     panel: usize,
     row: usize,
+    next: &mut Next,
 ) {
     unsafe {
         let blocks = share.segment.cols / BLOCK;
@@ -235,6 +236,7 @@ pub(super) unsafe fn tile<U: Unpack, S: Simd, const P: usize, const T: usize, co
         let mut x = Activations::of(share, row, blocks);
         let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
         for block in 0..blocks {
+            next.ask::<S>();
             for source in &mut source {
                 source.block = block;
             }
