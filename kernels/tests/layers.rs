@@ -371,10 +371,11 @@ fn a_mixture_of_experts_equals_its_definition() {
                 continue;
             }
             let got = mixture.run(&mut backend(2, None), &x, &before);
-            let allowed = if format.multiplies_integers() {
-                0.03
-            } else {
-                1e-5
+            // Activations are rounded to what is multiplied.
+            let allowed = match format {
+                Format::Bf16 => 0.01,
+                _ if format.multiplies_integers() => 0.03,
+                _ => 1e-5,
             };
             let error = error(&got, &expected);
             assert!(error < allowed, "{format:?}: {error}");

@@ -134,7 +134,7 @@ fn attention(c: &mut Criterion, roofline: &Roofline) {
         let need = Need {
             bytes: bytes as f64,
             f32: operations as f64,
-            int8: 0.0,
+            products: None,
         };
         roofline.bench(&mut group, case.name, need, || {
             backend

@@ -7,7 +7,7 @@ use quire_kernels::cpu::{Activations, CpuBackend, Matrix};
 use quire_kernels::{Activation, Backend, Experts, Format};
 
 use crate::inputs::{activations, backend, matrix, part, step};
-use crate::roofline::{Need, Roofline};
+use crate::roofline::{Need, Operands, Roofline};
 
 /// The experts of a layer.
 struct Shape {
@@ -97,13 +97,12 @@ impl Shape {
     fn need(&self, rows: usize, router_bytes: usize, expert_bytes: usize) -> Need {
         let read = (rows * self.top_k).min(self.experts);
         let products = self.operations(rows);
-        let integers = self.format.multiplies_integers();
         let routing = (2 * rows * self.experts * self.hidden) as f64;
         Need {
             // The residual stream is read and written, the normalised rows are read.
             bytes: (router_bytes + read * expert_bytes + 12 * rows * self.hidden) as f64,
-            f32: routing + if integers { 0.0 } else { products },
-            int8: if integers { products } else { 0.0 },
+            f32: routing,
+            products: Some((Operands::of(self.format), products)),
         }
     }
 

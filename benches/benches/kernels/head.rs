@@ -4,7 +4,7 @@ use criterion::{Criterion, Throughput};
 use quire_kernels::{Backend, Format, LogitsRule, Norm, Step};
 
 use crate::inputs::{activations, backend, matrix, numbers, step};
-use crate::roofline::{Need, Roofline};
+use crate::roofline::{Need, Operands, Roofline};
 
 const VOCABULARY: usize = 151_936;
 const HIDDEN: usize = 1024;
@@ -87,11 +87,10 @@ fn logits(c: &mut Criterion, roofline: &Roofline, format: Format) {
         });
         let x = activations(&backend, rows, HIDDEN);
         backend.begin(&asking(rows, asked)).expect("a valid step");
-        let integers = format.multiplies_integers();
         let need = Need {
             bytes: (head_bytes + 4 * asked * (HIDDEN + VOCABULARY)) as f64,
-            f32: if integers { 0.0 } else { operations },
-            int8: if integers { operations } else { 0.0 },
+            products: Some((Operands::of(format), operations)),
+            ..Need::default()
         };
         roofline.bench(&mut group, name, need, || {
             backend
@@ -124,7 +123,7 @@ fn softcap(c: &mut Criterion, roofline: &Roofline) {
             let need = Need {
                 bytes: bytes as f64,
                 f32: 0.0,
-                int8: (2 * asked * VOCABULARY * INPUTS) as f64,
+                products: Some((Operands::Int8, (2 * asked * VOCABULARY * INPUTS) as f64)),
             };
             let rule = LogitsRule {
                 scale: 1.0,

@@ -5,7 +5,7 @@ use quire_kernels::quantize::{Bits, Grouped, Scale, Zero};
 use quire_kernels::{Backend, Format};
 
 use crate::inputs::{WORKING_SET, activations, backend, matrix, part, step, stored};
-use crate::roofline::{Need, Roofline};
+use crate::roofline::{Need, Operands, Roofline};
 
 const ROWS: [usize; 4] = [1, 8, 32, 512];
 
@@ -94,11 +94,10 @@ fn product(
             .expect("a valid step");
         let mut turn = matrices.iter().cycle();
         let passes = if added { 2 } else { 1 };
-        let integers = format.multiplies_integers();
         let need = Need {
             bytes: (bytes + 4 * rows * (passes * features + inputs)) as f64,
-            f32: if integers { 0.0 } else { operations as f64 },
-            int8: if integers { operations as f64 } else { 0.0 },
+            products: Some((Operands::of(format), operations as f64)),
+            ..Need::default()
         };
         roofline.bench(&mut group, rows, need, || {
             let matrix = turn.next().expect("there is at least one matrix");

@@ -11,6 +11,8 @@ use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId};
 use quire_kernels::cpu::Isa;
 
+pub use limits::Operands;
+
 use limits::Limits;
 
 /// What one call of a kernel cannot do without.
@@ -20,8 +22,8 @@ pub struct Need {
     pub bytes: f64,
     /// Multiplications and additions of f32.
     pub f32: f64,
-    /// Those of 8-bit integers.
-    pub int8: f64,
+    /// Those of matrices' products, and of what.
+    pub products: Option<(Operands, f64)>,
 }
 
 /// The machine's limits, measured before the first kernel.
@@ -34,19 +36,13 @@ impl Roofline {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let limits = Limits::measure(threads, Isa::best()).expect("a gigabyte to read");
         println!(
-            "limits on {threads} threads: memory {:.1} GB/s, f32 {:.0} GFLOP/s, 8-bit {:.0} GOP/s",
+            "limits on {threads} threads: memory {:.1} GB/s, f32 {:.0} GFLOP/s, bf16 {:.0} GFLOP/s, 8-bit {:.0} GOP/s",
             limits.memory_bytes_per_second / 1e9,
             limits.f32.per_second / 1e9,
-            Self(limits).int8() / 1e9
+            limits.of(Operands::Bf16).per_second / 1e9,
+            limits.of(Operands::Int8).per_second / 1e9
         );
         Self(limits)
-    }
-
-    /// Where 8-bit products were not measured, f32 stands in for them.
-    fn int8(&self) -> f64 {
-        self.0
-            .int8
-            .map_or(self.0.f32.per_second, |peak| peak.per_second)
     }
 
     /// Times a kernel and prints, after what criterion says of it, the share of the nearer limit that its median sample reaches.
@@ -81,7 +77,9 @@ impl Roofline {
 
     fn line(&self, need: Need, seconds: f64) -> String {
         let memory = need.bytes / self.0.memory_bytes_per_second;
-        let arithmetic = need.f32 / self.0.f32.per_second + need.int8 / self.int8();
+        let (operands, products) = need.products.unwrap_or((Operands::F32, 0.0));
+        let arithmetic =
+            need.f32 / self.0.f32.per_second + products / self.0.of(operands).per_second;
         let mut line = String::from("                        roofline: ");
         let least = memory.max(arithmetic);
         let which = if memory > arithmetic {

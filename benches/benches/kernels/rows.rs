@@ -48,7 +48,7 @@ fn sizes(
         let need = Need {
             bytes: (rows * row.bytes) as f64,
             f32: (rows * row.f32) as f64,
-            int8: 0.0,
+            products: None,
         };
         roofline.bench(&mut group, rows, need, || {
             run(backend, &x, &mut out).expect("shapes that belong together");

@@ -3,7 +3,7 @@
 use quire::model::ModelConfig;
 use quire_kernels::KvDtype;
 
-use super::limits::Limits;
+use super::limits::{Limits, Operands};
 
 /// The price of a model's parts.
 #[derive(Debug, Clone, Copy)]
@@ -13,8 +13,8 @@ pub struct Cost {
     /// Weights of the output head.
     head_weights: f64,
     bytes_per_weight: f64,
-    /// Their products are done with 8-bit integers.
-    quantised: bool,
+    /// What their products multiply.
+    operands: Operands,
     /// Bytes of the keys and values of one position.
     kv_bytes: f64,
     /// Operations of attention for one query and one key, all layers.
@@ -37,7 +37,7 @@ impl Cost {
     pub fn of(
         config: &ModelConfig,
         weight_bytes: usize,
-        quantised: bool,
+        operands: Operands,
         kv_dtype: KvDtype,
     ) -> Self {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
@@ -61,7 +61,7 @@ impl Cost {
             layer_weights,
             head_weights,
             bytes_per_weight: weight_bytes as f64 / (layer_weights + tables * head_weights),
-            quantised,
+            operands,
             kv_bytes: (layers * config.kv_heads * kv_dtype.head_bytes(1, config.head_dim)) as f64,
             attention: (layers * 4 * q) as f64,
         }
@@ -89,11 +89,7 @@ impl Cost {
 
     /// Seconds the machine needs at least for the memory traffic, and for the arithmetic.
     pub fn at_least(&self, need: Need, limits: &Limits) -> (f64, f64) {
-        let products = if self.quantised {
-            limits.int8.map_or(limits.f32.per_second, |p| p.per_second)
-        } else {
-            limits.f32.per_second
-        };
+        let products = limits.of(self.operands).per_second;
         (
             need.bytes / limits.memory_bytes_per_second,
             need.products / products + need.attention / limits.f32.per_second,
@@ -125,7 +121,7 @@ mod tests {
                 + 3 * config.intermediate_size);
         let weights = config.layers.len() * layer + config.vocab_size * config.hidden_size;
         assert!(config.tied_head);
-        let cost = Cost::of(&config, 2 * weights, false, KvDtype::F16);
+        let cost = Cost::of(&config, 2 * weights, Operands::F32, KvDtype::F16);
         let one = cost.step([(0, 1)].into_iter(), 1);
         assert!((one.products / (2 * weights) as f64 - 1.0).abs() < 1e-12);
         let kv = (config.layers.len() * 2 * config.kv_heads * config.head_dim * 2) as f64;
@@ -141,7 +137,7 @@ mod tests {
         let config = Checkpoint::open(&ModelSource::Demo)
             .expect("the demo model is inside the binary")
             .config;
-        let cost = Cost::of(&config, 1 << 20, false, KvDtype::F16);
+        let cost = Cost::of(&config, 1 << 20, Operands::F32, KvDtype::F16);
         let whole = cost.step([(0, 100)].into_iter(), 0).attention;
         let parts = cost.step([(0, 64)].into_iter(), 0).attention
             + cost.step([(64, 36)].into_iter(), 0).attention;

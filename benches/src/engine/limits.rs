@@ -1,8 +1,9 @@
 //! [`Limits`]: what the machine can do at most, measured. Small loops that do nothing but read, or nothing but multiply and add.
 //!
 //! On x86-64 the arithmetic loops are written in assembly, one for each instruction set, and the fastest that the processor has counts — also
-//! where our kernels do not use it yet. Elsewhere plain Rust stands in for f32, and 8-bit products are not measured.
+//! where our kernels do not use it yet. Elsewhere plain Rust stands in for f32, and products of fewer bits are not measured.
 
+use quire_kernels::Format;
 use quire_kernels::cpu::Isa;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
@@ -27,8 +28,30 @@ pub struct Limits {
     pub memory_bytes_per_second: f64,
     /// f32 multiply-add.
     pub f32: Peak,
+    /// Products of bfloat16 added up in f32; `None` where no instruction does them.
+    pub bf16: Option<Peak>,
     /// Products of 8-bit integers added up exactly in 32 bits; `None` where it was not measured.
     pub int8: Option<Peak>,
+}
+
+/// What a product of matrices multiplies, which decides what it can reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Operands {
+    F32,
+    Bf16,
+    Int8,
+}
+
+impl Operands {
+    /// Of the products with weights in a format.
+    pub fn of(format: Format) -> Self {
+        match format {
+            Format::Bf16 => Self::Bf16,
+            _ if format.multiplies_integers() => Self::Int8,
+            _ => Self::F32,
+        }
+    }
 }
 
 /// Memory that is read: more than any cache holds.
@@ -53,8 +76,19 @@ impl Limits {
             threads,
             memory_bytes_per_second: memory(threads)?,
             f32: best(F32).unwrap_or_else(|| PLAIN.peak(threads)),
+            bf16: best(BF16),
             int8: best(INT8),
         })
+    }
+
+    /// The peak of a product; f32's stands in for what has none.
+    pub fn of(&self, operands: Operands) -> Peak {
+        match operands {
+            Operands::F32 => None,
+            Operands::Bf16 => self.bf16,
+            Operands::Int8 => self.int8,
+        }
+        .unwrap_or(self.f32)
     }
 }
 
@@ -125,7 +159,11 @@ struct Loop {
 impl Loop {
     /// Whether kernels for `isa` may use its instructions.
     fn belongs_to(&self, isa: Isa) -> bool {
-        self.isa == Isa::Avx2 || self.isa == isa || isa == Isa::Avx512
+        match isa {
+            Isa::Avx512Bf16 => true,
+            Isa::Avx512 => self.isa != Isa::Avx512Bf16,
+            _ => self.isa == Isa::Avx2 || self.isa == isa,
+        }
     }
 
     fn peak(&self, threads: usize) -> Peak {
@@ -165,10 +203,12 @@ const PLAIN: Loop = Loop {
 #[cfg(not(target_arch = "x86_64"))]
 const F32: &[Loop] = &[];
 #[cfg(not(target_arch = "x86_64"))]
+const BF16: &[Loop] = &[];
+#[cfg(not(target_arch = "x86_64"))]
 const INT8: &[Loop] = &[];
 
 #[cfg(target_arch = "x86_64")]
-use x86::{F32, INT8};
+use x86::{BF16, F32, INT8};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -180,8 +220,9 @@ mod x86 {
 
     use super::Loop;
 
-    /// 1.0 as bits, and four 8-bit ones.
+    /// 1.0 as bits, two of bfloat16, and four 8-bit ones.
     const ONE: u32 = 0x3f80_0000;
+    const PAIR: u32 = 0x3f80_3f80;
     const ONES: u32 = 0x0101_0101;
 
     /// Repeats the given lines; registers 12 and 13 hold `$value` in every lane, 14 holds 16-bit ones, the others zero.
@@ -258,6 +299,14 @@ mod x86 {
         },
     ];
 
+    pub const BF16: &[Loop] = &[Loop {
+        with: "AVX-512 BF16",
+        isa: Isa::Avx512Bf16,
+        available: || is_x86_feature_detected!("avx512bf16"),
+        operations: 12.0 * 32.0 * 2.0,
+        run: |turns| one_instruction!(turns, "zmm", PAIR, "vdpbf16ps"),
+    }];
+
     pub const INT8: &[Loop] = &[
         Loop {
             with: "AVX2",
@@ -294,7 +343,7 @@ mod x86 {
 mod tests {
     #[test]
     fn every_loop_the_processor_has_runs() {
-        let loops = super::F32.iter().chain(super::INT8);
+        let loops = super::F32.iter().chain(super::BF16).chain(super::INT8);
         for l in loops.chain([&super::PLAIN]) {
             if (l.available)() {
                 // An instruction it does not have would end the process.

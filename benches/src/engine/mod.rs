@@ -134,6 +134,8 @@ enum Quantize {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum InstructionSet {
+    /// AVX-512 with VNNI and products of bfloat16
+    Avx512Bf16,
     /// AVX-512 with VNNI
     Avx512,
     /// AVX2, FMA and F16C, and AVX-VNNI's products of bytes
@@ -152,6 +154,7 @@ impl InstructionSet {
     /// The kernels' name for it.
     pub fn isa(self) -> Isa {
         match self {
+            Self::Avx512Bf16 => Isa::Avx512Bf16,
             Self::Avx512 => Isa::Avx512,
             Self::AvxVnni => Isa::AvxVnni,
             Self::Avx2 => Isa::Avx2,

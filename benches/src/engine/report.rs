@@ -11,8 +11,15 @@ pub fn limits(limits: &Limits) -> String {
     let int8 = limits.int8.map_or("8-bit not measured".to_owned(), |peak| {
         format!("8-bit {:.0} GOP/s ({})", giga(peak.per_second), peak.with)
     });
+    let bf16 = limits.bf16.map_or(String::new(), |peak| {
+        format!(
+            "bf16 {:.0} GFLOP/s ({}), ",
+            giga(peak.per_second),
+            peak.with
+        )
+    });
     format!(
-        "limits on {} threads: memory {:.1} GB/s, f32 {:.0} GFLOP/s ({}), {int8}",
+        "limits on {} threads: memory {:.1} GB/s, f32 {:.0} GFLOP/s ({}), {bf16}{int8}",
         limits.threads,
         giga(limits.memory_bytes_per_second),
         giga(limits.f32.per_second),

@@ -43,6 +43,7 @@ pub fn table(rounds: &[Round]) -> String {
     };
     limit("memory, GB/s", &|l| Some(l.memory_bytes_per_second));
     limit("f32, GFLOP/s", &|l| Some(l.f32.per_second));
+    limit("bf16, GFLOP/s", &|l| l.bf16.map(|peak| peak.per_second));
     limit("8-bit, GOP/s", &|l| l.int8.map(|peak| peak.per_second));
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);

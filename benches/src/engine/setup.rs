@@ -6,6 +6,7 @@ use quire_kernels::cpu::{CpuBackend, CpuOptions, Isa, Numa};
 use quire_kernels::{Format, KvDtype};
 
 use super::cost::Cost;
+use super::limits::Operands;
 use super::workload::Workload;
 
 /// How a checkpoint is loaded.
@@ -51,11 +52,11 @@ impl Setup {
         let stands_for_all = "model.layers.0.self_attn.o_proj.weight";
         let shape = checkpoint.tensors.shape(stands_for_all).unwrap_or_default();
         let stored = checkpoint.tensors.get(stands_for_all, shape)?.format;
-        let quantised = self.quantize.is_some() || stored.multiplies_integers();
+        let operands = Operands::of(self.quantize.unwrap_or(stored));
         let cost = Cost::of(
             decoder.config(),
             decoder.weight_bytes(),
-            quantised,
+            operands,
             self.kv_dtype,
         );
         Ok(Workload::new(decoder, self.kv_dtype, cost, self.rows))

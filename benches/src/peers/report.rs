@@ -193,6 +193,7 @@ mod tests {
                     per_second: 1.0,
                     with: "",
                 },
+                bf16: None,
                 int8: None,
             },
             peer_build: None,
