@@ -211,6 +211,9 @@ impl<'a> Share<'a> {
     }
 }
 
+/// Rows that are multiplied with a panel after the other, one stream of weights of which a tile asks for what it reads a little later: memory bounds them.
+const FEW_ROWS: usize = 4;
+
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
@@ -344,9 +347,14 @@ trait Tile: Unpack {
 unsafe fn panels<K: Tile, S: Simd>(share: &Share<'_>, format: K::Format) {
     unsafe {
         let rows = share.linear.rows;
-        if rows == 1 {
+        if rows <= FEW_ROWS {
             for panel in share.first..share.last {
-                K::tile::<S, 1, 1>(share, format, panel, 0, &mut Next::none());
+                let next = &mut Next::none();
+                match rows {
+                    1 => K::tile::<S, 1, 1>(share, format, panel, 0, next),
+                    2 => K::tile::<S, 1, 2>(share, format, panel, 0, next),
+                    _ => K::tile::<S, 1, TILE_ROWS>(share, format, panel, 0, next),
+                }
             }
             return;
         }

@@ -9,7 +9,7 @@ use super::super::planes::{
 };
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
 use super::unpacked::{Beside, Packed, Unpack};
-use super::{Activations, Next, Share, Tile, ahead, panels, panels_at, store};
+use super::{Activations, FEW_ROWS, Next, Share, Tile, ahead, panels, panels_at, store};
 use crate::quantize::{
     BLOCK, BlockFormat, Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q3K, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Tq1_0,
     Tq2_0,
@@ -344,7 +344,7 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
         let mut x = Activations::of(share, row, blocks);
         let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
         for block in 0..blocks {
-            if T == 1 {
+            if share.linear.rows <= FEW_ROWS {
                 let bytes = unit_bytes::<F>() / (F::SIZE / BLOCK);
                 ahead::<S>(weights[0].add(block * bytes), bytes);
             }

@@ -7,7 +7,7 @@ use super::super::groups::{Q2_QUANTS, side_bytes, unit_bytes};
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
 use super::quants::{Q4_0, Q8_0, QuantFormat};
 use super::unpacked::{Beside, Packed, Unpack};
-use super::{Next, Share, Tile, ahead, panels, panels_at, store};
+use super::{FEW_ROWS, Next, Share, Tile, ahead, panels, panels_at, store};
 use crate::quantize::{BLOCK, Bits, Grouped, Scale, Zero};
 
 /// Pairs of bits, each plus 1.
@@ -168,7 +168,7 @@ impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
             let mut scaled_sums = share.rows.scaled_sums.as_slice()[at * blocks..].as_ptr();
             let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
             for _ in 0..blocks / per_unit {
-                if T == 1 {
+                if share.linear.rows <= FEW_ROWS {
                     ahead::<S>(units[0], unit_bytes(grouped));
                 }
                 let mut side = [[[S::vsplat(0.0); 2]; 2]; P];

@@ -3,7 +3,7 @@
 use super::super::matrix::{Q4_0_QUANTS, Q8_0_QUANTS, SCALES};
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
 use super::unpacked::{Beside, Packed, Unpack};
-use super::{Next, Share, Tile, ahead, panels, panels_at, store};
+use super::{FEW_ROWS, Next, Share, Tile, ahead, panels, panels_at, store};
 use crate::quantize::BLOCK;
 
 /// A format of quants in blocks of 32 with an f16 scale each.
@@ -91,7 +91,7 @@ impl<F: QuantFormat> Tile for Plain<F> {
             let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
             let bytes = F::QUANTS + SCALES;
             for block in 0..blocks {
-                if T == 1 && P == 1 {
+                if share.linear.rows <= FEW_ROWS {
                     ahead::<S>(weights[0].add(block * bytes), bytes);
                 }
                 next.ask::<S>();
