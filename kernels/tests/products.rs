@@ -47,7 +47,7 @@ fn products_equal_a_double_precision_reference() {
             let mut x = random.floats(rows * k);
             if format == Format::Bf16 {
                 // What activations are rounded to; the next test says how.
-                x.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+                x = x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
             }
             let bias = random.floats(n);
             let mut expected = Vec::new();
