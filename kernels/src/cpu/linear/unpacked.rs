@@ -95,7 +95,7 @@ pub(super) const fn bytes(k: usize) -> usize {
 pub(super) fn worthwhile<U: Unpack, S: Simd>(rows: usize) -> bool {
     // With products of bytes in one instruction, what takes nibbles apart hides behind them.
     let gains = if S::PAIRS {
-        rows > TILE_ROWS
+        rows > TILE_ROWS * if U::COSTLY { 1 } else { 2 }
     } else {
         rows >= 6 * TILE_ROWS && U::COSTLY
     };
