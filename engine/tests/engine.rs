@@ -4,13 +4,13 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use common::{answers, demo_checkpoint, submit};
+use common::{Answer, answers, demo_checkpoint, submit};
 use quire::core::{
     Engine, EngineConfig, Event, FinishReason, KvEvents, KvNews, Request, RequestStream,
-    SubmitError,
+    StepReport, SubmitError,
 };
 use quire::sampling::SamplingParams;
 use quire_kernels::KvDtype;
@@ -280,6 +280,89 @@ fn the_logprobs_of_a_prompt_are_told_once_whatever_is_cached_and_however_many_sa
     plain.sampling.prompt_logprobs = None;
     let mut after = submit(&engine, &plain);
     assert_eq!(cached_tokens(&mut after), 96);
+}
+
+/// A prompt of 1,500 tokens that arrives when another request has its first token: what both get, and all steps.
+fn long_prompt_beside_tokens(max_step: Option<Duration>) -> (Vec<Vec<Answer>>, Vec<StepReport>) {
+    let (tell, steps) = mpsc::channel();
+    let (arrive, arrived) = mpsc::channel::<()>();
+    let mut first = true;
+    let observer = Box::new(move |step| {
+        tell.send(step).unwrap();
+        if std::mem::take(&mut first) {
+            arrived.recv().unwrap();
+        }
+    });
+    let config = EngineConfig {
+        max_step,
+        ..EngineConfig::default()
+    };
+    let backend = common::backend(1);
+    let checkpoint = demo_checkpoint();
+    let engine = Engine::start(&checkpoint, backend, &config, Some(observer), &mut |_| {}).unwrap();
+    let with_logprobs = |prompt, max_tokens| {
+        let mut request = request(prompt, max_tokens);
+        request.sampling.logprobs = Some(1);
+        // One does not begin with what the other has computed.
+        request.cache_salt = u64::from(prompt);
+        request
+    };
+    let generates = submit(&engine, &with_logprobs(40, 80));
+    let mut all = vec![steps.recv().unwrap()];
+    let long = submit(&engine, &with_logprobs(1500, 5));
+    arrive.send(()).unwrap();
+    let got = [generates, long].map(answers).to_vec();
+    drop(engine);
+    all.extend(steps);
+    assert_eq!((all[0].tokens, all[0].prompt_tokens), (40, 40));
+    (got, all)
+}
+
+#[test]
+fn a_long_prompt_holds_the_tokens_of_others_up_for_no_longer_than_it_may_and_nobody_gets_others() {
+    let prompts = |steps: &[StepReport]| -> Vec<(u32, u32)> {
+        let prompts = steps[1..].iter().filter(|step| step.prompt_tokens > 0);
+        prompts
+            .map(|step| (step.tokens, step.prompt_tokens))
+            .collect()
+    };
+    let (unbounded, steps) = long_prompt_beside_tokens(None);
+    assert_eq!(prompts(&steps), [(512, 511), (512, 511), (479, 478)]);
+    // No step is as short as that: it is the fewest each time.
+    let (bounded, steps) = long_prompt_beside_tokens(Some(Duration::ZERO));
+    let (last, before) = prompts(&steps)
+        .split_last()
+        .map(|(l, b)| (*l, b.to_vec()))
+        .unwrap();
+    assert_eq!(before, [(33, 32); 46]);
+    assert_eq!(last, (29, 28));
+    assert_eq!(bounded, unbounded);
+}
+
+#[test]
+fn a_step_is_as_large_as_those_before_it_say() {
+    let max_step = Duration::from_millis(10);
+    let (_, steps) = long_prompt_beside_tokens(Some(max_step));
+    let rate = f64::from(steps[0].tokens) / steps[0].duration.as_secs_f64();
+    let expected = ((rate * max_step.as_secs_f64()) as u32).clamp(33, 512);
+    assert_eq!(steps[1].tokens, expected, "{:?}", steps[0]);
+    assert_eq!(steps[1].prompt_tokens, expected - 1);
+}
+
+#[test]
+fn a_prompt_has_the_whole_budget_while_nobody_generates() {
+    let (tell, steps) = mpsc::channel();
+    let observer = Box::new(move |step: StepReport| tell.send(step.tokens).unwrap());
+    let config = EngineConfig {
+        max_step: Some(Duration::ZERO),
+        ..EngineConfig::default()
+    };
+    let backend = common::backend(1);
+    let checkpoint = demo_checkpoint();
+    let engine = Engine::start(&checkpoint, backend, &config, Some(observer), &mut |_| {}).unwrap();
+    answers(submit(&engine, &request(1500, 3)));
+    drop(engine);
+    assert_eq!(steps.iter().collect::<Vec<_>>(), [512, 512, 476, 1, 1]);
 }
 
 #[test]

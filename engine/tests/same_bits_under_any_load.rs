@@ -1,6 +1,6 @@
 //! Promise 2: tokens and logprobs of a request are the same bits alone and under any schedule.
 //!
-//! 200 requests of mixed lengths, seeds and sampling go through engines whose token budget, chunk size, block count, block size,
+//! 200 requests of mixed lengths, seeds and sampling go through engines whose token budget, chunk size, bound of a step's time, block count, block size,
 //! policy and prefix cache are drawn at random, on one and two threads and on emulated NUMA nodes — with blocks few enough to force preemption — and every answer is
 //! compared bit for bit — log-probabilities of prompts included — with the one the same request gets alone in an engine without a cache.
 #![allow(clippy::unwrap_used)]
@@ -233,6 +233,8 @@ fn schedule(
     let max_batch_tokens = 3 + random.below(if round.is_multiple_of(2) { 40 } else { 400 }) as u32;
     EngineConfig {
         max_batch_tokens,
+        // None; as few tokens of prompts as there may be; as many as steps take no longer than some have taken.
+        max_step: [None, Some(0), Some(3)][random.below(3)].map(Duration::from_millis),
         max_chunk_tokens: 1 + random.below(max_batch_tokens as usize) as u32,
         max_seqs: 24 + random.below(40) as u32,
         max_model_len: Some(256),

@@ -49,6 +49,16 @@ pub struct Config {
     pub kv_events: bool,
 }
 
+/// A smaller budget for the steps in which somebody generates, so that their tokens do not wait long for other people's prompts: stall-free batching (Agrawal
+/// et al. 2024). How long a step takes is its caller's to know; see [`crate::Scheduler::set_pace`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pace {
+    /// Most tokens of such a step. Those of whoever generates are never fewer for it.
+    pub tokens: u32,
+    /// Prompts get so many in any case, so that they come to an end: 0 counts as 1.
+    pub prompt_tokens: u32,
+}
+
 /// A configuration no scheduler can work with.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {

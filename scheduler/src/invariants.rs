@@ -110,7 +110,8 @@ impl Scheduler {
             assert_eq!(self.blocks.cache.findable().count(), 0);
         }
         assert!(
-            self.batch.tokens <= self.config.max_batch_tokens,
+            self.batch.tokens <= self.most_tokens
+                && self.most_tokens <= self.config.max_batch_tokens,
             "the budget is exceeded"
         );
     }

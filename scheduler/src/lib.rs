@@ -27,7 +27,7 @@ mod sequence;
 mod step;
 
 pub use batch::{Batch, BlockCopy, Sampled, Scheduled};
-pub use config::{AddError, Config, ConfigError, Policy};
+pub use config::{AddError, Config, ConfigError, Pace, Policy};
 pub use events::KvEvent;
 pub use groups::{PageGroup, blocks_needed};
 pub use ids::{BlockId, SeqId, Time, TokenId};

@@ -8,7 +8,7 @@ use crate::prefix_cache::{PrefixCache, Realm, chain_hash};
 use crate::sequence::{Sequence, Slots, State};
 use crate::step::Unfit;
 use crate::{
-    AddError, Batch, BlockId, Config, ConfigError, KvEvent, Sampled, Scheduled, SeqId, Time,
+    AddError, Batch, BlockId, Config, ConfigError, KvEvent, Pace, Sampled, Scheduled, SeqId, Time,
     TokenId,
 };
 
@@ -57,6 +57,7 @@ pub struct Stats {
 #[derive(Debug)]
 pub struct Scheduler {
     pub(crate) config: Config,
+    pub(crate) pace: Option<Pace>,
     pub(crate) slots: Slots,
     pub(crate) waiting: BTreeMap<Key, SeqId>,
     /// In the order of admission; entries of sequences that stopped running are swept out when the next step begins.
@@ -76,6 +77,8 @@ pub struct Scheduler {
     pub(crate) unfit: Option<Unfit>,
     /// Kept for its memory: sequences that want prefill, in order.
     pub(crate) prefills: Vec<(Key, SeqId)>,
+    /// Most tokens of the step being planned.
+    pub(crate) most_tokens: u32,
     /// Rows of prompts whose logits the step being planned may still ask for.
     pub(crate) prompt_logits_left: u32,
     pub(crate) prefix_queries: u64,
@@ -91,6 +94,7 @@ impl Scheduler {
     pub fn new(config: Config) -> Result<Self, ConfigError> {
         config.validate()?;
         Ok(Self {
+            pace: None,
             slots: Slots::default(),
             waiting: BTreeMap::new(),
             running: Vec::new(),
@@ -104,6 +108,7 @@ impl Scheduler {
             rotation: 0,
             unfit: None,
             prefills: Vec::new(),
+            most_tokens: 0,
             prompt_logits_left: 0,
             prefix_queries: 0,
             prefix_hits: 0,
@@ -115,6 +120,11 @@ impl Scheduler {
     /// The budgets it works with.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// What steps in which somebody generates may have from the next one on; `None`, as at first: what every step may. It may change from step to step.
+    pub fn set_pace(&mut self, pace: Option<Pace>) {
+        self.pace = pace;
     }
 
     /// Queues a sequence.

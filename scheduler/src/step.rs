@@ -1,4 +1,4 @@
-//! One step's plan: decodes first, then prompts in key order, one token budget for both.
+//! One step's plan: decodes first, then prompts in key order, one token budget for both. It is smaller where there are both ([`Pace`](crate::Pace)).
 
 use crate::groups::most_blocks;
 use crate::pool::Worth;
@@ -31,8 +31,10 @@ impl Scheduler {
         }
         self.prefills.clear();
         self.prompt_logits_left = self.config.max_prompt_logits;
+        self.most_tokens = self.config.max_batch_tokens;
         self.schedule_decodes();
         let decodes = self.batch.sequences.len();
+        self.most_tokens = self.most_beside(self.batch.tokens);
         self.schedule_prefills();
         self.describe(decodes);
         if !self.batch.preempted.is_empty() {
@@ -46,7 +48,19 @@ impl Scheduler {
     }
 
     fn budget(&self) -> u32 {
-        self.config.max_batch_tokens - self.batch.tokens
+        self.most_tokens - self.batch.tokens
+    }
+
+    /// Most tokens of a step in which so many sequences generate.
+    fn most_beside(&self, decodes: u32) -> u32 {
+        let most = self.config.max_batch_tokens;
+        match self.pace {
+            Some(pace) if decodes > 0 => {
+                let least = decodes.saturating_add(pace.prompt_tokens.max(1));
+                most.min(pace.tokens.max(least))
+            }
+            _ => most,
+        }
     }
 
     /// One token for each sequence that misses only its last one; where the budget is short, the next step begins with those left out.

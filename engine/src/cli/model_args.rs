@@ -1,6 +1,7 @@
 //! The flags of every command that runs a model: which one, and how the engine is sized.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
@@ -63,6 +64,12 @@ pub(super) struct ModelArgs {
     #[arg(long, env = "QUIRE_MAX_CHUNK_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_chunk_tokens)]
     pub max_chunk_tokens: u32,
 
+    /// Most milliseconds a step may take while somebody generates: prompts beside them get as many tokens of it as fit, by what steps took so far, and 32 at
+    /// least. Lower: tokens come more evenly. Higher, or 0 for no bound: long prompts are read a little faster. Answers are the same either way
+    /// (on a GPU, with --deterministic)
+    #[arg(long, env = "QUIRE_MAX_STEP_MS", value_name = "MS", default_value_t = default_max_step_ms())]
+    pub max_step_ms: u32,
+
     /// Most sequences computed at once
     #[arg(long, env = "QUIRE_MAX_SEQS", value_name = "N", default_value_t = EngineConfig::default().max_seqs)]
     pub max_seqs: u32,
@@ -108,6 +115,12 @@ pub(super) struct ModelArgs {
         default_value = "priority"
     )]
     pub policy: PolicyArg,
+}
+
+/// The engine's default, as the command line says it.
+fn default_max_step_ms() -> u32 {
+    let max_step = EngineConfig::default().max_step;
+    max_step.map_or(0, |max_step| max_step.as_millis() as u32)
 }
 
 /// What computes.
@@ -170,6 +183,8 @@ impl ModelArgs {
             served_name: None,
             max_batch_tokens: self.max_batch_tokens,
             max_chunk_tokens: self.max_chunk_tokens,
+            max_step: (self.max_step_ms > 0)
+                .then(|| Duration::from_millis(u64::from(self.max_step_ms))),
             max_seqs: self.max_seqs,
             max_waiting: self.max_waiting,
             max_model_len: self.max_model_len,

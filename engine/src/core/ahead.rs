@@ -101,10 +101,12 @@ impl<B: Backend> EngineLoop<B> {
 
     /// A step was given to the device: it stays there, or is done already. `ahead`: the tokens of the one before are still to come.
     pub(super) fn launched(&mut self, began: Instant, ahead: bool) {
+        let prompts = self.step.spans.iter().filter(|span| span.rows > 1);
         let flight = Flight {
             began,
             report: StepReport {
                 tokens: self.step.rows() as u32,
+                prompt_tokens: prompts.map(|span| span.rows).sum(),
                 sequences: self.step.spans.len() as u32,
                 drawn: self.step.draws.len() as u32,
                 ahead,
@@ -234,11 +236,13 @@ impl<B: Backend> EngineLoop<B> {
         let since = flight.began.max(self.ahead.ended);
         self.ahead.ended = now;
         self.ahead.drawn = flight.drawn;
+        let report = StepReport {
+            duration: now - since,
+            ..flight.report
+        };
+        self.rate.observe(&report);
         if let Some(observer) = &mut self.observer {
-            observer(StepReport {
-                duration: now - since,
-                ..flight.report
-            });
+            observer(report);
         }
     }
 

@@ -16,6 +16,9 @@ pub struct EngineConfig {
     pub max_batch_tokens: u32,
     /// Most tokens of one prompt in one step while other prompts wait.
     pub max_chunk_tokens: u32,
+    /// A step in which somebody generates has so many tokens of prompts (32 at least) that it takes no longer, as far as earlier steps tell; `None`: as many as
+    /// the other budgets leave. Changes answers as other loads do: not at all, but on a GPU without `deterministic`.
+    pub max_step: Option<Duration>,
     /// Most sequences that run at once.
     pub max_seqs: u32,
     /// Most requests that wait to run; more are refused.
@@ -51,6 +54,7 @@ impl Default for EngineConfig {
             served_name: None,
             max_batch_tokens: 512,
             max_chunk_tokens: 256,
+            max_step: Some(Duration::from_millis(200)),
             max_seqs: 256,
             max_waiting: 1024,
             max_model_len: None,
@@ -73,6 +77,8 @@ impl Default for EngineConfig {
 pub struct StepReport {
     /// Tokens computed.
     pub tokens: u32,
+    /// Of them those of sequences that computed more than one: of prompts.
+    pub prompt_tokens: u32,
     /// Sequences they belonged to.
     pub sequences: u32,
     /// Sequences whose next token the device drew, so that no row of logits came to the host for it.

@@ -13,9 +13,10 @@ use quire_scheduler::{NewSequence, Sampled, Scheduled, Scheduler, SeqId, Time, T
 use crate::sampling::{Choice, Sampler, Scratch};
 
 use super::ahead::Ahead;
-use super::config::StepReport;
+use super::config::{EngineConfig, StepReport};
 use super::deadlines::Deadlines;
 use super::handle::{EngineStats, Shared, Submission};
+use super::pace::StepRate;
 use super::ranks::{Ranks, Unclaimed};
 use super::request::{Event, FinishReason};
 use super::rows::{self, Job, Work};
@@ -37,6 +38,7 @@ pub(super) struct EngineLoop<B: Backend> {
     /// By [`SeqId::slot`].
     pub(super) sequences: Vec<Option<Sequence>>,
     pub(super) ahead: Ahead,
+    pub(super) rate: StepRate,
     deadlines: Deadlines,
     last_finish: Instant,
     /// Mixed into the seeds of requests that did not choose one.
@@ -98,8 +100,7 @@ impl<B: Backend> EngineLoop<B> {
         shared: Arc<Shared>,
         (requests, control): (Receiver<Submission>, Receiver<Control>),
         observer: Option<Box<dyn FnMut(StepReport) + Send>>,
-        unclaimed: Unclaimed,
-        plan_ahead: bool,
+        config: &EngineConfig,
     ) -> Self {
         let mut entropy = DefaultHasher::new();
         SystemTime::now()
@@ -107,7 +108,7 @@ impl<B: Backend> EngineLoop<B> {
             .unwrap_or_default()
             .hash(&mut entropy);
         std::process::id().hash(&mut entropy);
-        let ahead = plan_ahead && ranks.run_ahead();
+        let ahead = config.plan_ahead && ranks.run_ahead();
         Self {
             ranks,
             scheduler,
@@ -119,13 +120,14 @@ impl<B: Backend> EngineLoop<B> {
             active: HashMap::new(),
             sequences: Vec::new(),
             ahead: Ahead::new(ahead),
+            rate: StepRate::new(config.max_step),
             deadlines: Deadlines::default(),
             last_finish: Instant::now(),
             entropy: entropy.finish(),
             prompt_tokens: 0,
             generation_tokens: 0,
             blocks_used_peak: 0,
-            unclaimed,
+            unclaimed: Unclaimed::new(config.claimed_kv_cache),
             step: Step {
                 deferred: ahead,
                 ..Step::default()
@@ -295,6 +297,7 @@ impl<B: Backend> EngineLoop<B> {
         let before = self.complete();
         let began = Instant::now();
         let now = self.now();
+        self.scheduler.set_pace(self.rate.pace());
         self.scheduler.schedule(now);
         let launched = (!self.scheduler.batch().sequences.is_empty()).then(|| self.forward(began));
         let ahead = before.is_some();

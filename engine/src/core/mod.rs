@@ -16,6 +16,7 @@ mod groups;
 mod handle;
 mod kv_events;
 mod memory;
+mod pace;
 mod ranks;
 mod request;
 mod rows;

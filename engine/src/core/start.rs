@@ -13,7 +13,7 @@ use crate::model::{Decoder, LoadOptions, LoadProgress};
 use super::config::{EngineConfig, StartError, StepReport};
 use super::engine_loop::EngineLoop;
 use super::handle::{Engine, ModelInfo, Shared};
-use super::ranks::{Loaded, Unclaimed};
+use super::ranks::Loaded;
 use super::{groups, memory};
 
 impl Engine {
@@ -125,8 +125,7 @@ impl Engine {
             Arc::clone(&shared),
             (requests, control),
             observer,
-            Unclaimed::new(config.claimed_kv_cache),
-            config.plan_ahead,
+            config,
         );
         thread::Builder::new()
             .name("quire-engine".to_owned())

@@ -27,6 +27,8 @@ fn config(plan_ahead: bool) -> EngineConfig {
     EngineConfig {
         kv_cache_memory: Some(16 << 20),
         plan_ahead,
+        // Steps are counted: none may depend on how long another took.
+        max_step: None,
         ..EngineConfig::default()
     }
 }

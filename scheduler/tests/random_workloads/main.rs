@@ -16,7 +16,7 @@ fn a_million_random_steps_keep_every_invariant() {
     let (mut steps, mut preemptions, mut copies) = (0, 0, 0);
     let (mut hits, mut passed_hits, mut switched) = (0, 0, 0);
     let mut prompt_logits = 0;
-    let (mut refused, mut unanswered) = (0, 0);
+    let (mut refused, mut unanswered, mut paced) = (0, 0, 0);
     let mut ahead = [0; 5];
     let mut seed = 1;
     while steps < STEPS {
@@ -31,6 +31,7 @@ fn a_million_random_steps_keep_every_invariant() {
         prompt_logits += world.prompt_logits;
         refused += world.refused;
         unanswered += world.unanswered;
+        paced += world.paced_steps;
         let of_world = [
             world.ahead_steps,
             world.in_vain,
@@ -46,7 +47,8 @@ fn a_million_random_steps_keep_every_invariant() {
     }
     println!(
         "{steps} steps, {seed} configurations: {preemptions} preemptions, {copies} copies on write, {hits} cached tokens, {passed_hits} blocks \
-         that windows had passed, {switched} sequences computed anew, {prompt_logits} prompt rows told, {refused} refusals, {unanswered} steps in vain"
+         that windows had passed, {switched} sequences computed anew, {prompt_logits} prompt rows told, {refused} refusals, {unanswered} steps in vain, \
+         {paced} cut short for others' tokens"
     );
     let [ahead_steps, in_vain, preempted, aborted, anew] = ahead;
     println!(
@@ -63,6 +65,7 @@ fn a_million_random_steps_keep_every_invariant() {
             && prompt_logits > 10_000
             && refused > 1000
             && unanswered > 1000
+            && paced > 10_000
             && ahead_steps > 100_000
             && in_vain > 10_000
             && preempted > 1000

@@ -9,8 +9,8 @@ use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash};
 
 use quire_scheduler::{
-    AddError, BlockId, Config, KvEvent, NewSequence, PageGroup, Policy, Sampled, Scheduler, SeqId,
-    Time, TokenId,
+    AddError, BlockId, Config, KvEvent, NewSequence, Pace, PageGroup, Policy, Sampled, Scheduler,
+    SeqId, Time, TokenId,
 };
 
 /// SplitMix64 (Steele et al. 2014).
@@ -115,6 +115,11 @@ pub struct World {
     pub refused: u64,
     pub unanswered: u64,
     ahead: bool,
+    /// What steps in which somebody generates may have; it changes where `paced`.
+    pace: Option<Pace>,
+    paced: bool,
+    /// Steps that had less than the whole budget for it, and wanted more.
+    pub paced_steps: u64,
     /// What the scheduler remembers of the head of the queue is taken from it before every step.
     pub forgetful: bool,
     /// Steps that began with a head that was known not to fit.
@@ -159,6 +164,7 @@ impl World {
             priority_aging: r.below(200),
             kv_events: true,
         };
+        let paced = r.chance(2);
         Self {
             scheduler: Scheduler::new(config.clone()).unwrap(),
             slots: vec![0; (num_blocks * block_size) as usize],
@@ -177,6 +183,9 @@ impl World {
             refused: 0,
             unanswered: 0,
             ahead: seed.is_multiple_of(2),
+            pace: None,
+            paced,
+            paced_steps: 0,
             forgetful: false,
             known_unfit: 0,
             ahead_steps: 0,
@@ -290,11 +299,59 @@ impl World {
             .collect()
     }
 
+    /// Another pace, or none.
+    fn change_pace(&mut self) {
+        let r = &mut self.random;
+        if self.paced && r.chance(10) {
+            self.pace = (!r.chance(4)).then(|| Pace {
+                tokens: r.below(60) as u32,
+                prompt_tokens: r.below(9) as u32,
+            });
+            self.scheduler.set_pace(self.pace);
+        }
+    }
+
+    /// A step is no larger than it may be beside those who generate, and no smaller while a prompt could go on.
+    fn check_budget(&mut self) {
+        let batch = self.scheduler.batch();
+        // They ran before, and missed one token.
+        let decodes = (batch.sequences.iter())
+            .filter(|s| s.start > 0 && s.len == 1 && s.logits == 1 && s.cached.is_none())
+            .count() as u32;
+        let whole = self.config.max_batch_tokens;
+        let most = |decodes: u32| match self.pace {
+            Some(pace) if decodes > 0 => {
+                whole.min(pace.tokens.max(decodes + pace.prompt_tokens.max(1)))
+            }
+            _ => whole,
+        };
+        // Who lost its blocks while this was planned may have been one of them.
+        let preempted = batch.preempted.len() as u32;
+        if preempted > 0 {
+            assert!(batch.tokens <= most(decodes).max(most(decodes + preempted)));
+            return;
+        }
+        let most = most(decodes);
+        assert!(batch.tokens <= most, "{} of {most} tokens", batch.tokens);
+        let ends = |live: &&Live| {
+            let scheduled = batch.sequences.iter().find(|s| s.seq == live.seq);
+            scheduled.is_some_and(|s| s.logits == 1)
+        };
+        let mut running = self.live.iter().filter(|live| {
+            let table = self.scheduler.block_table(live.seq);
+            !table.is_empty() && live.told == live.to_tell
+        });
+        if batch.tokens < most {
+            assert!(running.all(|live| ends(&live)), "there was room for more");
+        } else if most < whole && !running.all(|live| ends(&live)) {
+            self.paced_steps += 1;
+        }
+    }
+
     /// Computes the step in the model of the cache, and checks what every token sees.
     fn compute(&mut self) {
         let size = self.config.block_size as usize;
         let batch = self.scheduler.batch();
-        assert!(batch.tokens <= self.config.max_batch_tokens);
         assert_eq!(
             batch.tokens,
             batch.sequences.iter().map(|s| s.len).sum::<u32>()
@@ -590,8 +647,10 @@ impl World {
         if self.forgetful {
             self.scheduler.forget_no_room();
         }
+        self.change_pace();
         self.scheduler.schedule(Time(self.now));
         self.scheduler.check_invariants();
+        self.check_budget();
         let preempted = &self.scheduler.batch().preempted;
         let pending = preempted.iter().filter(|&&s| self.scheduler.is_pending(s));
         self.pending_preempted += pending.count() as u64;
