@@ -17,6 +17,7 @@ use quire::model::{ModelConfig, RopeScaling};
 use quire::sampling::SamplingParams;
 use quire::tokenizer::Conversation;
 use quire_kernels::KvDtype;
+use quire_kernels::cpu::{CpuBackend, CpuOptions};
 use quire_scheduler::TokenId;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -221,6 +222,41 @@ fn compare(name: &str, checkpoint: &Checkpoint) {
         }
     }
     println!("{name}: largest relative error {worst:.1e}");
+}
+
+/// `--bf16-activations`: transformers computes in f32 here, and would move as far if it computed in bfloat16.
+#[test]
+fn activations_rounded_to_bfloat16_move_logits_by_a_hundredth_and_have_the_same_bits_in_any_chunks()
+{
+    for name in [
+        "qwen2",
+        "qwen3-moe",
+        "mistral",
+        "ministral",
+        "olmo2",
+        "gpt-oss",
+    ] {
+        let (golden, checkpoint) = (Golden::read(name), open(name));
+        let mut first_bits: Option<Vec<u32>> = None;
+        for chunk in [usize::MAX, 1, 7] {
+            let rounding = CpuBackend::new(CpuOptions {
+                bf16_activations: true,
+                ..common::options(1)
+            });
+            let mut sequence = Sequence::on(rounding.unwrap(), &checkpoint, None, KvDtype::F32);
+            let mut logits = sequence.read(&golden.prompt, chunk);
+            let (mut worst, mut bits) = (0.0_f32, Vec::new());
+            for (row, &token) in golden.tokens.iter().enumerate() {
+                worst = worst.max(relative_error(&logits, golden.row(row)));
+                bits.extend(logits.iter().map(|logit| logit.to_bits()));
+                logits = sequence.read(&[token], 1);
+            }
+            println!("{name}: largest relative error {worst:.1e}");
+            assert!((TOLERANCE..0.03).contains(&worst), "{name}: {worst}");
+            let first = first_bits.get_or_insert_with(|| bits.clone());
+            assert!(*first == bits, "{name}, chunks of {chunk}");
+        }
+    }
 }
 
 /// Prompt and answer as a prompt: the log-probability of each token of the answer is what transformers' logits make of it.

@@ -3,8 +3,10 @@
 
 mod common;
 
-use common::{Random, backend, backends, bits, encode, error, filled, part, plain_step, step};
-use quire_kernels::cpu::CpuBackend;
+use common::{
+    Random, backend, backends, bits, encode, error, filled, part, plain_step, rounding, step,
+};
+use quire_kernels::cpu::{CpuBackend, Isa};
 use quire_kernels::quantize::{Bits, Grouped, Scale, Zero};
 use quire_kernels::{Activation, Backend, Error, Experts, Format, MatrixPart, Norm, Rotary};
 
@@ -371,14 +373,18 @@ fn a_mixture_of_experts_equals_its_definition() {
                 continue;
             }
             let got = mixture.run(&mut backend(2, None), &x, &before);
-            // Activations are rounded to what is multiplied.
-            let allowed = match format {
-                Format::Bf16 => 0.01,
-                _ if format.multiplies_integers() => 0.03,
-                _ => 1e-5,
+            let allowed = if format.multiplies_integers() {
+                0.03
+            } else {
+                1e-5
             };
             let error = error(&got, &expected);
             assert!(error < allowed, "{format:?}: {error}");
+            if format == Format::Bf16 {
+                let got = mixture.run(&mut rounding(2, Isa::best()), &x, &before);
+                let error = common::error(&got, &expected);
+                assert!((1e-5..0.01).contains(&error), "rounded: {error}");
+            }
         }
     }
 }

@@ -5,7 +5,9 @@ mod common;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
-use common::{Random, backend, backends, bits, encode, error, filled, formats, part, plain_step};
+use common::{
+    Random, backend, backends, bits, encode, error, filled, formats, part, plain_step, rounding,
+};
 use half::bf16;
 use quire_kernels::cpu::{CpuBackend, Isa};
 use quire_kernels::quantize::{Bits, Grouped, Scale, Zero};
@@ -44,11 +46,7 @@ fn products_equal_a_double_precision_reference() {
             let n = 1 + random.below(150);
             let rows = 1 + random.below(20);
             let (bytes, w) = encode(format, &random.floats(n * k));
-            let mut x = random.floats(rows * k);
-            if format == Format::Bf16 {
-                // What activations are rounded to; the next test says how.
-                x = x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
-            }
+            let x = random.floats(rows * k);
             let bias = random.floats(n);
             let mut expected = Vec::new();
             for row in x.chunks(k) {
@@ -114,8 +112,8 @@ fn a_row_has_the_same_bits_alone_and_among_others_on_any_backend() {
     }
 }
 
-/// To the bit: activations rounded to bfloat16, ties to even; of every two k first the product of the second is added, then that of the first, each
-/// rounded once. (`vdpbf16ps` as Intel's manual defines it.)
+/// To the bit: of every two k first the product of the second is added, then that of the first, each rounded once. With activations rounded to bfloat16,
+/// ties to even, that is `vdpbf16ps` as Intel's manual defines it.
 #[test]
 fn bfloat16_products_are_what_the_instruction_for_them_gives() {
     let mut random = Random(15);
@@ -126,23 +124,59 @@ fn bfloat16_products_are_what_the_instruction_for_them_gives() {
         // Halfway between two: to the even one, downwards and upwards.
         x[0] = f32::from_bits(0x3f80_8000);
         x[k - 1] = f32::from_bits(0x3f81_8000);
-        let mut expected = Vec::new();
-        for x in x.chunks(k) {
-            let x: Vec<f32> = x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
-            for w in w.chunks(k) {
-                let mut sum = 0.0_f32;
-                for (x, w) in x.chunks(2).zip(w.chunks(2)) {
-                    for (x, w) in x.iter().zip(w).rev() {
-                        sum = x.mul_add(*w, sum);
+        let rounded: Vec<f32> = x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
+        let expected = |x: &[f32]| -> Vec<f32> {
+            let mut expected = Vec::new();
+            for x in x.chunks(k) {
+                for w in w.chunks(k) {
+                    let mut sum = 0.0_f32;
+                    for (x, w) in x.chunks(2).zip(w.chunks(2)) {
+                        for (x, w) in x.iter().zip(w).rev() {
+                            sum = x.mul_add(*w, sum);
+                        }
                     }
+                    expected.push(sum);
                 }
-                expected.push(sum);
+            }
+            expected
+        };
+        let available = Isa::ALL.into_iter().filter(|isa| isa.is_available());
+        for (backends, expected) in [
+            (backends(), expected(&x)),
+            (
+                available.map(|isa| rounding(2, isa)).collect(),
+                expected(&rounded),
+            ),
+        ] {
+            for mut backend in backends {
+                let got = product(&mut backend, (Format::Bf16, &bytes), (n, k), &x, None);
+                assert_eq!(bits(&got), bits(&expected), "{rows} × {k} × {n}");
             }
         }
-        for mut backend in backends() {
-            let got = product(&mut backend, (Format::Bf16, &bytes), (n, k), &x, None);
-            assert_eq!(bits(&got), bits(&expected), "{rows} × {k} × {n}");
-        }
+    }
+}
+
+#[test]
+fn only_products_with_bfloat16_weights_round_their_activations() {
+    let mut random = Random(16);
+    for format in formats() {
+        let k = format.block_size().max(32);
+        let (n, rows) = (20, 3);
+        let (bytes, _) = encode(format, &random.floats(n * k));
+        let x = random.floats(rows * k);
+        let exact = product(&mut backend(1, None), (format, &bytes), (n, k), &x, None);
+        let other = product(
+            &mut rounding(1, Isa::best()),
+            (format, &bytes),
+            (n, k),
+            &x,
+            None,
+        );
+        assert_eq!(
+            bits(&exact) == bits(&other),
+            format != Format::Bf16,
+            "{format:?}"
+        );
     }
 }
 
@@ -150,8 +184,9 @@ fn bfloat16_products_are_what_the_instruction_for_them_gives() {
 fn activations_that_are_no_numbers_stay_so_and_large_ones_become_infinite() {
     let (bytes, _) = encode(Format::Bf16, &[1.0, 0.0]);
     let finite = 3.38e38;
-    for mut backend in backends() {
-        let mut of = |x: f32| product(&mut backend, (Format::Bf16, &bytes), (2, 1), &[x], None)[0];
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let backend = &mut rounding(1, isa);
+        let mut of = |x: f32| product(backend, (Format::Bf16, &bytes), (2, 1), &[x], None)[0];
         assert!(of(f32::NAN).is_nan());
         // A number that is none by its lowest bit alone.
         assert!(of(f32::from_bits(0x7f80_0001)).is_nan());

@@ -18,6 +18,7 @@ fn on_ranks<T: Send>(of: usize, work: impl Fn(Rank, &mut CpuBackend) -> T + Sync
                     pin: false,
                     isa: None,
                     numa: Numa::Off,
+                    ..CpuOptions::default()
                 };
                 let mut backend = CpuBackend::of_rank(options, Box::new(rank)).unwrap();
                 let work = &work;

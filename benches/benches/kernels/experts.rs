@@ -102,7 +102,7 @@ impl Shape {
             // The residual stream is read and written, the normalised rows are read.
             bytes: (router_bytes + read * expert_bytes + 12 * rows * self.hidden) as f64,
             f32: routing,
-            products: Some((Operands::of(self.format), products)),
+            products: Some((Operands::of(self.format, false), products)),
         }
     }
 

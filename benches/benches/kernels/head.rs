@@ -89,7 +89,7 @@ fn logits(c: &mut Criterion, roofline: &Roofline, format: Format) {
         backend.begin(&asking(rows, asked)).expect("a valid step");
         let need = Need {
             bytes: (head_bytes + 4 * asked * (HIDDEN + VOCABULARY)) as f64,
-            products: Some((Operands::of(format), operations)),
+            products: Some((Operands::of(format, false), operations)),
             ..Need::default()
         };
         roofline.bench(&mut group, name, need, || {

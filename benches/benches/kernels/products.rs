@@ -96,7 +96,7 @@ fn product(
         let passes = if added { 2 } else { 1 };
         let need = Need {
             bytes: (bytes + 4 * rows * (passes * features + inputs)) as f64,
-            products: Some((Operands::of(format), operations as f64)),
+            products: Some((Operands::of(format, false), operations as f64)),
             ..Need::default()
         };
         roofline.bench(&mut group, rows, need, || {

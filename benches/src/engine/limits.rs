@@ -44,10 +44,10 @@ pub enum Operands {
 }
 
 impl Operands {
-    /// Of the products with weights in a format.
-    pub fn of(format: Format) -> Self {
+    /// Of the products with weights in a format; `round`: activations are rounded to bfloat16 where weights are.
+    pub fn of(format: Format, round: bool) -> Self {
         match format {
-            Format::Bf16 => Self::Bf16,
+            Format::Bf16 if round => Self::Bf16,
             _ if format.multiplies_integers() => Self::Int8,
             _ => Self::F32,
         }

@@ -52,6 +52,10 @@ pub struct Arguments {
     #[arg(long, value_name = "FORMAT")]
     quantize: Option<Quantize>,
 
+    /// Round activations to bf16 where weights are bf16
+    #[arg(long)]
+    bf16_activations: bool,
+
     /// Precision of the KV cache
     #[arg(long, value_name = "DTYPE", default_value = "f16")]
     kv_cache_dtype: KvCacheDtype,
@@ -242,6 +246,7 @@ fn measure(arguments: &Arguments, threads: usize) -> anyhow::Result<Round> {
             Quantize::Q4_0 => Format::Q4_0,
             Quantize::Tq2_0 => Format::Tq2_0,
         }),
+        bf16_activations: arguments.bf16_activations,
         kv_dtype: match arguments.kv_cache_dtype {
             KvCacheDtype::F16 => KvDtype::F16,
             KvCacheDtype::Bf16 => KvDtype::Bf16,

@@ -20,6 +20,8 @@ pub struct Setup {
     pub numa: Numa,
     /// What float weights are quantised to.
     pub quantize: Option<Format>,
+    /// Activations are rounded to bfloat16 where weights are.
+    pub bf16_activations: bool,
     /// Precision of the KV cache.
     pub kv_dtype: KvDtype,
     /// Most rows of a step.
@@ -41,6 +43,7 @@ impl Setup {
             threads: Some(self.threads),
             isa: self.isa,
             numa: self.numa,
+            bf16_activations: self.bf16_activations,
             ..CpuOptions::default()
         })?;
         let options = LoadOptions {
@@ -52,7 +55,7 @@ impl Setup {
         let stands_for_all = "model.layers.0.self_attn.o_proj.weight";
         let shape = checkpoint.tensors.shape(stands_for_all).unwrap_or_default();
         let stored = checkpoint.tensors.get(stands_for_all, shape)?.format;
-        let operands = Operands::of(self.quantize.unwrap_or(stored));
+        let operands = Operands::of(self.quantize.unwrap_or(stored), self.bf16_activations);
         let cost = Cost::of(
             decoder.config(),
             decoder.weight_bytes(),

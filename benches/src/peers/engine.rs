@@ -52,6 +52,10 @@ pub struct Arguments {
     #[arg(long, value_name = "SET")]
     isa: Option<InstructionSet>,
 
+    /// Round our activations to bf16 where weights are bf16, as llama.cpp does
+    #[arg(long)]
+    bf16_activations: bool,
+
     /// Rounds, of which the median is reported
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
@@ -222,6 +226,7 @@ fn compare(
         threads,
         isa,
         quantize: None,
+        bf16_activations: arguments.bf16_activations,
         kv_dtype: KvDtype::F16,
         rows: CHUNK,
     };

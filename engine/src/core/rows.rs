@@ -178,6 +178,7 @@ mod tests {
             pin: false,
             isa: None,
             numa: quire_kernels::cpu::Numa::Off,
+            ..CpuOptions::default()
         };
         let mut backend = CpuBackend::new(options).unwrap();
         let mut samplers: Vec<Sampler> = (0..2 * ROWS)

@@ -131,6 +131,7 @@ pub fn options(threads: usize) -> CpuOptions {
         pin: false,
         isa: None,
         numa: Numa::Off,
+        ..CpuOptions::default()
     }
 }
 

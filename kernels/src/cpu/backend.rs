@@ -31,6 +31,9 @@ pub struct CpuOptions {
     pub isa: Option<Isa>,
     /// The NUMA nodes that weights, KV cache and threads are divided among.
     pub numa: Numa,
+    /// Round activations to bfloat16 where weights are bfloat16: what most engines do, and twice as fast where the processor multiplies bfloat16
+    /// ([`Isa::Avx512Bf16`]). Otherwise they are multiplied as f32.
+    pub bf16_activations: bool,
 }
 
 impl Default for CpuOptions {
@@ -40,6 +43,7 @@ impl Default for CpuOptions {
             pin: true,
             isa: None,
             numa: Numa::Auto,
+            bf16_activations: false,
         }
     }
 }
@@ -48,6 +52,7 @@ impl Default for CpuOptions {
 pub struct CpuBackend {
     pool: Pool,
     isa: Isa,
+    bf16_activations: bool,
     step: Step,
     product_rows: Rows,
     attention: attention::Scratch,
@@ -92,6 +97,7 @@ impl CpuBackend {
         Ok(Self {
             pool: Pool::new(&topology.place(threads, options.pin)),
             isa,
+            bf16_activations: options.bf16_activations,
             step: Step::default(),
             product_rows: Rows::new()?,
             attention: attention::Scratch::new()?,
@@ -196,7 +202,7 @@ impl Backend for CpuBackend {
     }
 
     fn matrix(&self, parts: &[MatrixPart<'_>], quantize: Option<Format>) -> Result<Matrix, Error> {
-        Matrix::pack(parts, quantize, &self.pool)
+        Matrix::pack(parts, quantize, self.bf16_activations, &self.pool)
     }
 
     fn rank(&self) -> Rank {

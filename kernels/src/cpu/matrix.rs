@@ -55,6 +55,8 @@ pub(crate) struct Segment {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) format: Format,
+    /// What it is multiplied with.
+    elements: Elements,
     /// Which of the matrix's orders its columns are in, where they are sorted.
     order: Option<usize>,
     /// Bytes of a panel.
@@ -80,18 +82,21 @@ pub(crate) enum Elements {
     /// f32.
     #[default]
     Floats,
-    /// bfloat16, two k together.
+    /// f32, two k together: with weights of bfloat16.
     Pairs,
+    /// The same, rounded to bfloat16.
+    RoundedPairs,
     /// 8 bits, blocks of 32 under a scale.
     Quants,
 }
 
 impl Elements {
-    pub(crate) const ALL: [Self; 3] = [Self::Floats, Self::Pairs, Self::Quants];
+    pub(crate) const ALL: [Self; 4] = [Self::Floats, Self::Pairs, Self::RoundedPairs, Self::Quants];
 
-    /// What products with a format want.
-    fn of(format: Format) -> Self {
+    /// What products with a format want; `round`: of bfloat16, as such.
+    fn of(format: Format, round: bool) -> Self {
         match format {
+            Format::Bf16 if round => Self::RoundedPairs,
             Format::Bf16 => Self::Pairs,
             _ if format.multiplies_integers() => Self::Quants,
             _ => Self::Floats,
@@ -132,10 +137,12 @@ pub(crate) fn panel_bytes(format: Format, cols: usize) -> usize {
 }
 
 impl Matrix {
-    /// Packs the parts' rows, one part after the other, on all threads. What it returns is for the same pool.
+    /// Packs the parts' rows, one part after the other, on all threads. What it returns is for the same pool. `round`: activations are rounded to bfloat16
+    /// where weights are.
     pub(crate) fn pack(
         parts: &[MatrixPart<'_>],
         quantize: Option<Format>,
+        round: bool,
         pool: &Pool,
     ) -> Result<Self, Error> {
         let first = parts
@@ -169,7 +176,13 @@ impl Matrix {
                     orders.len() - 1
                 })
             });
-            let segment = Segment::pack(&parts[begin..end], format, order, first, pool)?;
+            let segment = Segment::pack(
+                &parts[begin..end],
+                (format, Elements::of(format, round)),
+                order,
+                first,
+                pool,
+            )?;
             first += segment.rows;
             begin = end;
             segments.push(segment);
@@ -227,7 +240,7 @@ impl Segment {
     /// Packs parts whose target format is the same.
     fn pack(
         parts: &[MatrixPart<'_>],
-        format: Format,
+        (format, elements): (Format, Elements),
         order: Option<usize>,
         first: usize,
         pool: &Pool,
@@ -263,6 +276,7 @@ impl Segment {
             rows,
             cols,
             format,
+            elements,
             order,
             panel_bytes: bytes,
             nodes,
@@ -315,7 +329,7 @@ impl Segment {
     /// What it wants of activations.
     pub(crate) fn layout(&self) -> Layout {
         Layout {
-            elements: Elements::of(self.format),
+            elements: self.elements,
             order: self.order,
         }
     }

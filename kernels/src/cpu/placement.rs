@@ -55,7 +55,7 @@ fn pack(pool: &Pool, rows: usize, cols: usize) -> Matrix {
         data: &data,
         order: None,
     };
-    Matrix::pack(&[part], None, pool).expect("it is well-formed")
+    Matrix::pack(&[part], None, false, pool).expect("it is well-formed")
 }
 
 #[test]
@@ -88,6 +88,7 @@ fn keys_and_values_are_written_first_by_their_heads_nodes_threads() {
         pin: false,
         isa: None,
         numa: Numa::Emulated(std::num::NonZero::new(2).expect("it is 2")),
+        ..CpuOptions::default()
     };
     let mut backend = CpuBackend::new(options).expect("two threads");
     let (kv_heads, d, rows) = (4, 64, 256);

@@ -66,6 +66,7 @@ pub fn backend(threads: usize, isa: Option<Isa>) -> CpuBackend {
         pin: false,
         isa,
         numa: Numa::Off,
+        bf16_activations: false,
     })
     .unwrap()
 }
@@ -77,6 +78,19 @@ pub fn on_nodes(nodes: u16, threads: usize) -> CpuBackend {
         pin: false,
         isa: None,
         numa: Numa::Emulated(NonZero::new(nodes).unwrap()),
+        bf16_activations: false,
+    })
+    .unwrap()
+}
+
+/// As [`backend`], with activations rounded to bfloat16 where weights are.
+pub fn rounding(threads: usize, isa: Isa) -> CpuBackend {
+    CpuBackend::new(CpuOptions {
+        threads: Some(threads),
+        pin: false,
+        isa: Some(isa),
+        numa: Numa::Off,
+        bf16_activations: true,
     })
     .unwrap()
 }

@@ -1,18 +1,15 @@
 //! Products with bfloat16 weights, two consecutive k at a time.
 //!
-//! Activations are rounded to bfloat16, as they are where such models are trained, so that a product of two elements is exact in f32. Both products of a
-//! pair are added to the sum in turn, the second first, each rounded once: that is what `vdpbf16ps` does (Intel's manual, volume 2; and measured on an AMD
-//! Zen 5), at twice the speed of multiply-adds. Where there is no such instruction two multiply-adds give the same bits. (But for sums below 2^-126, which
-//! are zero to the instruction.)
+//! Both products of a pair are added to the sum in turn, the second first, each rounded once. With activations rounded to bfloat16 that is what `vdpbf16ps`
+//! does (Intel's manual, volume 2; and measured on an AMD Zen 5), at twice the speed of multiply-adds. Where there is no such instruction two multiply-adds
+//! give the same bits. (But for sums below 2^-126, which are zero to the instruction.) Activations that are not rounded are multiplied the same way as f32.
 //!
 //! A panel has `[k/2][PANEL][2]` weights. Activations lie in blocks of 32 k of each row of a tile, `[rows / T][k / 32][T][32]`, so that a block is written as
-//! it is read, and a tile finds its rows at constant distances: bfloat16 where they are multiplied as such, f32 of the same values elsewhere. Zeroes fill the
-//! last block.
+//! it is read, and a tile finds its rows at constant distances: bfloat16 where they are multiplied as such, f32 elsewhere. Zeroes fill the last block.
 
-#[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{__m512, __m512bh, _mm512_dpbf16_ps};
 use std::hint::black_box;
 
+use super::super::matrix::Elements;
 use super::super::memory::Shared;
 #[cfg(target_arch = "x86_64")]
 use super::super::simd::Avx512;
@@ -165,7 +162,10 @@ pub(super) fn bf16(share: &Share<'_>, isa: Isa) {
         unsafe { panels::<Widened, S>(share) };
     }
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512Bf16 {
+    if takes_pairs(
+        share.segment.layout().elements == Elements::RoundedPairs,
+        isa,
+    ) {
         #[target_feature(
             enable = "avx2,fma,f16c,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16"
         )]
@@ -179,35 +179,58 @@ pub(super) fn bf16(share: &Share<'_>, isa: Isa) {
     dispatch!(isa, widened(share: &Share<'_>));
 }
 
-/// Rounds rows `x` [rows, k] to the tile of `interleave` rows that begins at row `at`.
+/// Whether an instruction takes pairs of activations as they are, two in a word.
+fn takes_pairs(round: bool, isa: Isa) -> bool {
+    round && isa == Isa::Avx512Bf16
+}
+
+/// Brings rows `x` [rows, k], rounded or not, to the tile of `interleave` rows that begins at row `at`.
 ///
 /// # Safety
 /// Nobody else has this tile, and there is room for it.
 pub(super) unsafe fn lay_out(
     x: &[f32],
     k: usize,
+    round: bool,
     floats: Shared<f32>,
     at: usize,
     interleave: usize,
     isa: Isa,
 ) {
-    let together = isa == Isa::Avx512Bf16;
+    let together = takes_pairs(round, isa);
+    let as_what = match (round, together) {
+        (false, _) => As::Floats,
+        (true, false) => As::Rounded,
+        (true, true) => As::Pairs,
+    };
     let words = padded(k) / if together { 2 } else { 1 };
     // SAFETY: the caller's promise.
     let out = unsafe { floats.range(at * words, interleave * words) };
-    dispatch!(isa, round_rows(x: &[f32], k: usize, together: bool, interleave: usize, out: &mut [f32]));
+    dispatch!(isa, lay_out_rows(x: &[f32], k: usize, as_what: As, interleave: usize, out: &mut [f32]));
 }
 
-/// The body of [`lay_out`]; `together`: two elements in a word.
+/// What activations are laid out as.
+#[derive(Clone, Copy)]
+enum As {
+    Floats,
+    Rounded,
+    /// Two rounded ones in a word.
+    Pairs,
+}
+
+/// The body of [`lay_out`].
 #[inline(always)]
-unsafe fn round_rows<S: Simd>(
+unsafe fn lay_out_rows<S: Simd>(
     x: &[f32],
     k: usize,
-    together: bool,
+    as_what: As,
     interleave: usize,
     out: &mut [f32],
 ) {
-    let words = if together { PAIRS } else { TOGETHER };
+    let words = match as_what {
+        As::Floats | As::Rounded => TOGETHER,
+        As::Pairs => PAIRS,
+    };
     for (t, x) in x.chunks_exact(k).enumerate() {
         let out = out.chunks_exact_mut(words).skip(t).step_by(interleave);
         for (x, out) in x.chunks(TOGETHER).zip(out) {
@@ -216,13 +239,17 @@ unsafe fn round_rows<S: Simd>(
                 filled[..x.len()].copy_from_slice(x);
                 &filled
             });
-            if together {
-                for (out, pair) in out.iter_mut().zip(x.as_chunks::<2>().0) {
-                    *out = f32::from_bits(rounded(pair[1]) | rounded(pair[0]) >> 16);
+            match as_what {
+                As::Floats => out.copy_from_slice(x),
+                As::Rounded => {
+                    for (out, &x) in out.iter_mut().zip(x) {
+                        *out = f32::from_bits(rounded(x));
+                    }
                 }
-            } else {
-                for (out, &x) in out.iter_mut().zip(x) {
-                    *out = f32::from_bits(rounded(x));
+                As::Pairs => {
+                    for (out, pair) in out.iter_mut().zip(x.as_chunks::<2>().0) {
+                        *out = f32::from_bits(rounded(pair[1]) | rounded(pair[0]) >> 16);
+                    }
                 }
             }
         }

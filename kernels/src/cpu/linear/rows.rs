@@ -99,7 +99,7 @@ pub(super) fn interleave(rows: usize, elements: Elements, isa: Isa) -> usize {
     match (rows, elements) {
         (1, _) => 1,
         (_, Elements::Quants) => TILE_ROWS,
-        (_, Elements::Floats | Elements::Pairs) => isa.float_rows(),
+        _ => isa.float_rows(),
     }
 }
 
@@ -125,7 +125,9 @@ impl Rows {
                 self.first_sums.reserve(padded * blocks, what)?;
                 self.scaled_sums.reserve(padded * blocks, what)
             }
-            Elements::Pairs => self.floats.reserve(padded * pairs::padded(k), what),
+            Elements::Pairs | Elements::RoundedPairs => {
+                self.floats.reserve(padded * pairs::padded(k), what)
+            }
             Elements::Floats => self.floats.reserve(padded * k, what),
         }
     }
@@ -206,9 +208,10 @@ impl Target {
         isa: Isa,
     ) {
         let k = self.k;
-        if self.elements == Elements::Pairs {
+        let round = self.elements == Elements::RoundedPairs;
+        if round || self.elements == Elements::Pairs {
             // SAFETY: the caller's promise.
-            unsafe { pairs::lay_out(x, k, self.floats, at, interleave, isa) };
+            unsafe { pairs::lay_out(x, k, round, self.floats, at, interleave, isa) };
         } else if self.elements == Elements::Quants {
             let blocks = k / BLOCK;
             // SAFETY: the caller's promise.
