@@ -7,6 +7,8 @@
 //! A panel has `[k/2][PANEL][2]` weights. Activations lie in blocks of 32 k of each row of a tile, `[rows / T][k / 32][T][32]`, so that a block is written as
 //! it is read, and a tile finds its rows at constant distances: bfloat16 where they are multiplied as such, f32 elsewhere. Zeroes fill the last block.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{__m512, __m512bh, _mm512_dpbf16_ps};
 use std::hint::black_box;
 
 use super::super::matrix::Elements;
