@@ -11,6 +11,7 @@
 use std::arch::x86_64::{__m512, __m512bh, _mm512_dpbf16_ps};
 use std::hint::black_box;
 
+#[cfg(target_arch = "x86_64")]
 use super::super::matrix::Elements;
 use super::super::memory::Shared;
 #[cfg(target_arch = "x86_64")]
