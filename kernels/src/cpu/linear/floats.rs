@@ -156,6 +156,7 @@ unsafe fn float_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
                 x = x.add(stride);
             }
         }
+        // Behind a black box: sums that are read in a loop, as they are stored, compilers keep in memory all along, a store for every product.
         store::<S, P, T>(share, panel, row, &black_box(sums));
     }
 }

@@ -145,6 +145,7 @@ unsafe fn pair_tile<M: Multiply<S>, S: Simd, const P: usize, const T: usize>(
                 x = x.add(block - M::PRODUCTS * PAIRS);
             }
         }
+        // Behind a black box: sums that are read in a loop, as they are stored, compilers keep in memory all along, a store for every product.
         store::<S, P, T>(share, panel, row, &black_box(sums));
     }
 }
