@@ -338,7 +338,7 @@ trait Tile: Unpack {
     );
 }
 
-/// Walks a share: single rows a panel at a time, others in the tiles they are laid out for.
+/// Walks a share: a few rows a panel at a time, others in the tiles they are laid out for.
 ///
 /// # Safety
 /// The processor has the instructions of `S`, and the share's rows are laid out for it.
