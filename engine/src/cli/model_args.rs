@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use quire_kernels::cpu::{CpuOptions, Numa};
+use quire_kernels::cpu::{CpuOptions, Isa, Numa};
 use quire_kernels::{Format, KvDtype};
 use quire_scheduler::Policy;
 
@@ -294,6 +294,13 @@ impl ModelArgs {
             seconds = took.as_secs_f64(),
             "model loaded"
         );
+        // The device says what it computes with.
+        let multiplies_bf16 = model.device.contains(Isa::Avx512Bf16.name());
+        if multiplies_bf16 && model.dtype == "bf16" && !self.bf16_activations {
+            tracing::info!(
+                "this processor multiplies bf16: with --bf16-activations prompts are read about twice as fast, a little less exactly"
+            );
+        }
         Ok(engine)
     }
 }
