@@ -15,7 +15,8 @@ use std::f32::consts::LOG2_E;
 
 use span::{Batch, Element, KeysAndValues, SPAN, TILES, pass};
 
-use super::kv::{Bf16, KvCache, SCALE, TILE};
+use super::bf16::Bf16;
+use super::kv::{KvCache, SCALE, TILE};
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
 use super::simd::{Isa, Simd, dispatch};

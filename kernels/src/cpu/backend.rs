@@ -9,6 +9,7 @@ use super::matrix::Matrix;
 use super::memory::{Buffer, Shared};
 use super::moe::{self, Mixture};
 use super::numa::Numa;
+use super::options::CpuOptions;
 use super::pool::Pool;
 use super::ranked::Ranked;
 use super::simd::{Isa, dispatch};
@@ -18,35 +19,6 @@ use crate::{
     Activation, AttentionShape, Backend, Collective, Error, Experts, Format, KvDtype, KvLayer,
     KvShape, LogitsRule, MatrixPart, Norm, QkvLayer, Rank, Rotary, Shard, Step,
 };
-
-/// How a [`CpuBackend`] is made.
-#[derive(Debug, Clone, Copy)]
-pub struct CpuOptions {
-    /// Threads that compute; `None`: the cores this process may use.
-    pub threads: Option<usize>,
-    /// Keep threads on their NUMA node, and on a core of their own if they are as many as there are. Right for a server, wrong for many backends in
-    /// one process.
-    pub pin: bool,
-    /// The instruction set; `None`: the best there is.
-    pub isa: Option<Isa>,
-    /// The NUMA nodes that weights, KV cache and threads are divided among.
-    pub numa: Numa,
-    /// Round activations to bfloat16 where weights are bfloat16: what most engines do, and twice as fast where the processor multiplies bfloat16
-    /// ([`Isa::Avx512Bf16`]). Otherwise they are multiplied as f32.
-    pub bf16_activations: bool,
-}
-
-impl Default for CpuOptions {
-    fn default() -> Self {
-        Self {
-            threads: None,
-            pin: true,
-            isa: None,
-            numa: Numa::Auto,
-            bf16_activations: false,
-        }
-    }
-}
 
 /// Runs decoders on the CPU.
 pub struct CpuBackend {

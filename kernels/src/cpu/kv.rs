@@ -12,6 +12,7 @@
 
 use std::ops::Range;
 
+use super::bf16::Bf16;
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
 use super::simd::{LANES, Simd};
@@ -299,27 +300,6 @@ impl Number for f32 {}
 impl Number for u16 {}
 impl Number for i8 {}
 impl Number for Bf16 {}
-
-/// The bits of a bfloat16.
-#[derive(Clone, Copy)]
-#[repr(transparent)]
-pub(crate) struct Bf16(u16);
-
-impl Bf16 {
-    /// The nearest, ties to even.
-    #[inline(always)]
-    fn of(x: f32) -> Self {
-        let bits = x.to_bits();
-        // Rounding must not carry a NaN's bits into those of infinity.
-        let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
-        Self(if x.is_nan() { 0x7fc0 } else { rounded })
-    }
-
-    #[inline(always)]
-    pub fn widen(self) -> f32 {
-        f32::from_bits(u32::from(self.0) << 16)
-    }
-}
 
 /// Puts elements of one position among those of the others: every sixteenth.
 #[inline(always)]

@@ -15,6 +15,7 @@
 
 mod attention;
 mod backend;
+mod bf16;
 mod buffers;
 mod elementwise;
 mod groups;
@@ -24,6 +25,7 @@ mod matrix;
 mod memory;
 mod moe;
 mod numa;
+mod options;
 #[cfg(all(test, target_os = "linux"))]
 mod placement;
 mod planes;
@@ -33,9 +35,10 @@ pub mod rows;
 mod simd;
 pub(crate) mod topology;
 
-pub use backend::{CpuBackend, CpuOptions};
+pub use backend::CpuBackend;
 pub use buffers::{Activations, Vector};
 pub use kv::KvCache;
 pub use matrix::Matrix;
 pub use numa::Numa;
+pub use options::CpuOptions;
 pub use simd::Isa;

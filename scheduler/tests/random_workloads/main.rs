@@ -3,6 +3,7 @@
 //! Half of the configurations plan ahead: a step is completed before its tokens are known, the next one is planned, and then the tokens come.
 #![allow(clippy::unwrap_used)]
 
+mod random;
 mod world;
 
 use std::hash::Hasher;

@@ -8,31 +8,11 @@
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash};
 
+use super::random::Random;
 use quire_scheduler::{
     AddError, BlockId, Config, KvEvent, NewSequence, Pace, PageGroup, Policy, Sampled, Scheduler,
     SeqId, Time, TokenId,
 };
-
-/// SplitMix64 (Steele et al. 2014).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    fn chance(&mut self, one_in: u64) -> bool {
-        self.below(one_in) == 0
-    }
-}
 
 /// Identifies a prefix, salt included: equal prefixes have equal names, and nothing else in a test's lifetime does.
 fn extend(prefix: u64, token: TokenId) -> u64 {

@@ -5,7 +5,8 @@
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
-use super::super::kv::{Bf16, TILE};
+use super::super::bf16::Bf16;
+use super::super::kv::TILE;
 use super::super::simd::{LANES, Simd, exp2, largest, sum, vexp2, vtanh};
 use super::Queries;
 use crate::{AttentionShape, KvDtype};

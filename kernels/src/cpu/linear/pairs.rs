@@ -11,6 +11,7 @@
 use std::arch::x86_64::{__m512, __m512bh, _mm512_dpbf16_ps};
 use std::hint::black_box;
 
+use super::super::bf16::Bf16;
 #[cfg(target_arch = "x86_64")]
 use super::super::matrix::Elements;
 use super::super::memory::Shared;
@@ -247,28 +248,16 @@ unsafe fn lay_out_rows<S: Simd>(
                 As::Floats => out.copy_from_slice(x),
                 As::Rounded => {
                     for (out, &x) in out.iter_mut().zip(x) {
-                        *out = f32::from_bits(rounded(x));
+                        *out = Bf16::of(x).widen();
                     }
                 }
                 As::Pairs => {
                     for (out, pair) in out.iter_mut().zip(x.as_chunks::<2>().0) {
-                        *out = f32::from_bits(rounded(pair[1]) | rounded(pair[0]) >> 16);
+                        let [even, odd] = pair.map(|x| u32::from(Bf16::of(x).bits()));
+                        *out = f32::from_bits(odd << 16 | even);
                     }
                 }
             }
         }
     }
-}
-
-/// The bits of `x` rounded to bfloat16, ties to even, as f32.
-#[inline(always)]
-fn rounded(x: f32) -> u32 {
-    let bits = x.to_bits();
-    // A number that is none must not become infinite for want of the bits that say so.
-    let bits = if x.is_nan() {
-        bits | 0x0040_0000
-    } else {
-        bits + 0x7fff + (bits >> 16 & 1)
-    };
-    bits & 0xffff_0000
 }
