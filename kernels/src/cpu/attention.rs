@@ -270,12 +270,22 @@ unsafe fn one_head<S: Simd, E: Element>(
             let next = if batch.leads { next.as_ref() } else { None };
             let (shape, own) = (&a.shape, &mut own);
             unsafe {
+                // Conditions of constants rule out what is not to be compiled.
                 match n {
                     1 => pass::<S, E, 1>(shape, &span, next, &batch, own),
                     2 => pass::<S, E, 2>(shape, &span, next, &batch, own),
-                    4 => pass::<S, E, 4>(shape, &span, next, &batch, own),
-                    6 if S::QUERIES == 6 => pass::<S, E, 6>(shape, &span, next, &batch, own),
-                    _ => pass::<S, E, 8>(shape, &span, next, &batch, own),
+                    4 if const { S::QUERIES >= 4 } => {
+                        pass::<S, E, 4>(shape, &span, next, &batch, own);
+                    }
+                    6 if const { S::QUERIES == 6 } => {
+                        pass::<S, E, 6>(shape, &span, next, &batch, own);
+                    }
+                    8 if const { S::QUERIES == 8 } => {
+                        pass::<S, E, 8>(shape, &span, next, &batch, own);
+                    }
+                    _ => unreachable!(
+                        "as many queries as the instruction set takes, or a power of two below"
+                    ),
                 }
             }
             query += n;

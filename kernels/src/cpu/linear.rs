@@ -338,7 +338,7 @@ trait Tile: Unpack {
     );
 }
 
-/// Walks a share: a few rows a panel at a time, others in the tiles they are laid out for.
+/// Walks a share: a few rows a panel at a time, others as many panels at a time as the instruction set likes.
 ///
 /// # Safety
 /// The processor has the instructions of `S`, and the share's rows are laid out for it.
@@ -347,24 +347,15 @@ trait Tile: Unpack {
 unsafe fn panels<K: Tile, S: Simd>(share: &Share<'_>, format: K::Format) {
     unsafe {
         let rows = share.linear.rows;
-        if rows <= FEW_ROWS {
-            for panel in share.first..share.last {
-                let next = &mut Next::none();
-                match rows {
-                    1 => K::tile::<S, 1, 1>(share, format, panel, 0, next),
-                    2 => K::tile::<S, 1, 2>(share, format, panel, 0, next),
-                    _ => K::tile::<S, 1, TILE_ROWS>(share, format, panel, 0, next),
-                }
-            }
-            return;
-        }
+        // Tiles are compiled once for each number of panels, so that few rows go through the same code as what is left of many.
+        let side_by_side = S::QUANT_PANELS == 2 && rows > FEW_ROWS;
         let cached = share.cached_rows(share.segment.cols);
         let mut begin = 0;
         while begin < rows {
             let end = (begin + cached).min(rows);
             let mut panel = share.first;
             while panel < share.last {
-                if S::QUANT_PANELS == 2 && share.last - panel >= 2 {
+                if const { S::QUANT_PANELS == 2 } && side_by_side && share.last - panel >= 2 {
                     rows_of::<K, S, 2>(share, format, panel, begin..end);
                     panel += 2;
                 } else {
@@ -391,22 +382,29 @@ unsafe fn rows_of<K: Tile, S: Simd, const P: usize>(
 ) {
     unsafe {
         let apart = unpacked::worthwhile::<K, S>(rows.len());
-        let tiles = rows.len().div_ceil(TILE_ROWS);
-        let next = &mut Next::new(share, panel + P, P, tiles);
-        if apart {
+        let next = &mut if share.linear.rows <= FEW_ROWS {
+            Next::none()
+        } else {
+            Next::new(share, panel + P, P, rows.len().div_ceil(TILE_ROWS))
+        };
+        if const { S::VECTORS } && apart {
             unpacked::unpack::<K, S, P>(share, format, panel);
         }
+        // Conditions of constants come first: what they rule out is not compiled.
         for row in rows.clone().step_by(TILE_ROWS) {
             match rows.end - row {
-                _ if apart => {
+                _ if const { S::VECTORS } && apart => {
                     unpacked::tile::<K, S, P, TILE_ROWS, true>(share, format, panel, row, next);
                 }
-                3.. if P > 1 => {
+                3.. if const { P > 1 } => {
                     unpacked::tile::<K, S, P, TILE_ROWS, false>(share, format, panel, row, next);
                 }
                 1 => K::tile::<S, P, 1>(share, format, panel, row, next),
-                2 => K::tile::<S, P, 2>(share, format, panel, row, next),
-                _ => K::tile::<S, P, TILE_ROWS>(share, format, panel, row, next),
+                2 if const { S::VECTORS } => K::tile::<S, P, 2>(share, format, panel, row, next),
+                _ if const { P == 1 } => {
+                    K::tile::<S, P, TILE_ROWS>(share, format, panel, row, next);
+                }
+                _ => unreachable!("two panels have tiles for any number of rows"),
             }
         }
     }

@@ -112,36 +112,39 @@ pub(super) unsafe fn pass<S: Simd, E: Element, const N: usize>(
         }
         let (maxima, sums) = (&mut own.maxima[these.clone()], &mut own.sums[these]);
         let kept = soften::<S, E, N>(&mut scores, span, batch, shape, maxima, sums);
-        let shrink: [f32; N] = std::array::from_fn(|n| kept[n]);
+        let mut rest: [f32; N] = std::array::from_fn(|n| kept[n]);
         // Positions that all see; before and after them, for each query alone, those that it sees and others do not.
-        if from < least {
-            let mut rest = shrink;
-            for n in 0..N {
-                let own = batch.from(n)..from;
-                if !own.is_empty() {
-                    Weighed::one(&scores, &out, n, rest[n], span, d).add::<S>(own);
-                    rest[n] = 1.0;
-                }
-            }
-            let all = Weighed {
-                weights: std::array::from_fn(|n| scores[n].as_ptr()),
-                shrink: rest,
-                out,
-                span,
-                next,
-                d,
-            };
-            all.add::<S>(from..least);
-            for n in 0..N {
-                let own = least..batch.valid(n);
-                if !own.is_empty() {
-                    Weighed::one(&scores, &out, n, 1.0, span, d).add::<S>(own);
-                }
-            }
+        let all = if from < least {
+            from..least
         } else {
-            for n in 0..N {
-                let own = batch.from(n)..batch.valid(n);
-                Weighed::one(&scores, &out, n, shrink[n], span, d).add::<S>(own);
+            SPAN..SPAN
+        };
+        // (One loop for before and after: what is called is compiled into its place.)
+        for after in [false, true] {
+            if N > 1 {
+                for n in 0..N {
+                    let own = if after {
+                        all.end..batch.valid(n)
+                    } else {
+                        batch.from(n)..batch.valid(n).min(all.start)
+                    };
+                    if !own.is_empty() {
+                        Weighed::one(&scores, &out, n, rest[n], span, d).add::<S>(own);
+                        rest[n] = 1.0;
+                    }
+                }
+            }
+            if !after {
+                let weighed = Weighed {
+                    weights: std::array::from_fn(|n| scores[n].as_ptr()),
+                    shrink: rest,
+                    out,
+                    span,
+                    next,
+                    d,
+                };
+                weighed.add::<S>(all.clone());
+                rest = [1.0; N];
             }
         }
     }

@@ -30,6 +30,7 @@ macro_rules! walk {
             return;
         }
         let cached = $share.cached_rows($bytes);
+        // Conditions of constants rule out what is not to be compiled.
         let mut begin = 0;
         while begin < rows {
             let end = (begin + cached).min(rows);
@@ -40,26 +41,36 @@ macro_rules! walk {
                 let mut row = begin;
                 while row < end {
                     match ((end - row).min($rows), several) {
-                        (1, true) => $body::<$format, S, 2, 1>($share, panel, row),
+                        (1, true) if const { $panels > 1 } => {
+                            $body::<$format, S, 2, 1>($share, panel, row);
+                        }
                         (1, false) => $body::<$format, S, 1, 1>($share, panel, row),
-                        (2, true) => $body::<$format, S, 2, 2>($share, panel, row),
+                        (2, true) if const { $panels > 1 } => {
+                            $body::<$format, S, 2, 2>($share, panel, row);
+                        }
                         (2, false) => $body::<$format, S, 1, 2>($share, panel, row),
-                        (3 | 4, true) => $body::<$format, S, 2, 4>($share, panel, row),
+                        (3 | 4, true) if const { $panels > 1 } => {
+                            $body::<$format, S, 2, 4>($share, panel, row);
+                        }
                         (3 | 4, false) => $body::<$format, S, 1, 4>($share, panel, row),
-                        (5 | 6, true) if $rows >= 6 => {
-                            $body::<$format, S, 2, 6>($share, panel, row)
+                        (5 | 6, true) if const { $panels > 1 && $rows >= 6 } => {
+                            $body::<$format, S, 2, 6>($share, panel, row);
                         }
-                        (5 | 6, false) if $rows >= 6 => {
-                            $body::<$format, S, 1, 6>($share, panel, row)
+                        (5 | 6, false) if const { $rows >= 6 } => {
+                            $body::<$format, S, 1, 6>($share, panel, row);
                         }
-                        (7 | 8, true) if $rows >= 8 => {
-                            $body::<$format, S, 2, 8>($share, panel, row)
+                        (7 | 8, true) if const { $panels > 1 && $rows >= 8 } => {
+                            $body::<$format, S, 2, 8>($share, panel, row);
                         }
-                        (7 | 8, false) if $rows >= 8 => {
-                            $body::<$format, S, 1, 8>($share, panel, row)
+                        (7 | 8, false) if const { $rows >= 8 } => {
+                            $body::<$format, S, 1, 8>($share, panel, row);
                         }
-                        (_, true) if $rows >= 12 => $body::<$format, S, 2, 12>($share, panel, row),
-                        (_, false) if $rows >= 12 => $body::<$format, S, 1, 12>($share, panel, row),
+                        (_, true) if const { $panels > 1 && $rows >= 12 } => {
+                            $body::<$format, S, 2, 12>($share, panel, row);
+                        }
+                        (_, false) if const { $rows >= 12 } => {
+                            $body::<$format, S, 1, 12>($share, panel, row);
+                        }
                         _ => unreachable!("tiles have 4, 6, 8 or 12 rows"),
                     }
                     row += $rows;
@@ -183,7 +194,7 @@ macro_rules! kernels {
                 let bytes = 4 * share.linear.matrix.cols;
                 // SAFETY: panels hold their elements as the format says; the rest is the caller's promise.
                 unsafe {
-                    walk!(share, float_tile, $format, bytes, 3 - S::HALVES, S::FLOAT_ROWS);
+                    walk!(share, float_tile, $format, bytes, S::FLOAT_PANELS, S::FLOAT_ROWS);
                 }
             }
             dispatch!(isa, panels(share: &Share<'_>));

@@ -7,7 +7,7 @@
 //! The tile reads packed panels, too ([`Source`]): that is how several panels are multiplied at once where taking them apart gains nothing. The formats' own
 //! tiles ([`super::Tile`]) are for a row or a few, where other things matter: chains that hide latencies, prefetching.
 
-use super::super::simd::{PANEL, QUAD, Simd};
+use super::super::simd::{self, PANEL, QUAD, Simd};
 use super::{Activations, Next, Share, TILE_ROWS, store};
 use crate::quantize::BLOCK;
 
@@ -90,16 +90,20 @@ pub(super) const fn bytes(k: usize) -> usize {
     PANELS * (k / BLOCK) * MOST
 }
 
-/// Whether `rows` rows are worth taking panels apart for.
+/// Whether `rows` rows are worth taking panels apart for. (Thresholds are measured: benches/NOTES.md.)
 #[inline(always)]
 pub(super) fn worthwhile<U: Unpack, S: Simd>(rows: usize) -> bool {
-    // With products of bytes in one instruction, what takes nibbles apart hides behind them.
-    let gains = if S::PAIRS {
-        rows > TILE_ROWS * if U::COSTLY { 1 } else { 2 }
+    let least = if S::PAIRS {
+        TILE_ROWS * if U::COSTLY { 1 } else { 2 } + 1
     } else {
-        rows >= 6 * TILE_ROWS && U::COSTLY
+        // With products of bytes in one instruction, what takes nibbles apart hides behind them, where there are units for both.
+        match (U::COSTLY, S::HALVES == 1 && simd::shares_units()) {
+            (true, true) => 2 * TILE_ROWS + 1,
+            (true, false) | (false, true) => 6 * TILE_ROWS,
+            (false, false) => return false,
+        }
     };
-    gains && (!U::BYTES || S::SIGNED)
+    S::VECTORS && rows >= least && (!U::BYTES || S::SIGNED)
 }
 
 /// Whether its codes need all eight bits and are kept as signed bytes and magnitudes.

@@ -122,6 +122,27 @@ impl Isa {
     }
 }
 
+/// Whether shifting and masking vectors of 512 bits takes turns with multiplying them: on Intel's processors the same two units do both, on AMD's four
+/// units share the work.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn shares_units() -> bool {
+    static SHARES: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    // (Under a hypervisor the instruction takes microseconds: once.)
+    *SHARES.get_or_init(|| {
+        let vendor = std::arch::x86_64::__cpuid(0);
+        [vendor.ebx, vendor.edx, vendor.ecx]
+            .map(u32::to_le_bytes)
+            .as_flattened()
+            == b"GenuineIntel"
+    })
+}
+
+/// See that of x86.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn shares_units() -> bool {
+    false
+}
+
 /// The arithmetic of one instruction set.
 ///
 /// # Safety
@@ -149,6 +170,8 @@ pub(crate) trait Simd: Copy {
     const HALVES: usize = PANEL / Self::WIDE;
     /// Activation rows multiplied at once by float kernels, as the registers allow.
     const FLOAT_ROWS: usize;
+    /// Panels that they multiply several rows with at once: two vectors.
+    const FLOAT_PANELS: usize = if Self::VECTORS { 3 - Self::HALVES } else { 1 };
     /// Panels that integer kernels multiply several rows with at once: 1 or 2. More share what is read of the activations.
     const QUANT_PANELS: usize = 1;
     /// Products of bytes are added up in 16 bits first ([`Simd::P`]).
