@@ -107,7 +107,7 @@ pub(super) struct ModelArgs {
     #[arg(long, env = "QUIRE_QUANTIZE", value_name = "FORMAT")]
     pub quantize: Option<Quantize>,
 
-    /// Round activations to bf16 where weights are bf16, as in training, on GPUs and in other engines: up to twice as fast on a CPU that multiplies bf16
+    /// Round activations to bf16 where weights are bf16, as in training, on GPUs and in other engines: up to twice as fast on an AMD CPU that multiplies bf16
     /// (AVX-512 BF16), a little less exact. A GPU always does
     #[arg(long, env = "QUIRE_BF16_ACTIVATIONS", value_parser = clap::builder::BoolishValueParser::new())]
     pub bf16_activations: bool,

@@ -7,7 +7,7 @@
 //! The tile reads packed panels, too ([`Source`]): that is how several panels are multiplied at once where taking them apart gains nothing. The formats' own
 //! tiles ([`super::Tile`]) are for a row or a few, where other things matter: chains that hide latencies, prefetching.
 
-use super::super::simd::{self, PANEL, QUAD, Simd};
+use super::super::simd::{PANEL, QUAD, Simd, maker};
 use super::{Activations, Next, Share, TILE_ROWS, store};
 use crate::quantize::BLOCK;
 
@@ -97,7 +97,7 @@ pub(super) fn worthwhile<U: Unpack, S: Simd>(rows: usize) -> bool {
         TILE_ROWS * if U::COSTLY { 1 } else { 2 } + 1
     } else {
         // With products of bytes in one instruction, what takes nibbles apart hides behind them, where there are units for both.
-        match (U::COSTLY, S::HALVES == 1 && simd::shares_units()) {
+        match (U::COSTLY, S::HALVES == 1 && maker::shares_units()) {
             (true, true) => 2 * TILE_ROWS + 1,
             (true, false) | (false, true) => 6 * TILE_ROWS,
             (false, false) => return false,

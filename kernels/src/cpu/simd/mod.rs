@@ -11,6 +11,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod maker;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
@@ -63,11 +64,12 @@ impl Isa {
         Self::Scalar,
     ];
 
-    /// The best this processor has.
+    /// The fastest this processor has.
     pub fn best() -> Self {
+        let pays = |isa| isa != Self::Avx512Bf16 || maker::bf16_products_pay();
         Self::ALL
             .into_iter()
-            .find(|isa| isa.is_available())
+            .find(|&isa| isa.is_available() && pays(isa))
             .unwrap_or(Self::Scalar)
     }
 
@@ -120,27 +122,6 @@ impl Isa {
             Self::NeonDotprod => "NEON+dotprod",
         }
     }
-}
-
-/// Whether shifting and masking vectors of 512 bits takes turns with multiplying them: on Intel's processors the same two units do both, on AMD's four
-/// units share the work.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn shares_units() -> bool {
-    static SHARES: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    // (Under a hypervisor the instruction takes microseconds: once.)
-    *SHARES.get_or_init(|| {
-        let vendor = std::arch::x86_64::__cpuid(0);
-        [vendor.ebx, vendor.edx, vendor.ecx]
-            .map(u32::to_le_bytes)
-            .as_flattened()
-            == b"GenuineIntel"
-    })
-}
-
-/// See that of x86.
-#[cfg(not(target_arch = "x86_64"))]
-pub(crate) fn shares_units() -> bool {
-    false
 }
 
 /// The arithmetic of one instruction set.
