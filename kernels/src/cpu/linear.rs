@@ -348,7 +348,7 @@ unsafe fn panels<K: Tile, S: Simd>(share: &Share<'_>, format: K::Format) {
     unsafe {
         let rows = share.linear.rows;
         // Tiles are compiled once for each number of panels, so that few rows go through the same code as what is left of many.
-        let side_by_side = S::QUANT_PANELS == 2 && rows > FEW_ROWS;
+        let side_by_side = rows > FEW_ROWS;
         let cached = share.cached_rows(share.segment.cols);
         let mut begin = 0;
         while begin < rows {

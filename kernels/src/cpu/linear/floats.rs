@@ -30,7 +30,6 @@ macro_rules! walk {
             return;
         }
         let cached = $share.cached_rows($bytes);
-        // Conditions of constants rule out what is not to be compiled.
         let mut begin = 0;
         while begin < rows {
             let end = (begin + cached).min(rows);
@@ -40,6 +39,7 @@ macro_rules! walk {
                 let after = panel + 1 + usize::from(several);
                 let mut row = begin;
                 while row < end {
+                    // Conditions of constants rule out what is not to be compiled.
                     match ((end - row).min($rows), several) {
                         (1, true) if const { $panels > 1 } => {
                             $body::<$format, S, 2, 1>($share, panel, row);

@@ -103,7 +103,7 @@ pub(super) fn worthwhile<U: Unpack, S: Simd>(rows: usize) -> bool {
             (false, false) => return false,
         }
     };
-    S::VECTORS && rows >= least && (!U::BYTES || S::SIGNED)
+    rows >= least && (!U::BYTES || S::SIGNED)
 }
 
 /// Whether its codes need all eight bits and are kept as signed bytes and magnitudes.
