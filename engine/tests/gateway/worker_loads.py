@@ -38,7 +38,8 @@ def under_load_all_say_what_runs_and_waits(start) -> None:
     readers = [threading.Thread(target=_drain, args=(stream,), daemon=True) for stream in streams]
     for reader in readers:
         reader.start()
-    expect.within(10, lambda: client.load().num_waiting_reqs == WAITING, "the rest waits")
+    # Both: while requests arrive, five wait for a moment and none runs.
+    expect.within(10, lambda: _counts(client.load()) == (RUNNING, WAITING), "all places are taken and the rest waits")
     for _ in range(20):
         # Sequences only grow meanwhile: what is between two readings of /metrics agrees with them.
         before = server.metrics()
@@ -74,6 +75,10 @@ def a_stream_shows_signs_of_life(server: Server) -> None:
     samples = [first.load.sample, *(beat.load.sample for beat in beats)]
     expect.equal(samples, sorted(set(samples)))
     events.cancel()
+
+
+def _counts(load) -> tuple[int, int]:
+    return load.num_running_reqs, load.num_waiting_reqs
 
 
 def _pushed(client: VllmClient, alone: bool = False):
