@@ -99,7 +99,13 @@ fn products_with_columns_of_every_format_add_up_to_the_product() {
                 let expected: Vec<f64> =
                     expected.as_slice().iter().map(|&v| f64::from(v)).collect();
                 let error = error(got, &expected);
-                assert!(error < 1e-5, "{format:?}: {error}");
+                // What activations are rounded to 8 bits with is a multiple of the unit of the part that a rank has.
+                let allowed = if format.multiplies_integers() {
+                    1e-3
+                } else {
+                    1e-5
+                };
+                assert!(error < allowed, "{format:?}: {error}");
             }
             assert_eq!(
                 rank.each_ref().map(|y| bits(y)),

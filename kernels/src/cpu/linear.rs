@@ -396,7 +396,7 @@ unsafe fn rows_of<K: Tile, S: Simd, const P: usize>(
                 _ if const { S::VECTORS } && apart => {
                     unpacked::tile::<K, S, P, TILE_ROWS, true>(share, format, panel, row, next);
                 }
-                3.. if const { P > 1 } => {
+                3.. if const { P > 1 || S::PAIRS } => {
                     unpacked::tile::<K, S, P, TILE_ROWS, false>(share, format, panel, row, next);
                 }
                 1 => K::tile::<S, P, 1>(share, format, panel, row, next),
@@ -443,6 +443,29 @@ unsafe fn store<S: Simd, const P: usize, const T: usize>(
                 share.finish(row + t, panel + p, &out);
             }
         }
+    }
+}
+
+/// [`store`] of integer products' sums, in units of their rows.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // the promise of `store`
+unsafe fn store_quantised<S: Simd, const P: usize, const T: usize>(
+    share: &Share<'_>,
+    panel: usize,
+    row: usize,
+    mut sums: [[[S::V; 2]; T]; P],
+) {
+    unsafe {
+        let units = share.rows.units.as_slice()[share.linear.at + row..].as_ptr();
+        for t in 0..T {
+            let unit = S::vsplat(*units.add(t));
+            for sums in &mut sums {
+                for half in 0..S::HALVES {
+                    sums[t][half] = S::vmul(sums[t][half], unit);
+                }
+            }
+        }
+        store::<S, P, T>(share, panel, row, &sums);
     }
 }
 

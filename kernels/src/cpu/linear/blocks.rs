@@ -9,7 +9,7 @@ use super::super::planes::{
 };
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
 use super::unpacked::{Beside, Packed, Unpack};
-use super::{Activations, FEW_ROWS, Next, Share, Tile, ahead, panels, panels_at, store};
+use super::{Activations, FEW_ROWS, Next, Share, Tile, ahead, panels, panels_at, store_quantised};
 use crate::quantize::{
     BLOCK, BlockFormat, Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q3K, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Tq1_0,
     Tq2_0,
@@ -358,7 +358,7 @@ unsafe fn tile<F: Scales, S: Simd, const P: usize, const T: usize>(
             }
             x = x.next(share.interleave);
         }
-        store::<S, P, T>(share, panel, row, &sums);
+        store_quantised::<S, P, T>(share, panel, row, sums);
     }
 }
 
@@ -388,22 +388,22 @@ unsafe fn sub_block<F: Scales, S: Simd, const T: usize, const SUB: usize>(
         }
         for t in 0..T {
             let sum = x.sum(t, SUB, subs);
-            let x_scale = *x.scales.add(t);
+            let multiple = *x.multiples.add(t);
             for h in 0..S::HALVES {
                 let (scale, min) = side[h];
                 let mut dot = dots[t][h];
                 if F::OFFSET > 0 {
                     dot = S::wsub(dot, S::wsplat(F::OFFSET * sum));
                 }
-                let scale = S::vmul(scale, S::vsplat(x_scale));
-                let y = S::vfma(scale, S::vto_float(dot), sums[t][h]);
+                let dot = S::vmul(S::vto_float(dot), S::vsplat(multiple));
+                let y = S::vaccumulate(sums[t][h], scale, dot);
                 sums[t][h] = if F::MINIMA {
-                    let scaled = if subs == 1 {
-                        *x.scaled_sums.add(t)
+                    let sum = if subs == 1 {
+                        *x.multiplied_sums.add(t)
                     } else {
-                        x_scale * sum as f32
+                        multiple * sum as f32
                     };
-                    S::vfma(min, S::vsplat(scaled), y)
+                    S::vaccumulate(y, min, S::vsplat(sum))
                 } else {
                     y
                 };

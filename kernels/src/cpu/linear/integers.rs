@@ -1,13 +1,14 @@
 //! Products with integers in groups whose size is data: see [`super::super::groups`] for how they lie in a panel.
 //!
-//! For every 32 of k: the exact integer dot product of the quants, brought to the group's zero — exactly, too, since it stays below 2²⁴ — times the scales;
+//! For every 32 of k: the exact integer dot product of the quants, brought to the group's zero — exactly, too, since it stays below 2²⁴ — times the
+//! multiple and the scale;
 //! then the bias, where there is one, times the activations' sum.
 
 use super::super::groups::{Q2_QUANTS, side_bytes, unit_bytes};
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
 use super::quants::{Q4_0, Q8_0, QuantFormat};
 use super::unpacked::{Beside, Packed, Unpack};
-use super::{FEW_ROWS, Next, Share, Tile, ahead, panels, panels_at, store};
+use super::{FEW_ROWS, Next, Share, Tile, ahead, panels, panels_at, store_quantised};
 use crate::quantize::{BLOCK, Bits, Grouped, Scale, Zero};
 
 /// Pairs of bits, each plus 1.
@@ -163,9 +164,10 @@ impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
             let mut units = panels_at::<P>(share, panel);
             let at = share.linear.at + row;
             let mut q = share.rows.quants.as_slice()[at * blocks * BLOCK..].as_ptr();
-            let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();
+            let mut multiples = share.rows.multiples.as_slice()[at * blocks..].as_ptr();
             let mut row_sums = share.rows.sums.as_slice()[at * blocks..].as_ptr();
-            let mut scaled_sums = share.rows.scaled_sums.as_slice()[at * blocks..].as_ptr();
+            let multiplied = &share.rows.multiplied_sums;
+            let mut multiplied_sums = multiplied.as_slice()[at * blocks..].as_ptr();
             let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
             for _ in 0..blocks / per_unit {
                 if share.linear.rows <= FEW_ROWS {
@@ -188,31 +190,31 @@ impl<F: QuantFormat, const BIAS: bool> Tile for Groups<F, BIAS> {
                             let [scale, zero] = side[p][half];
                             for t in 0..T {
                                 let sum = *row_sums.add(t);
-                                let x_scale = S::vsplat(*scales.add(t));
+                                let multiple = S::vsplat(*multiples.add(t));
                                 let y = sums[p][t][half];
                                 sums[p][t][half] = if BIAS {
                                     let dot = S::wsub(dots[t][half], S::wsplat(-F::OFFSET * sum));
-                                    let scale = S::vmul(scale, x_scale);
-                                    let y = S::vfma(scale, S::vto_float(dot), y);
-                                    S::vfma(zero, S::vsplat(*scaled_sums.add(t)), y)
+                                    let dot = S::vmul(S::vto_float(dot), multiple);
+                                    let y = S::vaccumulate(y, scale, dot);
+                                    S::vaccumulate(y, zero, S::vsplat(*multiplied_sums.add(t)))
                                 } else {
                                     let dot = S::vto_float(dots[t][half]);
                                     let dot = S::vfma(zero, S::vsplat(sum as f32), dot);
-                                    S::vfma(S::vmul(scale, x_scale), dot, y)
+                                    S::vaccumulate(y, scale, S::vmul(dot, multiple))
                                 };
                             }
                         }
                     }
                     q = q.add(stride * BLOCK);
-                    scales = scales.add(stride);
+                    multiples = multiples.add(stride);
                     row_sums = row_sums.add(stride);
-                    scaled_sums = scaled_sums.add(stride);
+                    multiplied_sums = multiplied_sums.add(stride);
                 }
                 for unit in &mut units {
                     *unit = unit.add(unit_bytes(grouped));
                 }
             }
-            store::<S, P, T>(share, panel, row, &sums);
+            store_quantised::<S, P, T>(share, panel, row, sums);
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::super::matrix::{Q4_0_QUANTS, Q8_0_QUANTS, SCALES};
 use super::super::simd::{Isa, PANEL, QUAD, Simd, dispatch};
 use super::unpacked::{Beside, Packed, Unpack};
-use super::{FEW_ROWS, Next, Share, Tile, ahead, panels, panels_at, store};
+use super::{FEW_ROWS, Next, Share, Tile, ahead, panels, panels_at, store_quantised};
 use crate::quantize::BLOCK;
 
 /// A format of quants in blocks of 32 with an f16 scale each.
@@ -86,7 +86,7 @@ impl<F: QuantFormat> Tile for Plain<F> {
             let weights = panels_at::<P>(share, panel);
             let at = linear.at + row;
             let mut q = share.rows.quants.as_slice()[at * blocks * BLOCK..].as_ptr();
-            let mut scales = share.rows.scales.as_slice()[at * blocks..].as_ptr();
+            let mut multiples = share.rows.multiples.as_slice()[at * blocks..].as_ptr();
             let mut row_sums = share.rows.sums.as_slice()[at * blocks..].as_ptr();
             let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
             let bytes = F::QUANTS + SCALES;
@@ -103,17 +103,17 @@ impl<F: QuantFormat> Tile for Plain<F> {
                     for half in 0..S::HALVES {
                         let weight_scales = S::vload_f16(weight_scales.add(half * S::WIDE));
                         for t in 0..T {
-                            let scale = S::vmul(weight_scales, S::vsplat(*scales.add(t)));
-                            sums[p][t][half] =
-                                S::vfma(scale, S::vto_float(dots[t][half]), sums[p][t][half]);
+                            let multiple = S::vsplat(*multiples.add(t));
+                            let dot = S::vmul(S::vto_float(dots[t][half]), multiple);
+                            sums[p][t][half] = S::vaccumulate(sums[p][t][half], weight_scales, dot);
                         }
                     }
                 }
                 q = q.add(stride * BLOCK);
-                scales = scales.add(stride);
+                multiples = multiples.add(stride);
                 row_sums = row_sums.add(stride);
             }
-            store::<S, P, T>(share, panel, row, &sums);
+            store_quantised::<S, P, T>(share, panel, row, sums);
         }
     }
 }

@@ -8,7 +8,7 @@
 //! tiles ([`super::Tile`]) are for a row or a few, where other things matter: chains that hide latencies, prefetching.
 
 use super::super::simd::{PANEL, QUAD, Simd, maker};
-use super::{Activations, Next, Share, TILE_ROWS, store};
+use super::{Activations, FEW_ROWS, Next, Share, TILE_ROWS, ahead, store_quantised};
 use crate::quantize::BLOCK;
 
 /// Groups of four k in 32.
@@ -110,6 +110,21 @@ pub(super) fn worthwhile<U: Unpack, S: Simd>(rows: usize) -> bool {
 #[inline(always)]
 const fn signed<U: Unpack, S: Simd>() -> bool {
     U::WIDE && S::SIGNED
+}
+
+/// Whether its sums of products are multiplied with the multiples of the activations by what widens them. The bits are those of a multiplication of
+/// floats: both round the exact product once.
+#[inline(always)]
+const fn multiplied<U: Unpack, S: Simd>() -> bool {
+    // Two products fit 15 bits as often as `TOGETHER` says, `MULTIPLES` 14: what `32 / SUBS` products of any codes give fits 32.
+    S::PAIRS && !U::WIDE && U::TOGETHER * U::SUBS >= 4 && !matches!(U::BESIDE, Beside::Zero)
+}
+
+/// Whether there are two sums for each of its products, of which there are eight, on panels that were taken apart. (Fewer, or those of packed bytes, are
+/// slower so.)
+#[inline(always)]
+const fn two_chains<U: Unpack, S: Simd>() -> bool {
+    S::TWO_CHAINS && U::SUBS == 1 && !U::BYTES
 }
 
 /// Where the scales of 32 of k begin.
@@ -239,7 +254,12 @@ pub(super) unsafe fn tile<U: Unpack, S: Simd, const P: usize, const T: usize, co
         }
         let mut x = Activations::of(share, row, blocks);
         let mut sums = [[[S::vsplat(0.0); 2]; T]; P];
+        let packed_bytes = share.segment.panel_bytes() / blocks;
         for block in 0..blocks {
+            if !APART && share.linear.rows <= FEW_ROWS {
+                let at = source[0].packed.at.add(block * packed_bytes);
+                ahead::<S>(at, packed_bytes);
+            }
             next.ask::<S>();
             for source in &mut source {
                 source.block = block;
@@ -253,7 +273,7 @@ pub(super) unsafe fn tile<U: Unpack, S: Simd, const P: usize, const T: usize, co
             }
             x = x.next(share.interleave);
         }
-        store::<S, P, T>(share, panel, row, &sums);
+        store_quantised::<S, P, T>(share, panel, row, sums);
     }
 }
 
@@ -341,6 +361,7 @@ unsafe fn sub_block<
         }
         let mut dots = Dots::<S, P, T> {
             dots: [[[S::wsplat(0); 2]; T]; P],
+            odd: [[[S::wsplat(0); 2]; T]; P],
             pairs: [[[S::pbegin(S::wsplat(0)); 2]; T]; P],
         };
         // Written out and not a loop: compilers keep a loop with what happens in some of its turns only.
@@ -357,20 +378,22 @@ unsafe fn sub_block<
             for h in 0..S::HALVES {
                 let (scales, beside) = source[p].side::<S, APART>(SUB, h * S::WIDE);
                 for t in 0..T {
-                    let x_scale = *x.scales.add(t);
-                    let scale = S::vmul(scales, S::vsplat(x_scale));
+                    let multiple = *x.multiples.add(t);
                     let mut dot = S::vto_float(dots.dots[p][t][h]);
                     if U::BESIDE == Beside::Zero {
                         dot = S::vfma(beside, S::vsplat(of_quants[t] as f32), dot);
                     }
-                    let mut y = S::vfma(scale, dot, sums[p][t][h]);
+                    if !multiplied::<U, S>() {
+                        dot = S::vmul(dot, S::vsplat(multiple));
+                    }
+                    let mut y = S::vaccumulate(sums[p][t][h], scales, dot);
                     if U::BESIDE == Beside::Minimum {
-                        let scaled = if U::SUBS == 1 {
-                            *x.scaled_sums.add(t)
+                        let sum = if U::SUBS == 1 {
+                            *x.multiplied_sums.add(t)
                         } else {
-                            x_scale * of_quants[t] as f32
+                            multiple * of_quants[t] as f32
                         };
-                        y = S::vfma(beside, S::vsplat(scaled), y);
+                        y = S::vaccumulate(y, beside, S::vsplat(sum));
                     }
                     sums[p][t][h] = y;
                 }
@@ -382,6 +405,8 @@ unsafe fn sub_block<
 /// The dot products of a sub-block.
 struct Dots<S: Simd, const P: usize, const T: usize> {
     dots: [[[S::W; 2]; T]; P],
+    /// Those of every other group, where there are [`Simd::TWO_CHAINS`].
+    odd: [[[S::W; 2]; T]; P],
     /// What is on its way there.
     pairs: [[[S::P; 2]; T]; P],
 }
@@ -403,7 +428,7 @@ impl<S: Simd, const P: usize, const T: usize> Dots<S, P, T> {
         if i >= groups {
             return;
         }
-        let Self { dots, pairs } = self;
+        let Self { dots, odd, pairs } = self;
         let excess = U::OFFSET - if signed::<U, S>() { SIGN } else { 0 };
         let together = if U::WIDE { 1 } else { U::TOGETHER };
         let last = i + 1 == groups;
@@ -430,6 +455,9 @@ impl<S: Simd, const P: usize, const T: usize> Dots<S, P, T> {
                         let (dot, pair) = (&mut dots[p][t][h], &mut pairs[p][t][h]);
                         if signed::<U, S>() {
                             *dot = S::bdot_signed(*dot, w[p][h], x);
+                        } else if two_chains::<U, S>() {
+                            let sum = if i % 2 == 0 { dot } else { &mut odd[p][t][h] };
+                            *sum = S::bdot_wide(*sum, w[p][h][0], x);
                         } else if U::WIDE {
                             *dot = S::bdot_wide(*dot, w[p][h][0], x);
                         } else {
@@ -445,14 +473,27 @@ impl<S: Simd, const P: usize, const T: usize> Dots<S, P, T> {
                 for t in 0..T {
                     for h in 0..S::HALVES {
                         let (dot, pair) = (&mut dots[p][t][h], &mut pairs[p][t][h]);
-                        if !U::WIDE {
+                        if two_chains::<U, S>() {
+                            if last {
+                                *dot = S::wadd(*dot, odd[p][t][h]);
+                            }
+                        } else if !U::WIDE {
                             S::settle(pair);
                             if last || (i + 1).is_multiple_of(together) {
-                                *dot = S::pend(*dot, *pair);
+                                *dot = if multiplied::<U, S>() {
+                                    S::pend_times(*dot, *pair, *x.pairs.add(t))
+                                } else {
+                                    S::pend(*dot, *pair)
+                                };
                             }
                         }
                         if last && excess != 0 && S::PAIRS {
-                            *dot = S::wsub(*dot, S::wsplat(excess * of_quants[t]));
+                            let offset = if multiplied::<U, S>() {
+                                x.offset::<T>(U::OFFSET, t, from / groups, U::SUBS)
+                            } else {
+                                -excess * of_quants[t]
+                            };
+                            *dot = S::wadd(*dot, S::wsplat(offset));
                         }
                     }
                 }

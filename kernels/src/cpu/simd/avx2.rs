@@ -490,6 +490,10 @@ impl<P: Products> Simd for Avx2<P> {
         unsafe { _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))) }
     }
     #[inline(always)]
+    unsafe fn pend_times(sums: Self::W, pairs: Self::P, multiple: i32) -> Self::W {
+        unsafe { _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi32(multiple))) }
+    }
+    #[inline(always)]
     unsafe fn settle(pairs: &mut Self::P) {
         *pairs = unsafe { settled(*pairs) };
     }

@@ -5,6 +5,21 @@ use std::arch::x86_64::*;
 
 use super::{Avx2, LANES, Maddubs, PANEL, QUAD, Simd, pairs_are_sums};
 
+/// See [`Simd::vaccumulate`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn accumulate(mut sum: __m512, a: __m512, b: __m512) -> __m512 {
+    // SAFETY: registers alone.
+    unsafe {
+        std::arch::asm!(
+            "vfmadd231ps {0}, {1}, {2}",
+            inout(zmm_reg) sum, in(zmm_reg) a, in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sum
+}
+
 /// What has eight lanes.
 type Eight = Avx2<Maddubs>;
 
@@ -25,6 +40,7 @@ impl Simd for Avx512 {
     const WIDE: usize = PANEL;
     const FLOAT_ROWS: usize = 12;
     const QUANT_PANELS: usize = 2;
+    const TWO_CHAINS: bool = true;
     const QUERIES: usize = 8;
 
     #[inline(always)]
@@ -199,6 +215,10 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn vmul(a: Self::V, b: Self::V) -> Self::V {
         unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn vaccumulate(sum: Self::V, a: Self::V, b: Self::V) -> Self::V {
+        unsafe { accumulate(sum, a, b) }
     }
     #[inline(always)]
     unsafe fn vfma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {

@@ -157,6 +157,9 @@ pub(crate) trait Simd: Copy {
     const QUANT_PANELS: usize = 1;
     /// Products of bytes are added up in 16 bits first ([`Simd::P`]).
     const PAIRS: bool;
+    /// Products of any bytes are one instruction that adds them up in 32 bits, of which as many as a tile has sums do not hide how long one takes: integer
+    /// kernels begin two sums for each, since there are registers for them.
+    const TWO_CHAINS: bool = false;
     /// Bytes of all eight bits are multiplied faster when they were brought into the form of [`Simd::bsigned`] first.
     const SIGNED: bool = false;
     /// Queries that pass over a tile of keys and values at once.
@@ -220,6 +223,12 @@ pub(crate) trait Simd: Copy {
     unsafe fn vmul(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn vdiv(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn vfma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a · b + sum`, rounded once, where `sum` is: compilers otherwise move it into the register of `a` or `b`, and then back.
+    #[inline(always)]
+    unsafe fn vaccumulate(sum: Self::V, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: the caller's promise.
+        unsafe { Self::vfma(a, b, sum) }
+    }
     unsafe fn vmax(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn vmin(a: Self::V, b: Self::V) -> Self::V;
     /// `y` where `x` is not less than `least` (and neither is not-a-number), else 0.
@@ -281,6 +290,11 @@ pub(crate) trait Simd: Copy {
     unsafe fn pdot(pairs: Self::P, w: Self::B, x: i32) -> Self::P;
     /// `sums`, with which `pairs` were begun, and what was added to these.
     unsafe fn pend(sums: Self::W, pairs: Self::P) -> Self::W;
+    /// As [`Simd::pend`], what was added times a positive number of 15 bits, which `multiple` has in both of its halves; only where [`Simd::PAIRS`].
+    #[inline(always)]
+    unsafe fn pend_times(_sums: Self::W, _pairs: Self::P, _multiple: i32) -> Self::W {
+        unreachable!("its products are not added up in 16 bits")
+    }
     /// Keeps compilers from bringing sums into another order, and loads that follow before them: with all loads first the registers do not suffice.
     #[inline(always)]
     unsafe fn settle(_pairs: &mut Self::P) {}
