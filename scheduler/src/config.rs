@@ -7,7 +7,7 @@ use crate::groups::{PageGroup, blocks_needed};
 pub enum Policy {
     /// First come, first served.
     Fcfs,
-    /// Lower `priority` first; one level is worth [`Config::priority_aging`] of waiting.
+    /// Lower `priority` first; one level, of a hundred up or down, is worth [`Config::priority_aging`] of waiting.
     Priority,
     /// Tenants in turn, by the tokens they ask for (start-time fair queueing, Goyal et al. 1996).
     FairShare,
@@ -37,7 +37,7 @@ pub struct Config {
     /// so long from the start: for models whose keys depend on the length of what they are part of. It keeps its place; its stream does not
     /// notice. What is computed for a sequence up to this length and for one beyond it is never shared.
     pub recompute_beyond: Option<u32>,
-    /// Most sequences that wait.
+    /// Most sequences that wait and have not run yet.
     pub max_waiting: u32,
     /// Keep computed blocks findable for prompts that begin alike.
     pub prefix_cache: bool,

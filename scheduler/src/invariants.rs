@@ -11,6 +11,7 @@ impl Scheduler {
     pub fn check_invariants(&self) {
         let mut references = vec![0; self.blocks.pool.len() as usize];
         let (mut running, mut waiting, mut forks) = (0, 0, 0);
+        let mut newcomers = 0;
         let mut unresolved = 0;
         for (seq, sequence) in self.slots.iter() {
             assert!(
@@ -27,6 +28,7 @@ impl Scheduler {
             match sequence.state {
                 State::Waiting => {
                     waiting += 1;
+                    newcomers += u32::from(!sequence.ran);
                     assert!(
                         sequence.blocks.is_empty()
                             && sequence.computed == 0
@@ -66,7 +68,7 @@ impl Scheduler {
             }
         }
         assert_eq!(unresolved, self.unresolved);
-        assert_eq!(waiting, self.waiting.len());
+        assert_eq!((waiting, newcomers), (self.waiting.len(), self.newcomers));
         assert_eq!((running, forks), (self.running_count, self.pending_forks));
         assert!(
             running + forks <= self.config.max_seqs,

@@ -27,16 +27,22 @@ impl Key {
 /// Tenants whose tags are forgotten at first when there are more than this many.
 const TENANTS: usize = 1024;
 
+/// Levels of priority, up and down, that count; with [`Config::priority_aging`] they bound how long anybody waits.
+const LEVELS: i32 = 100;
+
+/// What a token is worth in tags, so that a share of it among all sequences is not rounded to nothing.
+const TOKEN: u128 = 1 << 20;
+
 /// Computes keys.
 #[derive(Debug)]
 pub(crate) struct Ranking {
     policy: Policy,
     aging: u64,
     next_serial: u64,
-    /// Fair share: the tag of the sequence that was admitted last.
-    virtual_time: u64,
+    /// Fair share: what a tenant that always had something to run was given so far, about; where newcomers start.
+    virtual_time: u128,
     /// Fair share: where each tenant's next sequence starts. Tenants behind the virtual time need no entry.
-    tenants: HashMap<u64, u64>,
+    tenants: HashMap<u64, u128>,
     forget_at: usize,
 }
 
@@ -59,8 +65,11 @@ impl Ranking {
         let rank = match self.policy {
             Policy::Fcfs => 0,
             // Whoever waits grows older than any newcomer of higher priority: nobody waits for ever.
-            Policy::Priority => i128::from(now.0) + i128::from(priority) * i128::from(self.aging),
-            Policy::FairShare => i128::from(self.start_tag(tenant, cost)),
+            Policy::Priority => {
+                let levels = priority.clamp(-LEVELS, LEVELS);
+                i128::from(now.0) + i128::from(levels) * i128::from(self.aging)
+            }
+            Policy::FairShare => i128::try_from(self.start_tag(tenant, cost)).unwrap_or(i128::MAX),
         };
         Key {
             rank,
@@ -69,7 +78,7 @@ impl Ranking {
         }
     }
 
-    fn start_tag(&mut self, tenant: u64, cost: u64) -> u64 {
+    fn start_tag(&mut self, tenant: u64, cost: u64) -> u128 {
         if self.tenants.len() >= self.forget_at {
             let now = self.virtual_time;
             self.tenants.retain(|_, finish| *finish > now);
@@ -77,15 +86,18 @@ impl Ranking {
         }
         let finish = self.tenants.entry(tenant).or_insert(0);
         let start = self.virtual_time.max(*finish);
-        *finish = start.saturating_add(cost);
+        *finish = start.saturating_add(u128::from(cost) * TOKEN);
         start
     }
 
-    /// A sequence with this key was admitted.
-    pub fn admitted(&mut self, key: Key) {
+    /// A sequence with this key, which asks for `cost` tokens, was admitted for the first time; so many sequences wait or run.
+    pub fn admitted(&mut self, key: Key, cost: u64, sequences: u32) {
         if self.policy == Policy::FairShare {
-            let tag = u64::try_from(key.rank).unwrap_or(0);
-            self.virtual_time = self.virtual_time.max(tag);
+            // Each tenant's share of the tokens is at least this. Without it time would stand still while new tenants come, and all that were seen
+            // before would wait behind them for ever.
+            let share = u128::from(cost) * TOKEN / u128::from(sequences.max(1));
+            let tag = u128::try_from(key.rank).unwrap_or(0);
+            self.virtual_time = self.virtual_time.saturating_add(share).max(tag);
         }
     }
 }
@@ -137,11 +149,40 @@ mod tests {
         let mut ranking = ranking(Policy::FairShare);
         for tenant in 0..100_000 {
             let key = ranking.key(0, tenant, 10, Time(0));
-            ranking.admitted(key);
+            ranking.admitted(key, 10, 40);
             let later = ranking.key(0, tenant, 10, Time(0));
-            ranking.admitted(later);
-            ranking.virtual_time += 20;
+            ranking.admitted(later, 10, 40);
         }
         assert!(ranking.tenants.len() <= 2 * TENANTS);
+    }
+
+    #[test]
+    fn tenants_that_come_once_do_not_keep_others_waiting() {
+        let mut ranking = ranking(Policy::FairShare);
+        let served = ranking.key(0, 1, 100, Time(0));
+        ranking.admitted(served, 100, 20);
+        let second = ranking.key(0, 1, 100, Time(0));
+        // Twenty wait at any time, a newcomer in the place of each that is admitted.
+        let mut waiting: std::collections::BTreeSet<Key> = (2..21)
+            .map(|tenant| ranking.key(0, tenant, 100, Time(0)))
+            .collect();
+        waiting.insert(second);
+        for tenant in 21.. {
+            let first = waiting.pop_first().unwrap();
+            if first == second {
+                break;
+            }
+            assert!(tenant < 100, "{tenant} tenants were before it");
+            ranking.admitted(first, 100, 20);
+            waiting.insert(ranking.key(0, tenant, 100, Time(0)));
+        }
+    }
+
+    #[test]
+    fn no_priority_is_worth_more_than_a_hundred_levels() {
+        let mut ranking = ranking(Policy::Priority);
+        let waits = ranking.key(100, 0, 1, Time(0));
+        assert!(ranking.key(i32::MIN, 0, 1, Time(199_999)) < waits);
+        assert!(ranking.key(i32::MIN, 0, 1, Time(200_001)) > waits);
     }
 }

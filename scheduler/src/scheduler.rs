@@ -60,6 +60,8 @@ pub struct Scheduler {
     pub(crate) pace: Option<Pace>,
     pub(crate) slots: Slots,
     pub(crate) waiting: BTreeMap<Key, SeqId>,
+    /// Of those, the ones that never ran.
+    pub(crate) newcomers: u32,
     /// In the order of admission; entries of sequences that stopped running are swept out when the next step begins.
     pub(crate) running: Vec<SeqId>,
     pub(crate) running_count: u32,
@@ -86,6 +88,11 @@ pub struct Scheduler {
     pub(crate) preemptions: u64,
 }
 
+/// The tokens that a request asks for.
+pub(crate) fn cost(prompt: u32, max_tokens: u32, samples: u32) -> u64 {
+    u64::from(prompt) + u64::from(max_tokens) * u64::from(samples)
+}
+
 impl Scheduler {
     /// A scheduler with an empty cache.
     ///
@@ -97,6 +104,7 @@ impl Scheduler {
             pace: None,
             slots: Slots::default(),
             waiting: BTreeMap::new(),
+            newcomers: 0,
             running: Vec::new(),
             running_count: 0,
             pending_forks: 0,
@@ -134,11 +142,11 @@ impl Scheduler {
     pub fn add(&mut self, new: NewSequence, now: Time) -> Result<SeqId, AddError> {
         let prompt = u32::try_from(new.prompt.len()).unwrap_or(u32::MAX);
         self.config.check(prompt, new.max_tokens, new.samples)?;
-        let waiting = self.waiting.len() as u32;
+        let waiting = self.newcomers;
         if waiting >= self.config.max_waiting {
             return Err(AddError::QueueFull { waiting });
         }
-        let cost = u64::from(prompt) + u64::from(new.max_tokens) * u64::from(new.samples);
+        let cost = cost(prompt, new.max_tokens, new.samples);
         let key = self.ranking.key(new.priority, new.tenant, cost, now);
         let realm = Realm {
             salt: new.salt,
@@ -162,12 +170,13 @@ impl Scheduler {
             pending: false,
             tail_may_be_shared: false,
             cached: None,
-            counted: false,
+            ran: false,
             hashes: Vec::new(),
         };
         let seq = self.slots.insert(sequence);
         self.hash_known(seq);
         self.waiting.insert(key, seq);
+        self.newcomers += 1;
         Ok(seq)
     }
 
@@ -250,7 +259,7 @@ impl Scheduler {
             pending: false,
             tail_may_be_shared: true,
             cached: None,
-            counted: true,
+            ran: true,
             hashes: Vec::new(),
         };
         for &block in &child.blocks {
@@ -487,6 +496,7 @@ impl Scheduler {
         match sequence.state {
             State::Waiting => {
                 self.waiting.remove(&sequence.key);
+                self.newcomers -= u32::from(!sequence.ran);
             }
             State::Running => {
                 self.running_count -= 1;

@@ -48,8 +48,8 @@ pub(crate) struct Sequence {
     pub tail_may_be_shared: bool,
     /// Set at admission, until it was told in a [`crate::Scheduled`].
     pub cached: Option<u32>,
-    /// It was admitted before: its look-ups were counted.
-    pub counted: bool,
+    /// It was admitted before: its look-ups were counted, and it is none of those that [`crate::Config::max_waiting`] bounds.
+    pub ran: bool,
     /// Chain hashes of the full blocks among the tokens known when it last joined the queue.
     pub hashes: Vec<u64>,
 }

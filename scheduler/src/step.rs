@@ -3,6 +3,7 @@
 use crate::groups::most_blocks;
 use crate::pool::Worth;
 use crate::prefix_cache::{Prefix, PrefixCache};
+use crate::scheduler::cost;
 use crate::sequence::{Sequence, State};
 use crate::{Batch, BlockCopy, BlockId, Scheduled, Scheduler, SeqId, Time};
 
@@ -211,7 +212,8 @@ impl Scheduler {
         sequence.cached = Some(cached);
         let (key, forks) = (sequence.key, sequence.pending_forks);
         let looks = self.config.prefix_cache && sequence.to_tell == 0;
-        if !std::mem::replace(&mut sequence.counted, true) && looks {
+        let ran_before = std::mem::replace(&mut sequence.ran, true);
+        if !ran_before && looks {
             self.prefix_queries += u64::from(known);
             self.prefix_hits += u64::from(cached);
         }
@@ -219,7 +221,12 @@ impl Scheduler {
         self.running.push(seq);
         self.running_count += 1;
         self.pending_forks += forks;
-        self.ranking.admitted(key);
+        if !ran_before {
+            self.newcomers -= 1;
+            let cost = cost(known, room, forks + 1);
+            let sequences = self.running_count + self.waiting.len() as u32;
+            self.ranking.admitted(key, cost, sequences);
+        }
         true
     }
 
