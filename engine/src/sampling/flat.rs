@@ -99,7 +99,7 @@ pub(super) fn drawn(
             return row.pick(those, goal - kept);
         }
     }
-    // (A draw just below 1 may be rounded up, and sums of parts are not rounded as those of all.)
+    // A draw just below 1 may be rounded up.
     let goal = goal.min(kept.min(total).next_down());
     let before = row.find(around(goal), goal, part);
     row.pick(&part.sorted, goal - before)
@@ -161,7 +161,14 @@ impl Row<'_> {
         let weights = part.ids.iter().map(|&id| self.weights[id as usize]);
         part.weights.extend(weights);
         let before = around.start.mass;
-        around.end.mass.count = before.count + part.ids.len();
+        // Sums of a part are not rounded as those of all, and may not reach the goal: a place among the part's tokens is looked for in any case.
+        let least = f32::from_bits(around.end.bits);
+        let [all, ..] = rows::masses(&part.weights, [least; 4]);
+        around.end.mass = Mass {
+            sum: before.sum + all.sum,
+            count: before.count + all.count,
+        };
+        let goal = goal.min(around.end.mass.sum.next_down());
         let around = self.narrow(&part.weights, before, around, goal, FEW);
         part.left.clear();
         rows::within(&part.weights, range(&around), usize::MAX, &mut part.left);
@@ -313,6 +320,36 @@ mod tests {
             }
         }
         assert!(compared > 600, "{compared} draws away from edges");
+    }
+
+    /// The sums of a part, of which the last is drawn, are not rounded as those of the row.
+    #[test]
+    fn a_draw_next_to_the_end_falls_on_a_token() {
+        let mut scratch = Scratch::default();
+        let mut random = 1_u64;
+        for round in 0..400 {
+            let logits: Vec<f32> = (0..4096)
+                .map(|_| {
+                    random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+                    (random >> 40) as f32 / (1 << 24) as f32
+                        * if round % 2 == 0 { 0.05 } else { 2.0 }
+                })
+                .collect();
+            for least in [f32::NEG_INFINITY, 0.01] {
+                for top_p in [1.0_f32.next_down(), 1.0, 0.9] {
+                    for draw in [
+                        1.0_f64.next_down(),
+                        1.0 - 1e-12,
+                        1.0 - 1e-9,
+                        1.0 - 1e-8,
+                        0.0,
+                    ] {
+                        let token = run(&logits, least, top_p, draw, &mut scratch);
+                        assert!(logits[token as usize] >= least);
+                    }
+                }
+            }
+        }
     }
 
     #[test]

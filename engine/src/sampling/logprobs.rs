@@ -53,6 +53,9 @@ pub(crate) fn of(
     let logprob = |x: f32| {
         if x.is_nan() {
             f32::NEG_INFINITY
+        } else if x == f32::INFINITY {
+            // Nothing else has a chance; there is no difference to it.
+            0.0
         } else {
             (f64::from(x - largest) - log_total) as f32
         }
@@ -129,6 +132,10 @@ mod tests {
         );
         assert_eq!(got.rank, 1);
         assert!(got.logprob.abs() < 1e-6);
+        assert!(got.top.iter().all(|t| !t.1.is_nan()));
+        let infinite = [0.0, f32::INFINITY, f32::NEG_INFINITY];
+        let got = of(&infinite, TokenId(1), 3, &mut Scratch::default());
+        assert_eq!((got.logprob, got.rank), (0.0, 1));
         assert!(got.top.iter().all(|t| !t.1.is_nan()));
     }
 }
