@@ -140,6 +140,16 @@ pub enum StartError {
         /// What that leaves.
         allowed: u64,
     },
+    /// The weights do not fit the host's memory.
+    #[error(
+        "the weights are {weights} bytes and {available} bytes of memory are available: quantise them (--quantize q8_0 or q4_0), or use a smaller model"
+    )]
+    ModelTooLargeForHost {
+        /// Bytes of the weights.
+        weights: u64,
+        /// Bytes that can be had.
+        available: u64,
+    },
     /// The device cannot be used.
     #[error(transparent)]
     Backend(quire_kernels::Error),

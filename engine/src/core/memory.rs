@@ -15,16 +15,67 @@ pub fn available() -> u64 {
     system.refresh_memory();
     let free = system.available_memory();
     match system.cgroup_limits() {
-        Some(group) => free.min(group.free_memory),
+        // Of files that were read, a model's among them, pages are kept until something needs the memory.
+        Some(group) => free.min((group.free_memory + cached_files()).min(group.total_memory)),
         None => free,
     }
 }
 
-/// Bytes that the KV cache takes unless told otherwise: of the device that has least to spare (every rank has as many blocks as the first, and none larger),
-/// or of the host's memory where devices have none of their own.
-pub(super) fn spare(memories: &[DeviceMemory], utilization: f64) -> u64 {
-    let spare = memories.iter().map(|&of| spare_of_device(of, utilization));
-    spare.min().unwrap_or_else(|| available() / 2)
+/// Bytes of memory that a process may use at most; 0 where the system does not tell.
+fn total() -> u64 {
+    let Ok(mut system) = System::new() else {
+        return 0;
+    };
+    system.refresh_memory();
+    let all = system.total_memory();
+    match system.cgroup_limits() {
+        Some(group) if group.total_memory > 0 => all.min(group.total_memory),
+        _ => all,
+    }
+}
+
+/// Bytes of files that the control group's memory holds and can let go, by either version's statistics.
+fn cached_files() -> u64 {
+    let version_2 = std::fs::read_to_string("/sys/fs/cgroup/memory.stat");
+    let statistics =
+        version_2.or_else(|_| std::fs::read_to_string("/sys/fs/cgroup/memory/memory.stat"));
+    cached_files_of(&statistics.unwrap_or_default())
+}
+
+fn cached_files_of(statistics: &str) -> u64 {
+    let value = |name: &str| {
+        let mut lines = statistics.lines();
+        lines.find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok())
+    };
+    let both = |active: &str, inactive: &str| Some(value(active)? + value(inactive)?);
+    // Version 1 tells the group's own share, and in `total_` that of all below it, to which the limit applies.
+    both("total_active_file ", "total_inactive_file ")
+        .or_else(|| both("active_file ", "inactive_file "))
+        .unwrap_or(0)
+}
+
+/// The memory that a KV cache can take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Room {
+    /// Bytes that it takes unless told otherwise.
+    pub spare: u64,
+    /// More than so many bytes there never are; 0 where nobody tells.
+    pub total: u64,
+}
+
+impl Room {
+    /// Of the device that has least to spare (every rank has as many blocks as the first, and none larger), or of the host's memory where devices have none
+    /// of their own.
+    pub fn of(memories: &[DeviceMemory], utilization: f64) -> Self {
+        let spare = memories.iter().map(|&of| spare_of_device(of, utilization));
+        match (spare.min(), memories.iter().map(|of| of.total).min()) {
+            (Some(spare), Some(total)) => Self { spare, total },
+            _ => Self {
+                spare: available() / 2,
+                total: total(),
+            },
+        }
+    }
 }
 
 /// Bytes of a device that are still to be had, of the share `utilization` of its memory that all may take together.
@@ -55,6 +106,18 @@ pub(super) fn check_weights(
     })
 }
 
+/// Refuses weights of so many bytes that the host's memory cannot hold, before they are loaded: the system would end the process in the middle of it.
+///
+/// # Errors
+/// They are too large; see [`StartError::ModelTooLargeForHost`].
+pub(super) fn check_weights_of_host(weights: u64, available: u64) -> Result<(), StartError> {
+    // 0: nobody tells.
+    if available > 0 && weights > available {
+        return Err(StartError::ModelTooLargeForHost { weights, available });
+    }
+    Ok(())
+}
+
 /// The sizes an engine runs with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Sizes {
@@ -65,16 +128,16 @@ pub(super) struct Sizes {
 }
 
 /// Chooses the sizes. `groups`: the model's page groups; `block_bytes`: bytes of one block, which holds the layers of one group;
-/// `max_position`: the checkpoint's longest context; `spare`: bytes the cache takes unless told otherwise.
+/// `max_position`: the checkpoint's longest context.
 ///
 /// # Errors
-/// A context longer than the checkpoint allows, or a cache that cannot hold one.
+/// A context longer than the checkpoint allows, a cache that cannot hold one, or one that no memory can hold.
 pub(super) fn sizes(
     config: &EngineConfig,
     groups: &[PageGroup],
     max_position: usize,
     block_bytes: usize,
-    spare: u64,
+    room: Room,
 ) -> Result<Sizes, StartError> {
     let max_position = u32::try_from(max_position).unwrap_or(u32::MAX);
     if let Some(asked) = config.max_model_len
@@ -87,7 +150,17 @@ pub(super) fn sizes(
         });
     }
     let wanted = config.max_model_len.unwrap_or(max_position);
-    let bytes = config.kv_cache_memory.unwrap_or(spare);
+    if let Some(asked) = config.kv_cache_memory
+        && room.total > 0
+        && asked > room.total
+    {
+        return Err(StartError::Setting {
+            name: "--kv-cache-memory",
+            value: format!("{asked} bytes"),
+            expected: format!("at most {} bytes, all memory there is", room.total),
+        });
+    }
+    let bytes = config.kv_cache_memory.unwrap_or(room.spare);
     let fitting = bytes / block_bytes as u64;
     // By the rule the scheduler refuses requests by.
     let needed = |tokens| {
@@ -141,6 +214,10 @@ mod tests {
 
     const FULL: &[PageGroup] = &[PageGroup::FULL];
 
+    fn room(spare: u64) -> Room {
+        Room { spare, total: 0 }
+    }
+
     fn config(max_model_len: Option<u32>, kv_cache_memory: Option<u64>) -> EngineConfig {
         EngineConfig {
             max_model_len,
@@ -152,7 +229,7 @@ mod tests {
 
     #[test]
     fn by_default_the_cache_takes_what_is_to_spare() {
-        let sizes = sizes(&config(None, None), FULL, 2048, 1000, 100_000).unwrap();
+        let sizes = sizes(&config(None, None), FULL, 2048, 1000, room(100_000)).unwrap();
         assert_eq!(sizes.blocks, 100);
         assert_eq!(
             sizes.max_model_len, 1600,
@@ -162,20 +239,27 @@ mod tests {
 
     #[test]
     fn by_default_the_cache_is_no_larger_than_all_sequences_need() {
-        let sizes = sizes(&config(None, None), FULL, 2048, 1000, 1 << 40).unwrap();
+        let sizes = sizes(&config(None, None), FULL, 2048, 1000, room(1 << 40)).unwrap();
         assert_eq!(sizes.blocks, 4 * 128);
         assert_eq!(sizes.max_model_len, 2048);
     }
 
     #[test]
     fn memory_that_was_asked_for_is_taken_whole() {
-        let sizes = sizes(&config(None, Some(1_000_000)), FULL, 2048, 1000, 0).unwrap();
+        let sizes = sizes(&config(None, Some(1_000_000)), FULL, 2048, 1000, room(0)).unwrap();
         assert_eq!(sizes.blocks, 1000);
     }
 
     #[test]
     fn a_context_that_does_not_fit_the_cache_is_refused_with_the_numbers() {
-        let error = sizes(&config(Some(2048), Some(100_000)), FULL, 2048, 1000, 0).unwrap_err();
+        let error = sizes(
+            &config(Some(2048), Some(100_000)),
+            FULL,
+            2048,
+            1000,
+            room(0),
+        )
+        .unwrap_err();
         let text = error.to_string();
         assert!(text.contains("1600 tokens"), "{text}");
         assert!(text.contains("128000 bytes"), "{text}");
@@ -183,13 +267,13 @@ mod tests {
 
     #[test]
     fn a_context_longer_than_the_checkpoint_was_made_for_is_refused() {
-        let error = sizes(&config(Some(4096), None), FULL, 2048, 1000, 1 << 30).unwrap_err();
+        let error = sizes(&config(Some(4096), None), FULL, 2048, 1000, room(1 << 30)).unwrap_err();
         assert!(error.to_string().contains("1 to 2048"), "{error}");
     }
 
     #[test]
     fn no_memory_at_all_is_an_error_not_an_empty_cache() {
-        assert!(sizes(&config(None, Some(10)), FULL, 2048, 1000, 0).is_err());
+        assert!(sizes(&config(None, Some(10)), FULL, 2048, 1000, room(0)).is_err());
     }
 
     #[test]
@@ -201,13 +285,13 @@ mod tests {
             max_batch_tokens: 512,
             ..config(None, None)
         };
-        let all = sizes(&config, &groups, 1 << 16, 1000, 1 << 40).unwrap();
+        let all = sizes(&config, &groups, 1 << 16, 1000, room(1 << 40)).unwrap();
         assert_eq!(all.max_model_len, 1 << 16);
         assert_eq!(all.blocks, 4096 + 16 + 32 + 1);
-        let half = sizes(&config, &groups, 1 << 16, 1000, 2_097_000).unwrap();
+        let half = sizes(&config, &groups, 1 << 16, 1000, room(2_097_000)).unwrap();
         assert_eq!(half.blocks, 2097);
         assert_eq!(half.max_model_len, (2097 - 49) * 16);
-        let windowed = sizes(&config, &[window], 1 << 16, 1000, 50_000).unwrap();
+        let windowed = sizes(&config, &[window], 1 << 16, 1000, room(50_000)).unwrap();
         assert_eq!(windowed.max_model_len, 1 << 16, "it runs in a fixed space");
     }
 
@@ -223,8 +307,42 @@ mod tests {
     #[test]
     fn of_several_gpus_the_fullest_decides() {
         let memory = |free| DeviceMemory { free, total: 1000 };
-        assert_eq!(spare(&[memory(900), memory(300), memory(800)], 0.9), 200);
-        assert_eq!(spare(&[memory(900)], 0.9), 800);
+        let spare = |memories: &[DeviceMemory]| Room::of(memories, 0.9).spare;
+        assert_eq!(spare(&[memory(900), memory(300), memory(800)]), 200);
+        assert_eq!(spare(&[memory(900)]), 800);
+    }
+
+    #[test]
+    fn a_cache_larger_than_all_memory_is_refused_with_the_number() {
+        let room = Room {
+            spare: 0,
+            total: 1 << 30,
+        };
+        let asked = |bytes| sizes(&config(None, Some(bytes)), FULL, 2048, 1000, room);
+        assert!(asked(1 << 30).is_ok());
+        let text = asked((1 << 30) + 1).unwrap_err().to_string();
+        assert!(
+            text.contains("--kv-cache-memory") && text.contains("1073741824"),
+            "{text}"
+        );
+        assert!(total() == 0 || total() >= available());
+    }
+
+    #[test]
+    fn weights_that_the_host_cannot_hold_are_refused_with_the_numbers() {
+        assert!(check_weights_of_host(700, 700).is_ok());
+        assert!(check_weights_of_host(700, 0).is_ok(), "nobody tells");
+        let text = check_weights_of_host(701, 700).unwrap_err().to_string();
+        assert!(text.contains("701") && text.contains("700"), "{text}");
+    }
+
+    #[test]
+    fn files_that_were_read_are_memory_to_be_had() {
+        let version_2 = "anon 5\nfile 40\ninactive_anon 1\ninactive_file 30\nactive_file 7\n";
+        assert_eq!(cached_files_of(version_2), 37);
+        let version_1 = "cache 9\nactive_file 1\ninactive_file 2\ntotal_active_file 10\ntotal_inactive_file 20\n";
+        assert_eq!(cached_files_of(version_1), 30);
+        assert_eq!(cached_files_of(""), 0);
     }
 
     #[test]

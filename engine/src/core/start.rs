@@ -53,11 +53,17 @@ impl Engine {
         let utilization = config.gpu_memory_utilization;
         for backend in &backends {
             check_dtype(config.kv_dtype, backend)?;
-            if let Some(memory) = backend.memory().map_err(StartError::Backend)?
-                && config.quantize.is_none()
-            {
-                let weights = checkpoint.tensors.total_bytes() / backends.len() as u64;
-                memory::check_weights(weights, memory, utilization)?;
+            let device = backend.memory().map_err(StartError::Backend)?;
+            // How large they become by quantising is not known.
+            let weights = match config.quantize {
+                None => checkpoint.tensors.total_bytes(),
+                Some(_) => 0,
+            };
+            match device {
+                Some(memory) => {
+                    memory::check_weights(weights / backends.len() as u64, memory, utilization)?;
+                }
+                None => memory::check_weights_of_host(weights, memory::available())?,
             }
         }
         let loaded = Loaded::load(checkpoint, backends, options, progress)?;
@@ -67,8 +73,8 @@ impl Engine {
             Decoder::<B>::kv_shape(model, 1, block_size, config.kv_dtype).block_bytes();
         let groups = groups::page_groups(model);
         let memories = loaded.memories().map_err(StartError::Backend)?;
-        let spare = memory::spare(&memories, utilization);
-        let sizes = memory::sizes(config, &groups, model.max_position, block_bytes, spare)?;
+        let room = memory::Room::of(&memories, utilization);
+        let sizes = memory::sizes(config, &groups, model.max_position, block_bytes, room)?;
         let scheduling = Config {
             block_size: config.block_size,
             groups,
