@@ -114,6 +114,23 @@ fn a_prompt_that_can_never_fit_is_refused_with_the_numbers() {
 }
 
 #[test]
+fn a_token_that_the_model_does_not_have_is_refused() {
+    let engine = start(&EngineConfig::default());
+    let vocab_size = engine.model().vocab_size;
+    let mut unknown = request(20, 10);
+    unknown.prompt[7] = TokenId(vocab_size);
+    assert_eq!(
+        engine.submit(unknown).unwrap_err(),
+        SubmitError::UnknownToken {
+            token: vocab_size,
+            vocab_size,
+        }
+    );
+    let known = answers(submit(&engine, &request(20, 10)));
+    assert_eq!(known[0].tokens.len(), 10, "nobody else is hurt");
+}
+
+#[test]
 fn a_full_queue_refuses_at_once_and_what_was_accepted_finishes() {
     let engine = start(&EngineConfig {
         max_seqs: 2,

@@ -589,6 +589,10 @@ impl<B: Backend> EngineLoop<B> {
         let Some(active) = self.active.get_mut(&key) else {
             return;
         };
+        // Before the prompt is computed none has begun, and the first is what the others are to be forked from.
+        if active.samples.contains(&Sample::Pending) {
+            return;
+        }
         let Some(sample) = active.samples.get_mut(index as usize) else {
             return;
         };

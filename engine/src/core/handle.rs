@@ -246,6 +246,12 @@ impl Engine {
             sampling.max_tokens,
             sampling.n,
         )?;
+        // What no embedding is there for would fail the step, and everybody in it.
+        let vocab_size = shared.model.vocab_size;
+        if let Some(token) = request.prompt.iter().find(|token| token.0 >= vocab_size) {
+            let token = token.0;
+            return Err(SubmitError::UnknownToken { token, vocab_size });
+        }
         shared.enter_queue()?;
         let prompt = request.prompt.len() as u32;
         shared

@@ -93,6 +93,14 @@ pub enum SubmitError {
     /// The server finishes what it accepted and takes nothing new.
     #[error("the server is shutting down")]
     Draining,
+    /// A token of the prompt is none of the model's.
+    #[error("token {token} of the prompt is not in the vocabulary of {vocab_size}")]
+    UnknownToken {
+        /// Its id.
+        token: u32,
+        /// Tokens of the vocabulary.
+        vocab_size: u32,
+    },
     /// The request can never run here, whatever the load.
     #[error(transparent)]
     Rejected(#[from] quire_scheduler::AddError),

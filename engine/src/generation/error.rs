@@ -78,6 +78,7 @@ impl From<SubmitError> for GenerateError {
                 retry_after_s,
             },
             SubmitError::Draining => Self::Draining,
+            SubmitError::UnknownToken { .. } => Self::param("prompt", error.to_string()),
             SubmitError::Rejected(error @ AddError::TooManySamples { .. }) => {
                 Self::param("n", format!("n: {error}"))
             }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use quire_scheduler::{AddError, TokenId};
 
+use super::conversation;
 use super::observe::{Histograms, Observation, reason, refused};
 use super::output::TextOptions;
 use super::{GenerateError, Generation, GenerationRequest, MAX_STOP_STRINGS, Prompt};
@@ -243,7 +244,7 @@ impl Generator {
             match prompt {
                 Prompt::Tokens(tokens) => Ok(tokens),
                 Prompt::Text(text) => inner.encode(&text, add_special),
-                Prompt::Chat(conversation) => inner.encode(&inner.render(&conversation)?, false),
+                Prompt::Chat(conversation) => inner.encode(&inner.render(*conversation)?, false),
             }
         };
         let done = self.inner.tokenising.run(encode).await;
@@ -252,16 +253,14 @@ impl Generator {
 }
 
 impl Inner {
-    fn render(&self, conversation: &Conversation) -> Result<String, GenerateError> {
+    fn render(&self, conversation: Conversation) -> Result<String, GenerateError> {
         let Some(template) = &self.template else {
             return Err(GenerateError::param(
                 "messages",
                 "the model has no chat template; use a completion with a prompt instead",
             ));
         };
-        template
-            .render(conversation)
-            .map_err(|error| GenerateError::param("messages", error.to_string()))
+        conversation::render(template, conversation)
     }
 
     fn encode(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, GenerateError> {

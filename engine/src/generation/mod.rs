@@ -6,6 +6,7 @@
 //!
 //! **Invariant:** dropping a `Generation` frees what the request holds; a frontend has cancellation by dropping.
 
+mod conversation;
 mod error;
 mod generator;
 mod json_size;

@@ -84,8 +84,9 @@ pub struct Generation {
     stops: Arc<[String]>,
     /// Tokens of a sample that no stop string ends.
     min_tokens: u32,
-    /// Tokens that end a sample without being text.
+    /// Tokens that end a sample, without being text unless stops are included.
     ends: Arc<[TokenId]>,
+    include_stop: bool,
     pending: VecDeque<Output>,
     prompt: Arc<[TokenId]>,
     /// Those that have come; `None`: nobody asked for them, or they were handed on.
@@ -142,6 +143,7 @@ impl Generation {
             stops: text.stops,
             min_tokens: text.min_tokens,
             ends: text.ends,
+            include_stop: text.include_stop,
             pending: VecDeque::new(),
             usage: Usage {
                 prompt_tokens: prompt.len() as u32,
@@ -237,13 +239,14 @@ impl Generation {
         self.usage.completion_tokens += 1;
         let sample = &mut self.samples[index as usize];
         sample.tokens += 1;
-        let ends = self.ends.contains(&token);
+        let stops_here = self.ends.contains(&token);
+        let ends = stops_here && !self.include_stop;
         let (text, stop) = if ends {
             (String::new(), None)
         } else {
             let text = sample.detokenizer.push(token);
             // As with tokens that end a sample, the first that may comes after so many others.
-            let stops = sample.tokens > self.min_tokens;
+            let stops = sample.tokens > self.min_tokens && !stops_here;
             let matched = sample.matcher.push(&text, stops);
             (matched.text, matched.stop)
         };

@@ -115,9 +115,28 @@ def a_lower_priority_number_runs_first(start) -> None:
 
 def a_list_of_prompts_that_does_not_fit_is_refused_as_a_whole(start) -> None:
     server = start(*FLAGS)
-    response = server.http.post("/v1/completions", json=BODY | {"prompt": ["One of very many"] * 200})
-    expect.equal(response.status_code, 429)
+    with QuireClient(server) as client:
+        busy = client.GenerateStream(text_request("busy", TOKENS, sampling=pb.SamplingParams(temperature=0, n=RUNNING)))
+        next(iter(busy))
+        waiting = client.GenerateStream(text_request("waiting", 1))
+        expect.within(5, lambda: server.metrics().value("vllm:num_requests_waiting") == 1, "one waits")
+        response = server.http.post("/v1/completions", json=BODY | {"prompt": ["One of very many"] * WAITING})
+        expect.equal(response.status_code, 429)
+        busy.cancel()
+        waiting.cancel()
     server.comes_to_rest(within=2)
+
+
+def a_list_of_prompts_that_never_fits_is_wrong_whatever_the_load(server: Server) -> None:
+    prompts = ["One of very many"] * 1025
+    response = server.http.post("/v1/completions", json=BODY | {"prompt": prompts})
+    expect.equal((response.status_code, response.json()["error"]["param"]), (400, "prompt"))
+
+
+def a_list_of_prompts_longer_than_the_queue_is_wrong_whatever_the_load(start) -> None:
+    server = start(*FLAGS)
+    response = server.http.post("/v1/completions", json=BODY | {"prompt": ["One of very many"] * (WAITING + 1)})
+    expect.equal((response.status_code, response.json()["error"]["param"]), (400, "prompt"))
 
 
 def more_samples_than_may_run_at_once_are_wrong_whatever_the_load(start) -> None:

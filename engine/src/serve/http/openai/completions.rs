@@ -79,6 +79,17 @@ pub(in super::super) async fn completions(
             ),
         ));
     }
+    // Each takes a place in the queue: where there are never so many, no retry helps.
+    let places = app.generator.engine().model().max_waiting as usize;
+    if prompts.len() > places {
+        return Err(ApiError::param(
+            "prompt",
+            format!(
+                "prompt: {} prompts, and at most {places} requests may wait (--max-waiting)",
+                prompts.len()
+            ),
+        ));
+    }
     let id = request_id(&headers);
     let echo = body.echo.unwrap_or(false);
     // Of the prompt alone, as who scores texts asks for it; the engine makes a token all the same.

@@ -10,7 +10,9 @@ use crate::sampling::TokenLogprobs;
 use crate::tokenizer::{Detokenizer, Tokenizer};
 
 /// Chat: `{"content": [{"token", "logprob", "bytes", "top_logprobs": [...]}]}`.
-pub(super) fn chat(tokenizer: &Tokenizer, tokens: &[OutputToken]) -> Value {
+///
+/// `ends`: tokens that end a sample are told, too, as they are among its ids.
+pub(super) fn chat(tokenizer: &Tokenizer, tokens: &[OutputToken], ends: bool) -> Value {
     let entry = |id: TokenId, logprob: f32| {
         let bytes = tokenizer.token_bytes(id);
         json!({
@@ -19,7 +21,7 @@ pub(super) fn chat(tokenizer: &Tokenizer, tokens: &[OutputToken]) -> Value {
             "bytes": bytes,
         })
     };
-    let content: Vec<Value> = reported(tokens)
+    let content: Vec<Value> = reported(tokens, ends)
         .map(|(id, logprobs)| {
             let mut value = entry(id, logprobs.logprob);
             value["top_logprobs"] = logprobs
@@ -60,10 +62,11 @@ impl Offset {
 }
 
 /// Completions: parallel lists, and the offset of each token's text, of an echoed prompt first, if there is one. `offset`: of the generated tokens;
-/// moved behind them.
+/// moved behind them. `ends`: see [`chat`].
 pub(super) fn completion(
     tokenizer: &Arc<Tokenizer>,
     skip_special: bool,
+    ends: bool,
     prompt: Option<Prompt<'_>>,
     tokens: &[OutputToken],
     offset: &mut Offset,
@@ -75,15 +78,14 @@ pub(super) fn completion(
         offsets.push(offset.pass(id));
         chosen.push(logprobs.map(|logprobs| finite(logprobs.logprob)));
         top.push(logprobs.map(|logprobs| {
-            let mut alternatives: Map<String, Value> = logprobs
-                .top
-                .iter()
-                .map(|&(id, logprob)| (text(id), finite(logprob).into()))
-                .collect();
-            // The token itself is always among them, even where it is not among the likeliest.
-            alternatives
-                .entry(token.clone())
-                .or_insert_with(|| finite(logprobs.logprob).into());
+            // The token itself is always among them, even where it is not among the likeliest. Of tokens with one text, such as parts of
+            // characters, it is the one that is told, and else the likeliest.
+            let mut alternatives = Map::new();
+            alternatives.insert(token.clone(), finite(logprobs.logprob).into());
+            for &(id, logprob) in &logprobs.top {
+                let alternative = alternatives.entry(text(id));
+                alternative.or_insert_with(|| finite(logprob).into());
+            }
             alternatives
         }));
         texts.push(token);
@@ -95,7 +97,7 @@ pub(super) fn completion(
             push(id, logprobs, &mut offset);
         }
     }
-    for (id, logprobs) in reported(tokens) {
+    for (id, logprobs) in reported(tokens, ends) {
         push(id, Some(logprobs), offset);
     }
     json!({
@@ -106,11 +108,11 @@ pub(super) fn completion(
     })
 }
 
-/// The tokens that are part of the text and have log-probabilities.
-fn reported(tokens: &[OutputToken]) -> impl Iterator<Item = (TokenId, &TokenLogprobs)> {
+/// The tokens that have log-probabilities and are part of the text, or of all with `ends`.
+fn reported(tokens: &[OutputToken], ends: bool) -> impl Iterator<Item = (TokenId, &TokenLogprobs)> {
     tokens
         .iter()
-        .filter(|token| !token.ends)
+        .filter(move |token| ends || !token.ends)
         .filter_map(|token| Some((token.id, token.logprobs.as_deref()?)))
 }
 
@@ -148,6 +150,35 @@ mod tests {
     }
 
     #[test]
+    fn of_tokens_with_one_text_the_chosen_and_then_the_likeliest_is_told() {
+        let logprobs = TokenLogprobs {
+            logprob: -1.0,
+            rank: 1,
+            top: [(3, -1.0), (1, -2.0), (4, -3.0)]
+                .map(|(id, logprob)| (TokenId(id), logprob))
+                .to_vec(),
+        };
+        let tokenizer = tokenizer();
+        for (chosen, logprob, expected) in [(3, -1.0, -1.0), (4, -3.0, -3.0), (1, -2.0, -1.0)] {
+            let token = OutputToken {
+                id: TokenId(chosen),
+                ends: false,
+                logprobs: Some(Box::new(TokenLogprobs {
+                    logprob,
+                    ..logprobs.clone()
+                })),
+            };
+            let mut offset = Offset::new(tokenizer.detokenizer(&[], true), 0);
+            let value = completion(&tokenizer, true, false, None, &[token], &mut offset);
+            assert_eq!(
+                value["top_logprobs"][0],
+                json!({"a": -2.0, "\u{fffd}": expected}),
+                "{chosen}"
+            );
+        }
+    }
+
+    #[test]
     fn offsets_are_places_in_the_text_as_it_is_shown() {
         let tokenizer = tokenizer();
         let prompt = tokenizer.encode("aéb", true).expect("it has these letters");
@@ -175,7 +206,14 @@ mod tests {
             let detokenizer = tokenizer.detokenizer(&prompt, skip_special);
             let mut offset = Offset::new(detokenizer, text.chars().count());
             let echoed = Some((&prompt[..], &told[..]));
-            let value = completion(&tokenizer, skip_special, echoed, &generated, &mut offset);
+            let value = completion(
+                &tokenizer,
+                skip_special,
+                false,
+                echoed,
+                &generated,
+                &mut offset,
+            );
             assert_eq!(value["text_offset"], json!(expected), "{text:?}");
         }
     }

@@ -81,6 +81,7 @@ enum Stop {
 #[derive(Debug, Default, Deserialize)]
 struct StreamOptions {
     include_usage: Option<bool>,
+    continuous_usage_stats: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -93,7 +94,10 @@ struct ResponseFormat {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Delivery {
     pub stream: bool,
+    /// The last chunk of a stream tells the usage.
     pub include_usage: bool,
+    /// And so does every other, of its sample so far: vLLM's `continuous_usage_stats`.
+    pub usage_so_far: bool,
     pub token_ids: bool,
     /// Leave control tokens out of the text.
     pub skip_special: bool,
@@ -122,13 +126,13 @@ impl Parameters {
                 "stream_options is only allowed with stream: true",
             ));
         }
+        let options = self.stream_options.as_ref();
+        let include_usage = options.and_then(|options| options.include_usage) == Some(true);
         Ok(Delivery {
             stream,
-            include_usage: self
-                .stream_options
-                .as_ref()
-                .and_then(|options| options.include_usage)
-                .unwrap_or(false),
+            include_usage,
+            usage_so_far: include_usage
+                && options.and_then(|options| options.continuous_usage_stats) == Some(true),
             token_ids: self.return_token_ids.unwrap_or(false),
             skip_special: self.skip_special(),
         })

@@ -180,8 +180,13 @@ impl Answer {
         let mut used = Usage::default();
         let mut failed = false;
         let prompts = self.prompts.iter();
-        let mut offsets: Vec<Offset> = prompts
-            .flat_map(|prompt| (0..self.n).map(|_| self.offset(prompt, "")))
+        let mut sent: Vec<Sent> = prompts
+            .flat_map(|prompt| {
+                (0..self.n).map(|_| Sent {
+                    offset: self.offset(prompt, ""),
+                    tokens: 0,
+                })
+            })
             .collect();
         items
             .map(Some)
@@ -194,7 +199,7 @@ impl Answer {
                 match item {
                     _ if failed => {}
                     Some(Item::Output(prompt, output)) => {
-                        match self.chunks(prompt, output, &mut offsets) {
+                        match self.chunks(prompt, output, &mut sent) {
                             Ok(chunks) => chunks.iter().for_each(send),
                             Err(error) => {
                                 failed = true;
@@ -223,23 +228,24 @@ impl Answer {
         &self,
         prompt: usize,
         output: Output,
-        offsets: &mut [Offset],
+        sent: &mut [Sent],
     ) -> Result<Vec<Value>, ApiError> {
         Ok(match output {
             // With the log-probabilities of what is echoed, when they are there.
             Output::Started { .. } if self.echo && self.logprobs => Vec::new(),
             Output::Started { .. } => (0..self.n)
-                .filter_map(|index| self.opening(prompt, index, None, offsets))
+                .filter_map(|index| self.opening(prompt, index, None, sent))
                 .collect(),
             Output::PromptLogprobs(logprobs) => (0..self.n)
-                .filter_map(|index| self.opening(prompt, index, Some(&logprobs), offsets))
+                .filter_map(|index| self.opening(prompt, index, Some(&logprobs), sent))
                 .collect(),
             Output::Chunk { .. } if self.prompt_only => Vec::new(),
             Output::Chunk { index, text, token } => {
                 let at = self.choice(prompt, index);
                 let tokens = [token];
                 let mut choice = self.delta(at, &text);
-                choice["logprobs"] = self.logprobs(None, &tokens, &mut offsets[at]);
+                sent[at].tokens += 1;
+                choice["logprobs"] = self.logprobs(None, &tokens, &mut sent[at].offset);
                 if self.delivery.token_ids {
                     choice["token_ids"] = ids(tokens.iter().map(|token| token.id));
                 }
@@ -247,7 +253,7 @@ impl Answer {
                 if token.ends && !self.delivery.token_ids {
                     return Ok(Vec::new());
                 }
-                vec![self.envelope(vec![choice], true)]
+                vec![self.chunk(prompt, choice, &sent[at])]
             }
             Output::Finished {
                 index,
@@ -261,13 +267,14 @@ impl Answer {
                 }
                 let (reason, stop) = self.end(reason, stop);
                 let text = if self.prompt_only { "" } else { &text };
-                let mut choice = self.delta(self.choice(prompt, index), text);
+                let at = self.choice(prompt, index);
+                let mut choice = self.delta(at, text);
                 if text.is_empty() && self.endpoint == Endpoint::Chat {
                     choice["delta"] = json!({});
                 }
                 choice["finish_reason"] = finish_reason(reason).into();
                 choice["stop_reason"] = self.stop_reason(stop);
-                vec![self.envelope(vec![choice], true)]
+                vec![self.chunk(prompt, choice, &sent[at])]
             }
         })
     }
@@ -278,7 +285,7 @@ impl Answer {
         prompt: usize,
         index: u32,
         logprobs: Option<&[TokenLogprobs]>,
-        offsets: &mut [Offset],
+        sent: &mut [Sent],
     ) -> Option<Value> {
         let at = self.choice(prompt, index);
         let tokens = &self.prompts[prompt];
@@ -290,19 +297,42 @@ impl Answer {
             }
             Endpoint::Completion => {
                 let text = self.echoed(tokens);
-                offsets[at] = self.offset(tokens, &text);
+                sent[at].offset = self.offset(tokens, &text);
                 let mut choice = self.delta(at, &text);
                 if let Some(logprobs) = logprobs {
                     choice["logprobs"] =
-                        self.logprobs(Some((tokens, logprobs)), &[], &mut offsets[at]);
+                        self.logprobs(Some((tokens, logprobs)), &[], &mut sent[at].offset);
                 }
                 (choice, !text.is_empty() || logprobs.is_some())
             }
         };
-        if self.delivery.token_ids {
-            choice["prompt_token_ids"] = ids(tokens.iter().copied());
+        let shown = self.delivery.token_ids.then(|| ids(tokens.iter().copied()));
+        if !needed && shown.is_none() {
+            return None;
         }
-        (needed || self.delivery.token_ids).then(|| self.envelope(vec![choice], true))
+        // Where vLLM has it.
+        let chat = self.endpoint == Endpoint::Chat;
+        if let Some(shown) = shown.clone().filter(|_| !chat) {
+            choice["prompt_token_ids"] = shown;
+        }
+        let mut chunk = self.chunk(prompt, choice, &sent[at]);
+        if let Some(shown) = shown.filter(|_| chat) {
+            chunk["prompt_token_ids"] = shown;
+        }
+        Some(chunk)
+    }
+
+    /// A chunk of a stream with something of one of its samples.
+    fn chunk(&self, prompt: usize, choice: Value, sent: &Sent) -> Value {
+        let mut chunk = self.envelope(vec![choice], true);
+        if self.delivery.usage_so_far {
+            chunk["usage"] = usage(Usage {
+                prompt_tokens: self.prompts[prompt].len() as u32,
+                completion_tokens: sent.tokens,
+                ..Usage::default()
+            });
+        }
+        chunk
     }
 
     /// A choice of a chunk.
@@ -325,10 +355,11 @@ impl Answer {
     ) -> Value {
         match self.endpoint {
             _ if !self.logprobs => Value::Null,
-            Endpoint::Chat => logprobs::chat(&self.tokenizer, tokens),
+            Endpoint::Chat => logprobs::chat(&self.tokenizer, tokens, self.delivery.token_ids),
             Endpoint::Completion => logprobs::completion(
                 &self.tokenizer,
                 self.delivery.skip_special,
+                self.delivery.token_ids,
                 prompt,
                 tokens,
                 offset,
@@ -413,6 +444,13 @@ impl Answer {
     fn choices(&self) -> usize {
         self.prompts.len() * self.n as usize
     }
+}
+
+/// What of a sample was sent as a stream.
+struct Sent {
+    /// Where its next token begins.
+    offset: Offset,
+    tokens: u32,
 }
 
 /// A sample of an answer that is sent whole.
