@@ -345,11 +345,10 @@ impl<B: Backend> Loader<'_, B> {
         Ok(matrix)
     }
 
-    /// What the tensors `what` are quantised to. A ternary model is so in its layers, routers left out: the rest stays as it is.
+    /// What the tensors `what` are quantised to.
     fn quantize_to(&self, what: &str) -> Option<Format> {
-        let ternary = what.contains("_proj");
         self.quantize
-            .filter(|&format| ternary || format != Format::Tq2_0)
+            .filter(|&format| is_quantised_to(format, what))
     }
 
     /// One vector made of the elements named, one after the other.
@@ -416,6 +415,16 @@ impl<B: Backend> Loader<'_, B> {
     }
 }
 
+/// Whether the tensors `what` are quantised where the model is, to `format`.
+///
+/// Routers never are: they are small, and an error in one chooses other experts. A ternary model is so in its layers; the rest stays as it is.
+fn is_quantised_to(format: Format, what: &str) -> bool {
+    let router = [".mlp.gate.weight", ".mlp.router.weight"]
+        .iter()
+        .any(|name| what.ends_with(name));
+    !router && (format != Format::Tq2_0 || what.contains("_proj"))
+}
+
 fn suffixed(rows: &[Rows], suffix: &str) -> Vec<Rows> {
     let suffixed = |rows: &Rows| Rows {
         name: format!("{}{suffix}", rows.name),
@@ -448,4 +457,27 @@ fn widen(name: &str, view: &TensorView<'_>, out: &mut Vec<f32>) -> Result<(), Lo
     }
     view.format.dequantize(&view.data, out);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn routers_are_never_quantised() {
+        for format in [Format::Q4_0, Format::Q8_0, Format::Tq2_0] {
+            for router in ["gate", "router"] {
+                let name = format!("model.layers.3.mlp.{router}.weight");
+                assert!(!is_quantised_to(format, &name), "{name}");
+            }
+            let experts = "model.layers.3.mlp.experts.gate_up_proj";
+            assert!(is_quantised_to(format, experts));
+            assert!(is_quantised_to(
+                format,
+                "model.layers.3.mlp.gate_proj.weight"
+            ));
+        }
+        assert!(is_quantised_to(Format::Q8_0, "lm_head.weight"));
+        assert!(!is_quantised_to(Format::Tq2_0, "lm_head.weight"));
+    }
 }
