@@ -91,7 +91,7 @@ pub(super) fn config_json(gguf: &Gguf) -> Result<Json, CheckpointError> {
         json.insert("vocab_size".to_owned(), (*rows).into());
     }
     for (field, tensor) in [
-        ("attention_bias", "blk.0.attn_output.bias"),
+        ("attention_bias", "blk.0.attn_q.bias"),
         ("mlp_bias", "blk.0.ffn_gate.bias"),
     ] {
         json.insert(field.to_owned(), gguf.shape(tensor).is_some().into());

@@ -5,6 +5,7 @@
 mod config;
 mod names;
 mod reader;
+mod unread;
 mod vocabulary;
 
 use std::path::{Path, PathBuf};
@@ -133,6 +134,8 @@ impl Gguf {
         let mut config =
             super::config::parse(&config_json).map_err(|error| config::translated(&self, error))?;
         config.tied_head = self.shape("output.weight").is_none();
+        // A `config.json` has one word for this bias and those of queries, keys and values; here each is there or not.
+        config.output_bias = self.shape("blk.0.attn_output.bias").is_some();
         let vocabulary = vocabulary::read(&self)?;
         let generation = self.generation(&vocabulary, &config_json, config.vocab_size)?;
         let chat_template = self.chat_template(&vocabulary)?;
@@ -143,6 +146,7 @@ impl Gguf {
         let pairs = ["llama", "granite", "smollm3"].contains(&self.architecture());
         let interleaved = pairs.then_some(config.head_dim);
         let names = Names::of(self.architecture());
+        unread::refuse(&self, &config, pairs)?;
         // They also add what Gemma's norms are stored less of.
         config.norm_offset = 0.0;
         let attention_factor = self.rope_number("scaling.attn_factor");

@@ -1,0 +1,91 @@
+//! What GGUF metadata and the names of tensors mean, where llama.cpp knows more than the file says.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::gguf::Gguf;
+use quire::checkpoint::{Checkpoint, CheckpointError, ModelSource};
+
+/// A model of an architecture: what every file says, an embedding table, and what `add` adds.
+fn open(architecture: &str, add: impl FnOnce(&mut Gguf)) -> Result<Checkpoint, CheckpointError> {
+    let mut file = Gguf::default();
+    let key = |key: &str| format!("{architecture}.{key}");
+    file.text("general.architecture", architecture)
+        .number(&key("embedding_length"), 32)
+        .number(&key("feed_forward_length"), 64)
+        .number(&key("attention.head_count"), 2)
+        .number(&key("attention.head_count_kv"), 2)
+        .number(&key("attention.key_length"), 16)
+        .number(&key("context_length"), 8192)
+        .float(&key("attention.layer_norm_rms_epsilon"), 1e-5)
+        .text("tokenizer.ggml.model", "gpt2")
+        .text("tokenizer.ggml.pre", "gpt-2")
+        .texts("tokenizer.ggml.tokens", ["a", "b", "ab"])
+        .numbers("tokenizer.ggml.token_type", &[1, 1, 1])
+        .texts("tokenizer.ggml.merges", ["a b"]);
+    vector(&mut file, "token_embd.weight", &[3, 32]);
+    add(&mut file);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("model.gguf");
+    std::fs::write(&path, file.bytes()).unwrap();
+    Checkpoint::open(&ModelSource::Path(path))
+}
+
+/// Of a llama with one layer.
+fn llama(add: impl FnOnce(&mut Gguf)) -> Result<Checkpoint, CheckpointError> {
+    open("llama", |file| add(file.number("llama.block_count", 1)))
+}
+
+/// A tensor of ones.
+fn vector(file: &mut Gguf, name: &str, shape: &[usize]) {
+    let ones = 1_f32.to_le_bytes().repeat(shape.iter().product());
+    file.tensor(name, shape, 0, &ones);
+}
+
+#[test]
+fn biases_of_queries_and_of_the_output_are_there_each_by_itself() {
+    for (name, qkv, output) in [
+        ("blk.0.attn_q.bias", true, false),
+        ("blk.0.attn_output.bias", false, true),
+    ] {
+        let config = llama(|file| vector(file, name, &[32])).unwrap().config;
+        assert_eq!((config.qkv_bias, config.output_bias), (qkv, output));
+    }
+}
+
+#[test]
+fn tensors_that_would_not_be_read_are_refused() {
+    let refused = [
+        "blk.0.attn_q.scale",
+        "blk.0.attn_q_norm.weight",
+        "blk.0.attn_k.bias",
+        "blk.0.attn_qkv.weight",
+        "blk.0.ffn_up.bias",
+        "blk.0.ffn_gate_inp.weight",
+        "blk.0.nextn.eh_proj.weight",
+        "blk.1.attn_norm.weight",
+        "output.bias",
+    ];
+    for name in refused {
+        let error = llama(|file| {
+            vector(file, name, &[1]);
+            vector(file, "blk.0.ffn_down.scale", &[1]);
+        });
+        let error = error.unwrap_err().to_string();
+        let expected = format!("would not be read: 2, the first of them `{name}`");
+        assert!(error.contains(&expected), "{error}");
+    }
+}
+
+#[test]
+fn tensors_that_need_not_be_read_are_no_obstacle() {
+    let checkpoint = llama(|file| {
+        vector(file, "rope_freqs.weight", &[8]);
+        vector(file, "output_norm.weight", &[32]);
+        vector(file, "output.weight", &[3, 32]);
+        vector(file, "dense_2.weight", &[32, 32]);
+        vector(file, "blk.0.attn_norm.weight", &[32]);
+        vector(file, "blk.0.ffn_gate.weight", &[64, 32]);
+    });
+    assert!(!checkpoint.unwrap().config.tied_head);
+}
