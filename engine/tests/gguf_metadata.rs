@@ -89,3 +89,21 @@ fn tensors_that_need_not_be_read_are_no_obstacle() {
     });
     assert!(!checkpoint.unwrap().config.tied_head);
 }
+
+#[test]
+fn what_gemma_2_leaves_out_is_as_llama_cpp_has_it() {
+    let gemma2 = |add: fn(&mut Gguf)| {
+        let file = open("gemma2", |file| add(file.number("gemma2.block_count", 2)));
+        let config = file.unwrap().config;
+        let caps = (config.attention_softcap, config.logits.softcap);
+        (caps, config.layers[0].window, config.layers[1].window)
+    };
+    let defaults = ((Some(50.0), Some(30.0)), Some(4096), None);
+    assert_eq!(gemma2(|_| {}), defaults);
+    let given = gemma2(|file| {
+        file.float("gemma2.attn_logit_softcapping", 0.0)
+            .float("gemma2.final_logit_softcapping", 20.0)
+            .number("gemma2.attention.sliding_window", 64);
+    });
+    assert_eq!(given, ((None, Some(20.0)), Some(64), None));
+}

@@ -50,6 +50,12 @@ const SPECIAL: [(&str, f64, &[&str]); 8] = [
     ("residual_scale", 1.0, &["granite"]),
     ("attention.scale", 0.0, &["granite"]),
 ];
+/// Fields that a file leaves out, or has 0 for, where there is no such thing.
+const OPTIONAL: [&str; 3] = [
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "sliding_window",
+];
 /// What `general.sampling.` calls the fields of a `generation_config.json`.
 const SAMPLING: [(&str, &str); 5] = [
     ("temperature", "temp"),
@@ -104,9 +110,10 @@ pub(super) fn config_json(gguf: &Gguf) -> Result<Json, CheckpointError> {
 /// What llama.cpp knows of an architecture and does not write.
 fn habits(architecture: &str, json: &mut Map<String, Json>) {
     let number = |json: &Map<String, Json>, field: &str| json.get(field).and_then(Json::as_u64);
-    // None is written as 0.
-    if number(json, "sliding_window") == Some(0) {
-        json.remove("sliding_window");
+    for field in OPTIONAL {
+        if json.get(field).and_then(Json::as_f64) == Some(0.0) {
+            json.insert(field.to_owned(), Json::Null);
+        }
     }
     match architecture {
         "qwen3moe" => {
@@ -133,13 +140,11 @@ fn habits(architecture: &str, json: &mut Map<String, Json>) {
         }
         _ => {}
     }
-    // A family's defaults are for files that leave out what these never do.
-    for field in [
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-        "sliding_window",
-    ] {
-        json.entry(field).or_insert(Json::Null);
+    // A family's defaults are for files that leave out what these never do. Gemma 2's llama.cpp has as well.
+    if architecture != "gemma2" {
+        for field in OPTIONAL {
+            json.entry(field).or_insert(Json::Null);
+        }
     }
 }
 
