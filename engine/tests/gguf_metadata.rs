@@ -5,6 +5,7 @@ mod common;
 
 use common::gguf::Gguf;
 use quire::checkpoint::{Checkpoint, CheckpointError, ModelSource};
+use quire::model::RopeScaling;
 
 /// A model of an architecture: what every file says, an embedding table, and what `add` adds.
 fn open(architecture: &str, add: impl FnOnce(&mut Gguf)) -> Result<Checkpoint, CheckpointError> {
@@ -106,4 +107,67 @@ fn what_gemma_2_leaves_out_is_as_llama_cpp_has_it() {
             .number("gemma2.attention.sliding_window", 64);
     });
     assert_eq!(given, ((None, Some(20.0)), Some(64), None));
+}
+
+#[test]
+fn a_factor_without_a_rule_divides_positions() {
+    let scaling = |add: fn(&mut Gguf)| llama(add).unwrap().config.ropes[0].scaling.clone();
+    let twice = RopeScaling::Linear { factor: 2.0 };
+    let factor = |file: &mut Gguf| {
+        file.float("llama.rope.scaling.factor", 2.0);
+    };
+    assert_eq!(scaling(factor), twice);
+    let old = |file: &mut Gguf| {
+        file.float("llama.rope.scale_linear", 2.0);
+    };
+    assert_eq!(scaling(old), twice);
+    let both = |file: &mut Gguf| {
+        file.float("llama.rope.scaling.factor", 2.0)
+            .float("llama.rope.scale_linear", 4.0);
+    };
+    assert_eq!(scaling(both), twice);
+    let none: [fn(&mut Gguf); 3] = [
+        |file| {
+            file.float("llama.rope.scaling.factor", 0.0);
+        },
+        |file| {
+            file.text("llama.rope.scaling.type", "linear");
+        },
+        |file| {
+            file.text("llama.rope.scaling.type", "none")
+                .float("llama.rope.scaling.factor", 2.0);
+        },
+    ];
+    for add in none {
+        assert_eq!(scaling(add), RopeScaling::None);
+    }
+    let wrong = llama(|file| {
+        file.float("llama.rope.scale_linear", -2.0);
+    });
+    let error = wrong.unwrap_err().to_string();
+    assert!(error.contains("`llama.rope.scale_linear` is -2"), "{error}");
+}
+
+#[test]
+fn the_divisors_of_longrope_are_tensors() {
+    let long_rope = |tensors: &[&str]| {
+        open("phi3", |file| {
+            file.number("phi3.block_count", 1)
+                .text("phi3.rope.scaling.type", "longrope")
+                .number("phi3.rope.scaling.original_context_length", 4096);
+            for tensor in tensors {
+                vector(file, tensor, &[8]);
+            }
+        })
+    };
+    let (long, short) = ("rope_factors_long.weight", "rope_factors_short.weight");
+    let config = long_rope(&[long, short]).unwrap().config;
+    assert_eq!(config.rope_switch(), Some(4096));
+    for (there, missing) in [(long, short), (short, long)] {
+        let error = long_rope(&[there]).unwrap_err().to_string();
+        assert!(
+            error.contains(&format!("`{missing}` is missing")),
+            "{error}"
+        );
+    }
 }

@@ -56,6 +56,8 @@ const OPTIONAL: [&str; 3] = [
     "final_logit_softcapping",
     "sliding_window",
 ];
+/// What `scaling.factor` was called first, under the architecture's `rope.`.
+const OLD_FACTOR: &str = "scale_linear";
 /// What `general.sampling.` calls the fields of a `generation_config.json`.
 const SAMPLING: [(&str, &str); 5] = [
     ("temperature", "temp"),
@@ -179,15 +181,25 @@ fn rope(
         let key = format!("{architecture}.attention.value_length");
         return Err(gguf.wrong(&key, value, &expected));
     }
-    let kind = gguf.metadata(&key("scaling.type"));
-    match kind.map(|kind| kind.json(gguf.data())) {
-        None => {}
-        Some(kind) if kind == "none" => {}
-        Some(kind) => {
+    let given = |name: &str| {
+        gguf.metadata(&key(name))
+            .map(|value| value.json(gguf.data()))
+    };
+    let factor = given("scaling.factor").or_else(|| given(OLD_FACTOR));
+    let factor = factor.filter(|factor| factor.as_f64() != Some(0.0));
+    // Who says by how much and not how means linearly.
+    let kind = given("scaling.type").unwrap_or_else(|| "linear".into());
+    match kind.as_str() {
+        // LongRoPE's divisors are tensors.
+        Some("none" | "longrope") => {}
+        Some("linear") if factor.is_none() => {}
+        _ => {
             let mut scaling = Map::new();
             scaling.insert("rope_type".to_owned(), kind);
+            if let Some(factor) = factor {
+                scaling.insert("factor".to_owned(), factor);
+            }
             for (field, of) in [
-                ("factor", "scaling.factor"),
                 (
                     "original_max_position_embeddings",
                     "scaling.original_context_length",
@@ -195,8 +207,8 @@ fn rope(
                 ("beta_fast", "scaling.yarn_beta_fast"),
                 ("beta_slow", "scaling.yarn_beta_slow"),
             ] {
-                if let Some(value) = gguf.metadata(&key(of)) {
-                    scaling.insert(field.to_owned(), value.json(gguf.data()));
+                if let Some(value) = given(of) {
+                    scaling.insert(field.to_owned(), value);
                 }
             }
             // As its authors have it; llama.cpp rounds.
@@ -257,7 +269,12 @@ pub(super) fn translated(gguf: &Gguf, error: CheckpointError) -> CheckpointError
             "model_type" => "general.architecture".to_owned(),
             "vocab_size" => "token_embd.weight".to_owned(),
             "rope_scaling.rope_type" => in_architecture("rope.scaling.type"),
-            "rope_scaling.factor" => in_architecture("rope.scaling.factor"),
+            "rope_scaling.factor" => {
+                let key = in_architecture("rope.scaling.factor");
+                let old = in_architecture(&format!("rope.{OLD_FACTOR}"));
+                let is_old = gguf.metadata(&key).is_none() && gguf.metadata(&old).is_some();
+                if is_old { old } else { key }
+            }
             "eos_token_id" => "tokenizer.ggml.eos_token_id".to_owned(),
             _ => field,
         });

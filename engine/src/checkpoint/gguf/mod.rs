@@ -151,17 +151,20 @@ impl Gguf {
         config.norm_offset = 0.0;
         let attention_factor = self.rope_number("scaling.attn_factor");
         let original = self.rope_number("scaling.original_context_length");
+        let scaling = self.string(&format!("{}.rope.scaling.type", self.architecture()))?;
+        let long_rope = scaling == Some("longrope");
         let name = model_name(self.file());
         let license = self.string("general.license")?.map(str::to_owned);
         let parts = self.parts.into_iter().zip(self.headers);
         let parts = parts.map(|(part, header)| (part.name, part.bytes, header.tensors));
         let mut tensors = Tensors::from_gguf(parts, names, interleaved)?;
         let count = config.ropes[0].rotated / 2;
-        if let Some(divisors) = divisors(&mut tensors, &name, "rope_freqs.weight", count)? {
+        if let Some(divisors) = divisors(&mut tensors, &name, "rope_freqs.weight", count, false)? {
             config.ropes[0].scaling = RopeScaling::Divisors(divisors);
         }
-        let long = divisors(&mut tensors, &name, "rope_factors_long.weight", count)?;
-        let short = divisors(&mut tensors, &name, "rope_factors_short.weight", count)?;
+        let mut factors = |tensor: &str| divisors(&mut tensors, &name, tensor, count, long_rope);
+        let long = factors("rope_factors_long.weight")?;
+        let short = factors("rope_factors_short.weight")?;
         if let (Some(long), Some(short)) = (long, short) {
             let original = original.unwrap_or(config.max_position as f64);
             config.ropes[0].scaling = RopeScaling::LongRope {
@@ -289,14 +292,15 @@ fn ends(tokens: &[Token]) -> Vec<TokenId> {
     ends
 }
 
-/// Takes a tensor of divisors of rotary frequencies out of the model's, if it is there.
+/// Takes a tensor of divisors of rotary frequencies out of the model's, if it is there or `needed`.
 fn divisors(
     tensors: &mut Tensors,
     file: &str,
     name: &str,
     count: usize,
+    needed: bool,
 ) -> Result<Option<Vec<f32>>, CheckpointError> {
-    if !tensors.contains(name) {
+    if !needed && !tensors.contains(name) {
         return Ok(None);
     }
     let view = tensors.get(name, &[count])?;
