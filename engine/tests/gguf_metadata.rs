@@ -6,6 +6,7 @@ mod common;
 use common::gguf::Gguf;
 use quire::checkpoint::{Checkpoint, CheckpointError, ModelSource};
 use quire::model::RopeScaling;
+use quire_kernels::Activation;
 
 /// A model of an architecture: what every file says, an embedding table, and what `add` adds.
 fn open(architecture: &str, add: impl FnOnce(&mut Gguf)) -> Result<Checkpoint, CheckpointError> {
@@ -169,5 +170,20 @@ fn the_divisors_of_longrope_are_tensors() {
             error.contains(&format!("`{missing}` is missing")),
             "{error}"
         );
+    }
+}
+
+#[test]
+fn the_first_bitnets_have_silu() {
+    for (layers, activation) in [
+        (2, Activation::Relu2),
+        (24, Activation::Silu),
+        (26, Activation::Silu),
+        (30, Activation::Relu2),
+    ] {
+        let bitnet = open("bitnet", |file| {
+            file.number("bitnet.block_count", layers);
+        });
+        assert_eq!(bitnet.unwrap().config.activation, activation, "{layers}");
     }
 }

@@ -6,7 +6,7 @@
 use quire_kernels::{Activation, LogitsRule};
 use serde_json::Value;
 
-use super::families::{FAMILIES, Family, Mixture, Windows};
+use super::families::{FAMILIES, Family, Mixture, Named, Windows};
 use super::{CheckpointError, rope};
 use crate::model::{ExpertsConfig, LayerConfig, ModelConfig};
 
@@ -309,18 +309,23 @@ fn experts(json: &Value, mixture: &Mixture) -> Result<ExpertsConfig, CheckpointE
     })
 }
 
-/// The MLP's non-linearity, which must be the family's.
+/// The MLP's non-linearity, which must be one of the family's.
 fn activation(json: &Value, family: &Family) -> Result<Activation, CheckpointError> {
-    let (activation, names) = family.activation;
-    for field in ["hidden_activation", "hidden_act"] {
-        let value = &json[field];
-        if !value.is_null() && !names.iter().any(|name| value == name) {
-            return Err(wrong(field, value, &names.join(" or ")));
+    let known = family.activations;
+    let field = ["hidden_activation", "hidden_act"]
+        .into_iter()
+        .find(|field| !json[*field].is_null());
+    let activation = match field {
+        None => known[0].0,
+        Some(field) => {
+            let value = &json[field];
+            let named = |of: &&Named| of.1.iter().any(|name| value == name);
+            known.iter().find(named).map(|of| of.0).ok_or_else(|| {
+                let names: Vec<&str> = known.iter().flat_map(|of| of.1).copied().collect();
+                wrong(field, value, &names.join(" or "))
+            })?
         }
-        if !value.is_null() {
-            break;
-        }
-    }
+    };
     match activation {
         Activation::ClampedSwiglu { alpha, limit } => Ok(Activation::ClampedSwiglu {
             alpha: positive(json, "", "swiglu_alpha", Some(f64::from(alpha)))? as f32,
@@ -451,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn families_differ_in_norms_and_biases() {
+    fn families_differ_in_norms_biases_and_activations() {
         let biased = parse(&with("attention_bias", json!(true))).expect("valid");
         assert!(biased.qkv_bias && biased.output_bias);
         assert_eq!(biased.qk_norm, QkNorm::None);
@@ -461,6 +466,11 @@ mod tests {
         assert!(qwen2.qkv_bias && !qwen2.output_bias);
         let qwen3 = parse(&with("model_type", json!("qwen3"))).expect("valid");
         assert_eq!(qwen3.qk_norm, QkNorm::Heads);
+        let mut bitnet = with("model_type", json!("bitnet"));
+        let activation = |json: &Value| parse(json).expect("valid").activation;
+        assert_eq!(activation(&bitnet), Activation::Silu);
+        bitnet["hidden_act"] = Value::Null;
+        assert_eq!(activation(&bitnet), Activation::Relu2);
     }
 
     fn windows(json: &Value) -> Vec<Option<u32>> {

@@ -135,6 +135,13 @@ fn habits(architecture: &str, json: &mut Map<String, Json>) {
                 json.insert("query_pre_attn_scalar".to_owned(), scalar.into());
             }
         }
+        "bitnet" => {
+            // Files do not say which it is. llama.cpp's graph has SiLU, which is right for the first BitNets, 1bitLLM's with 24 or 26 layers.
+            // BitNet b1.58 2B4T, with 30, has squared ReLU, which is what transformers takes for all that do not say, and so is it here.
+            let first = matches!(number(json, "num_hidden_layers"), Some(24 | 26));
+            let name = if first { "silu" } else { "relu2" };
+            json.insert("hidden_act".to_owned(), name.into());
+        }
         "gpt-oss" => {
             if let Some(width) = json.get("moe_intermediate_size").cloned() {
                 json.insert("intermediate_size".to_owned(), width);
