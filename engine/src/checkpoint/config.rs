@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::families::{FAMILIES, Family, Mixture, Named, Windows};
 use super::{CheckpointError, rope};
-use crate::model::{ExpertsConfig, LayerConfig, ModelConfig};
+use crate::model::{ExpertsConfig, LayerConfig, ModelConfig, RopeScaling};
 
 const FILE: &str = "config.json";
 /// No dimension of a model is larger; keeps every product of two of them within 64 bits.
@@ -86,6 +86,7 @@ fn of_family(json: &Value, family: &Family) -> Result<ModelConfig, CheckpointErr
     }
     let max_position = size(json, "max_position_embeddings", Some(2048))?;
     let (full, sliding) = rope::parse(json, head_dim, max_position)?;
+    let max_position = max_position.max(reach(&full.scaling));
     let mut layers = layers(json, family)?;
     let windowed = |layer: &LayerConfig| layer.window.is_some();
     let mut ropes = vec![full];
@@ -166,6 +167,19 @@ fn of_family(json: &Value, family: &Family) -> Result<ModelConfig, CheckpointErr
             softcap: softcap("final_logit_softcapping")?,
         },
     })
+}
+
+/// The context that rescaled frequencies reach. YaRN is what people add to a file for long texts, as its authors tell them; its
+/// `max_position_embeddings` stays as it was.
+fn reach(scaling: &RopeScaling) -> usize {
+    match *scaling {
+        RopeScaling::Yarn {
+            factor,
+            original_max_position,
+            ..
+        } => (factor * original_max_position).min(LARGEST as f64) as usize,
+        _ => 0,
+    }
 }
 
 /// The layers: windows from `layer_types` or the family's habit, rotary embeddings, experts.
@@ -421,7 +435,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::model::{QkNorm, RopeScaling};
+    use crate::model::QkNorm;
 
     fn llama() -> Value {
         json!({
@@ -453,6 +467,25 @@ mod tests {
         ))
         .expect("valid");
         assert_eq!(older.ropes[0].scaling, RopeScaling::Linear { factor: 2.0 });
+    }
+
+    /// As the model cards of Qwen 2.5 and Qwen 3 say.
+    #[test]
+    fn yarn_that_is_added_for_long_texts_gives_long_contexts() {
+        let mut json = with(
+            "rope_scaling",
+            json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
+        );
+        json["model_type"] = json!("mistral");
+        json["max_position_embeddings"] = json!(40_960);
+        json["sliding_window"] = json!(65_536);
+        let config = parse(&json).expect("valid");
+        assert_eq!(config.max_position, 131_072);
+        assert_eq!(config.layers[0].window, Some(65_536), "it is shorter");
+        json["max_position_embeddings"] = json!(262_144);
+        assert_eq!(parse(&json).expect("valid").max_position, 262_144);
+        json["rope_scaling"]["factor"] = json!(1e20);
+        assert_eq!(parse(&json).expect("valid").max_position, 1 << 28);
     }
 
     #[test]
