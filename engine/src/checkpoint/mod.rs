@@ -6,6 +6,7 @@
 //! **Invariant:** nothing in a checkpoint is trusted. Whatever its files hold, the outcome is a valid `Checkpoint` or an error that names the
 //! file, the field or tensor, what was found and what was expected.
 
+mod added_tokens;
 mod config;
 mod error;
 mod families;
@@ -91,9 +92,12 @@ impl Checkpoint {
         let tokenizer_json = files
             .read("tokenizer.json")?
             .ok_or_else(|| files.missing("tokenizer.json"))?;
-        let tokenizer = Tokenizer::from_json(&tokenizer_json)
+        let mut tokenizer = Tokenizer::from_json(&tokenizer_json)
             .map_err(|error| CheckpointError::file("tokenizer.json", error))?;
         let tokenizer_config = files.json(TOKENIZER_CONFIG)?.unwrap_or(Value::Null);
+        tokenizer
+            .add(added_tokens::parse(&tokenizer_config)?)
+            .map_err(|error| CheckpointError::file(TOKENIZER_CONFIG, error))?;
         let special = special_tokens(&tokenizer_config)?;
         let chat_template = match template_source(&files, &tokenizer_config)? {
             None => None,
