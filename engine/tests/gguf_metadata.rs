@@ -187,3 +187,46 @@ fn the_first_bitnets_have_silu() {
         assert_eq!(bitnet.unwrap().config.activation, activation, "{layers}");
     }
 }
+
+#[test]
+fn a_pattern_says_which_layers_have_the_window() {
+    let windows = |architecture: &str, add: &dyn Fn(&mut Gguf, &str)| {
+        let file = open(architecture, |file| {
+            file.number(&format!("{architecture}.block_count"), 4)
+                .number(&format!("{architecture}.attention.sliding_window"), 64);
+            let pattern = format!("{architecture}.attention.sliding_window_pattern");
+            add(file, &pattern);
+        });
+        let layers = file.map(|checkpoint| checkpoint.config.layers);
+        layers.map(|layers| {
+            layers
+                .iter()
+                .map(|l| l.window.is_some())
+                .collect::<Vec<_>>()
+        })
+    };
+    let number = |every: u32| {
+        move |file: &mut Gguf, key: &str| {
+            file.number(key, every);
+        }
+    };
+    for architecture in ["gemma2", "gemma3"] {
+        let of = |every| windows(architecture, &number(every)).unwrap();
+        assert_eq!(of(0), [true; 4]);
+        assert_eq!(of(1), [false; 4]);
+        assert_eq!(of(3), [true, true, false, true]);
+        let flags = windows(architecture, &|file, key| {
+            let flags = [7, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0];
+            file.value(key, 9, &flags);
+        });
+        assert_eq!(flags.unwrap(), [false, true, true, false]);
+        let few = windows(architecture, &|file, key| {
+            file.numbers(key, &[1, 0, 1]);
+        });
+        let error = few.unwrap_err().to_string();
+        let key = format!("`{architecture}.attention.sliding_window_pattern`");
+        assert!(error.contains(&key) && error.contains("4 times"), "{error}");
+    }
+    let phi3 = windows("phi3", &number(2)).unwrap();
+    assert_eq!(phi3, [true; 4], "llama.cpp has none for it");
+}

@@ -50,6 +50,10 @@ const SPECIAL: [(&str, f64, &[&str]); 8] = [
     ("residual_scale", 1.0, &["granite"]),
     ("attention.scale", 0.0, &["granite"]),
 ];
+/// Which layers have the sliding window: a number as `sliding_window_pattern` is, or a flag for each layer.
+const PATTERN: &str = "attention.sliding_window_pattern";
+/// Architectures that llama.cpp reads it for, of those with windows.
+const PATTERNED: [&str; 3] = ["gemma2", "gemma3", "gpt-oss"];
 /// Fields that a file leaves out, or has 0 for, where there is no such thing.
 const OPTIONAL: [&str; 3] = [
     "attn_logit_softcapping",
@@ -105,6 +109,7 @@ pub(super) fn config_json(gguf: &Gguf) -> Result<Json, CheckpointError> {
         json.insert(field.to_owned(), gguf.shape(tensor).is_some().into());
     }
     habits(architecture, &mut json);
+    windows(gguf, architecture, &mut json)?;
     rope(gguf, architecture, &mut json)?;
     Ok(json.into())
 }
@@ -155,6 +160,41 @@ fn habits(architecture: &str, json: &mut Map<String, Json>) {
             json.entry(field).or_insert(Json::Null);
         }
     }
+}
+
+/// Which layers have the window, where the file says so.
+fn windows(
+    gguf: &Gguf,
+    architecture: &str,
+    json: &mut Map<String, Json>,
+) -> Result<(), CheckpointError> {
+    let key = format!("{architecture}.{PATTERN}");
+    let there =
+        PATTERNED.contains(&architecture) && json.get("sliding_window") != Some(&Json::Null);
+    let Some(pattern) = gguf.metadata(&key).filter(|_| there) else {
+        return Ok(());
+    };
+    let wrong = || gguf.wrong(&key, pattern, "a number, or a flag for each layer");
+    if let Value::Array(array) = pattern {
+        let flags = array.scalars(gguf.data()).ok_or_else(wrong)?;
+        let kind = |flag: Value| match flag {
+            Value::Bool(false) | Value::Unsigned(0) | Value::Signed(0) => "full_attention",
+            _ => "sliding_attention",
+        };
+        let kinds: Vec<Json> = flags.map(|flag| kind(flag).into()).collect();
+        json.insert("layer_types".to_owned(), kinds.into());
+        return Ok(());
+    }
+    let every = match pattern.unsigned().ok_or_else(wrong)? {
+        // All have it: the one that has not is never reached.
+        0 => json
+            .get("num_hidden_layers")
+            .and_then(Json::as_u64)
+            .map_or(1, |count| count.saturating_add(1)),
+        every => every,
+    };
+    json.insert("sliding_window_pattern".to_owned(), every.into());
+    Ok(())
 }
 
 fn rope(
@@ -275,6 +315,7 @@ pub(super) fn translated(gguf: &Gguf, error: CheckpointError) -> CheckpointError
         .unwrap_or_else(|| match field.as_str() {
             "model_type" => "general.architecture".to_owned(),
             "vocab_size" => "token_embd.weight".to_owned(),
+            "sliding_window_pattern" | "layer_types" => in_architecture(PATTERN),
             "rope_scaling.rope_type" => in_architecture("rope.scaling.type"),
             "rope_scaling.factor" => {
                 let key = in_architecture("rope.scaling.factor");
