@@ -228,5 +228,5 @@ fn a_pattern_says_which_layers_have_the_window() {
         assert!(error.contains(&key) && error.contains("4 times"), "{error}");
     }
     let phi3 = windows("phi3", &number(2)).unwrap();
-    assert_eq!(phi3, [true; 4], "llama.cpp has none for it");
+    assert_eq!(phi3, [true; 4], "it is not read there");
 }

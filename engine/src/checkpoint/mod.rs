@@ -143,7 +143,12 @@ fn license(files: &Files) -> Result<Option<String>, CheckpointError> {
 fn gguf_path(source: &ModelSource) -> Result<Option<PathBuf>, CheckpointError> {
     match source {
         ModelSource::Path(path) if gguf::is_gguf(path) && !path.is_dir() => Ok(Some(path.clone())),
-        ModelSource::Path(path) if path.is_dir() && !path.join("config.json").exists() => {
+        ModelSource::Path(path) if path.is_dir() => {
+            let there = |file: &str| path.join(file).exists();
+            // Some put the original's `config.json` beside a GGUF file.
+            if there("config.json") && tensors::FILES.into_iter().any(there) {
+                return Ok(None);
+            }
             gguf::in_directory(path)
         }
         _ => Ok(None),
