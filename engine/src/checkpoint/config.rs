@@ -545,6 +545,35 @@ mod tests {
         assert_eq!(windows(&json)[..2], [Some(64), None]);
     }
 
+    #[test]
+    fn what_is_left_out_is_as_transformers_fills_it_in() {
+        let of = |family: &str, fields: Value| {
+            let mut json = with("model_type", json!(family));
+            json["max_position_embeddings"] = json!(32_768);
+            json["num_hidden_layers"] = json!(30);
+            for (field, value) in fields.as_object().expect("an object") {
+                json[field] = value.clone();
+            }
+            json
+        };
+        for family in ["mistral", "ministral"] {
+            assert_eq!(windows(&of(family, json!({}))), [Some(4096); 30]);
+            let without = of(family, json!({"sliding_window": null}));
+            assert_eq!(windows(&without), [None; 30]);
+        }
+        for family in ["qwen2", "qwen3"] {
+            assert_eq!(windows(&of(family, json!({}))), [None; 30]);
+            let windows = windows(&of(family, json!({"use_sliding_window": true})));
+            assert_eq!(windows[26..], [None, None, Some(4096), Some(4096)]);
+        }
+        let mut phi3 = of("phi3", json!({}));
+        phi3.as_object_mut()
+            .expect("an object")
+            .remove("rms_norm_eps");
+        assert_eq!(parse(&phi3).expect("valid").norm_eps, 1e-5);
+        assert_eq!(windows(&phi3), [None; 30]);
+    }
+
     /// `config.json` of google/gemma-3-4b-it as it was published: most of it is left out.
     #[test]
     fn what_authors_leave_out_is_filled_in() {

@@ -102,11 +102,15 @@ const LLAMA: Family = Family {
     tied_head: false,
 };
 
+/// Qwen's windows, which few files use.
+const LATE_WINDOWS: &[(&str, f64)] = &[("sliding_window", 4096.0), ("max_window_layers", 28.0)];
+
 const QWEN3: Family = Family {
     name: "qwen3",
     qk_norm: QkNorm::Heads,
     mlp_bias: false,
     windows: Windows::Late,
+    defaults: LATE_WINDOWS,
     ..LLAMA
 };
 
@@ -142,6 +146,7 @@ pub(super) const FAMILIES: [Family; 14] = [
             bias: false,
             interleaved: false,
         }),
+        defaults: &[("sliding_window", 4096.0)],
         ..QWEN3
     },
     Family {
@@ -150,6 +155,7 @@ pub(super) const FAMILIES: [Family; 14] = [
         output_bias: false,
         mlp_bias: false,
         windows: Windows::Late,
+        defaults: LATE_WINDOWS,
         ..LLAMA
     },
     LLAMA,
@@ -159,6 +165,7 @@ pub(super) const FAMILIES: [Family; 14] = [
         output_bias: false,
         mlp_bias: false,
         windows: Windows::All,
+        defaults: &[("sliding_window", 4096.0)],
         ..LLAMA
     },
     Family {
@@ -167,6 +174,7 @@ pub(super) const FAMILIES: [Family; 14] = [
         output_bias: false,
         mlp_bias: false,
         windows: Windows::All,
+        defaults: &[("sliding_window", 4096.0)],
         ..LLAMA
     },
     // Phi-3, Phi-3.5 and Phi-4-mini.
@@ -176,6 +184,7 @@ pub(super) const FAMILIES: [Family; 14] = [
         output_bias: false,
         mlp_bias: false,
         windows: Windows::All,
+        defaults: &[("rms_norm_eps", 1e-5)],
         ..LLAMA
     },
     GEMMA2,
