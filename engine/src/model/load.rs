@@ -36,13 +36,12 @@ pub enum LoadError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// The device refused a tensor.
-    #[error("{what}: {source}")]
+    #[error("{what}: {reason}")]
     Device {
         /// The tensor or buffer.
         what: String,
-        /// What the device said.
-        #[source]
-        source: quire_kernels::Error,
+        /// What the device said. No source of this error, of whose text it is a part: who prints all of them would print it twice.
+        reason: quire_kernels::Error,
     },
     /// It cannot be divided among so many devices.
     #[error("the model cannot be divided among {ranks} ranks: {problem}")]
@@ -335,9 +334,9 @@ impl<B: Backend> Loader<'_, B> {
             Some(shard) if !self.cuts.rank.is_alone() => self.backend.shard(parts, quantize, shard),
             _ => self.backend.matrix(parts, quantize),
         };
-        let matrix = matrix.map_err(|source| LoadError::Device {
+        let matrix = matrix.map_err(|reason| LoadError::Device {
             what: what.to_owned(),
-            source,
+            reason,
         })?;
         // What was packed is not read again.
         self.tensors.release();
@@ -392,9 +391,9 @@ impl<B: Backend> Loader<'_, B> {
     pub fn upload(&self, what: &str, values: &[f32]) -> Result<B::Vector, LoadError> {
         self.backend
             .vector(values)
-            .map_err(|source| LoadError::Device {
+            .map_err(|reason| LoadError::Device {
                 what: what.to_owned(),
-                source,
+                reason,
             })
     }
 
@@ -449,7 +448,7 @@ fn widen(name: &str, view: &TensorView<'_>, out: &mut Vec<f32>) -> Result<(), Lo
     if view.format.is_quantised() {
         return Err(LoadError::Device {
             what: name.to_owned(),
-            source: quire_kernels::Error::Shape(format!(
+            reason: quire_kernels::Error::Shape(format!(
                 "a vector of parameters is stored as {:?}, expected f32, f16 or bf16",
                 view.format
             )),
@@ -479,5 +478,18 @@ mod tests {
         }
         assert!(is_quantised_to(Format::Q8_0, "lm_head.weight"));
         assert!(!is_quantised_to(Format::Tq2_0, "lm_head.weight"));
+    }
+
+    #[test]
+    fn what_a_device_says_is_printed_once() {
+        let error = anyhow::Error::new(LoadError::Device {
+            what: "activation buffers".to_owned(),
+            reason: quire_kernels::Error::OutOfMemory {
+                what: "activations",
+                bytes: 7,
+            },
+        });
+        let text = format!("{error:#}");
+        assert_eq!(text.matches("cannot allocate").count(), 1, "{text}");
     }
 }
