@@ -206,6 +206,17 @@ fn wrong_values_of_other_metadata_are_named() {
         ("generation_config.json", "eos_token_id", json!(1000)),
         ("tokenizer_config.json", "bos_token", json!(5)),
         ("tokenizer_config.json", "chat_template", json!(5)),
+        ("tokenizer_config.json", "added_tokens_decoder", json!([])),
+        (
+            "tokenizer_config.json",
+            "added_tokens_decoder",
+            json!({"one": {"content": "<|x|>"}}),
+        ),
+        (
+            "tokenizer_config.json",
+            "added_tokens_decoder",
+            json!({"1": "<|x|>"}),
+        ),
         (
             "tokenizer_config.json",
             "chat_template",

@@ -246,6 +246,21 @@ fn gguf_name(name: &str) -> String {
 }
 
 #[test]
+fn a_config_json_beside_the_only_gguf_file_is_no_obstacle() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let config = golden("qwen3").join("config.json");
+    std::fs::copy(config, path.join("config.json")).unwrap();
+    let file = golden("gguf").join("qwen3.gguf");
+    std::fs::copy(&file, path.join("model.gguf")).unwrap();
+    assert_eq!(open(path).config, open(&file).config);
+    std::fs::copy(&file, path.join("other.gguf")).unwrap();
+    let error = Checkpoint::open(&ModelSource::Path(path.to_owned()));
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("(model.gguf, other.gguf)"), "{error}");
+}
+
+#[test]
 fn a_split_file_is_one_model() {
     let whole = std::fs::read(golden("gguf").join("qwen3.gguf")).unwrap();
     let directory = tempfile::tempdir().unwrap();

@@ -5,9 +5,12 @@
 //! every pre-tokenizer (`vocab/pre.py`).
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
+use common::gguf::Gguf;
 use proptest::prelude::*;
 use quire::checkpoint::gguf_tokenizer;
 use quire::tokenizer::{Algorithm, Token, TokenKind, Tokenizer, TokenizerError, Vocabulary};
@@ -72,6 +75,7 @@ fn words(pre: &str) -> Result<Tokenizer, TokenizerError> {
         unknown: None,
         bos: None,
         eos: None,
+        rstrip: false,
     })
 }
 
@@ -136,6 +140,48 @@ fn whole_vocabularies_give_the_expected_ids() {
         return;
     };
     assert!(check_all(Path::new(&directory)) >= 6);
+    let phi3 = Path::new(&directory).join("ggml-vocab-phi-3.gguf");
+    let text = "<|user|>\nHello<|end|>\n<|assistant|>\n";
+    let ids = gguf_tokenizer(&phi3).unwrap().encode(text, true).unwrap();
+    let ids: Vec<u32> = ids.iter().map(|id| id.0).collect();
+    assert_eq!(ids, [1, 32010, 15043, 32007, 32001]);
+}
+
+/// Phi-3's special tokens, as its `tokenizer.json` has them and llama.cpp too.
+#[test]
+fn special_tokens_of_phi_3_take_the_whitespace_after_them() {
+    let tokens = [
+        ("<unk>", 2),
+        ("<s>", 3),
+        ("</s>", 3),
+        ("<|endoftext|>", 3),
+        ("<|user|>", 4),
+        ("▁", 1),
+        ("\n", 1),
+        ("a", 1),
+        ("▁a", 1),
+    ];
+    let kinds = tokens.map(|token| token.1);
+    let ids = |text: &str, architecture| -> Vec<u32> {
+        let mut file = Gguf::default();
+        file.text("general.architecture", architecture)
+            .text("tokenizer.ggml.model", "llama")
+            .texts("tokenizer.ggml.tokens", tokens.map(|token| token.0))
+            .numbers("tokenizer.ggml.token_type", &kinds)
+            .numbers("tokenizer.ggml.scores", &[0; 9])
+            .number("tokenizer.ggml.bos_token_id", 1);
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vocabulary.gguf");
+        std::fs::write(&path, file.bytes()).unwrap();
+        let tokenizer = gguf_tokenizer(&path).unwrap();
+        let ids = tokenizer.encode(text, true).unwrap();
+        ids.iter().map(|id| id.0).collect()
+    };
+    let text = "<|user|>\n a</s>\n\n<|endoftext|>\n";
+    assert_eq!(ids(text, "phi3"), [1, 4, 8, 2, 3, 5, 6]);
+    assert_eq!(ids("a", "phi3"), [1, 8]);
+    let kept = [1, 4, 5, 6, 8, 2, 5, 6, 6, 3, 5, 6];
+    assert_eq!(ids(text, "llama"), kept);
 }
 
 /// Checks every vocabulary with vectors in a directory.

@@ -9,10 +9,13 @@ mod common;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use common::broken::Copy;
 use proptest::prelude::*;
+use quire::checkpoint::{Checkpoint, ModelSource};
 use quire::tokenizer::Tokenizer;
 use quire_scheduler::TokenId;
 use serde::Deserialize;
+use serde_json::{Value, json};
 
 const SENTENCE_PIECE: [&str; 3] = ["llama2", "gemma", "metaspace"];
 
@@ -183,6 +186,36 @@ fn what_is_not_a_tokenizer_is_refused() {
             .unwrap_err()
             .to_string();
         assert!(error.contains(expected), "{error}");
+    }
+}
+
+/// Of `added_tokens_decoder`, with a tokenizer whose only added token is 300.
+#[test]
+fn tokens_that_only_the_tokenizer_config_lists_are_added_in_order_of_their_ids() {
+    let open = |tokens: Value| {
+        let copy = Copy::of("qwen2");
+        let config = json!({ "added_tokens_decoder": tokens });
+        copy.write("tokenizer_config.json", config.to_string().as_bytes());
+        let path = copy.directory.path().to_owned();
+        Checkpoint::open(&ModelSource::Path(path)).map(|checkpoint| checkpoint.tokenizer)
+    };
+    let listed = json!({"content": "<|end|>", "special": true});
+    let tokenizer = open(json!({
+        "302": {"content": "<|text|>", "normalized": false},
+        "301": {"content": "<|control|>", "special": true, "rstrip": true},
+        "300": listed,
+    }))
+    .unwrap();
+    let ids = tokenizer.encode("<|end|><|control|> \n<|text|>", true);
+    let ids = ids.unwrap();
+    assert_eq!(ids, [300, 301, 302].map(TokenId));
+    assert_eq!(tokenizer.decode(&ids, true), "<|text|>");
+    assert_eq!(tokenizer.decode(&ids, false), "<|end|><|control|><|text|>");
+
+    let gap = open(json!({"300": listed, "305": {"content": "<|text|>"}}));
+    let error = gap.unwrap_err().to_string();
+    for part in ["tokenizer_config.json", "<|text|>", "305", "301"] {
+        assert!(error.contains(part), "{error}");
     }
 }
 

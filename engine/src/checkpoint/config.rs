@@ -6,9 +6,9 @@
 use quire_kernels::{Activation, LogitsRule};
 use serde_json::Value;
 
-use super::families::{FAMILIES, Family, Mixture, Windows};
+use super::families::{FAMILIES, Family, Mixture, Named, Windows};
 use super::{CheckpointError, rope};
-use crate::model::{ExpertsConfig, LayerConfig, ModelConfig};
+use crate::model::{ExpertsConfig, LayerConfig, ModelConfig, RopeScaling};
 
 const FILE: &str = "config.json";
 /// No dimension of a model is larger; keeps every product of two of them within 64 bits.
@@ -86,6 +86,7 @@ fn of_family(json: &Value, family: &Family) -> Result<ModelConfig, CheckpointErr
     }
     let max_position = size(json, "max_position_embeddings", Some(2048))?;
     let (full, sliding) = rope::parse(json, head_dim, max_position)?;
+    let max_position = max_position.max(reach(&full.scaling));
     let mut layers = layers(json, family)?;
     let windowed = |layer: &LayerConfig| layer.window.is_some();
     let mut ropes = vec![full];
@@ -166,6 +167,19 @@ fn of_family(json: &Value, family: &Family) -> Result<ModelConfig, CheckpointErr
             softcap: softcap("final_logit_softcapping")?,
         },
     })
+}
+
+/// The context that rescaled frequencies reach. YaRN is what people add to a file for long texts, as its authors tell them; its
+/// `max_position_embeddings` stays as it was.
+fn reach(scaling: &RopeScaling) -> usize {
+    match *scaling {
+        RopeScaling::Yarn {
+            factor,
+            original_max_position,
+            ..
+        } => (factor * original_max_position).min(LARGEST as f64) as usize,
+        _ => 0,
+    }
 }
 
 /// The layers: windows from `layer_types` or the family's habit, rotary embeddings, experts.
@@ -309,18 +323,23 @@ fn experts(json: &Value, mixture: &Mixture) -> Result<ExpertsConfig, CheckpointE
     })
 }
 
-/// The MLP's non-linearity, which must be the family's.
+/// The MLP's non-linearity, which must be one of the family's.
 fn activation(json: &Value, family: &Family) -> Result<Activation, CheckpointError> {
-    let (activation, names) = family.activation;
-    for field in ["hidden_activation", "hidden_act"] {
-        let value = &json[field];
-        if !value.is_null() && !names.iter().any(|name| value == name) {
-            return Err(wrong(field, value, &names.join(" or ")));
+    let known = family.activations;
+    let field = ["hidden_activation", "hidden_act"]
+        .into_iter()
+        .find(|field| !json[*field].is_null());
+    let activation = match field {
+        None => known[0].0,
+        Some(field) => {
+            let value = &json[field];
+            let named = |of: &&Named| of.1.iter().any(|name| value == name);
+            known.iter().find(named).map(|of| of.0).ok_or_else(|| {
+                let names: Vec<&str> = known.iter().flat_map(|of| of.1).copied().collect();
+                wrong(field, value, &names.join(" or "))
+            })?
         }
-        if !value.is_null() {
-            break;
-        }
-    }
+    };
     match activation {
         Activation::ClampedSwiglu { alpha, limit } => Ok(Activation::ClampedSwiglu {
             alpha: positive(json, "", "swiglu_alpha", Some(f64::from(alpha)))? as f32,
@@ -416,7 +435,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::model::{QkNorm, RopeScaling};
+    use crate::model::QkNorm;
 
     fn llama() -> Value {
         json!({
@@ -450,8 +469,27 @@ mod tests {
         assert_eq!(older.ropes[0].scaling, RopeScaling::Linear { factor: 2.0 });
     }
 
+    /// As the model cards of Qwen 2.5 and Qwen 3 say.
     #[test]
-    fn families_differ_in_norms_and_biases() {
+    fn yarn_that_is_added_for_long_texts_gives_long_contexts() {
+        let mut json = with(
+            "rope_scaling",
+            json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
+        );
+        json["model_type"] = json!("mistral");
+        json["max_position_embeddings"] = json!(40_960);
+        json["sliding_window"] = json!(65_536);
+        let config = parse(&json).expect("valid");
+        assert_eq!(config.max_position, 131_072);
+        assert_eq!(config.layers[0].window, Some(65_536), "it is shorter");
+        json["max_position_embeddings"] = json!(262_144);
+        assert_eq!(parse(&json).expect("valid").max_position, 262_144);
+        json["rope_scaling"]["factor"] = json!(1e20);
+        assert_eq!(parse(&json).expect("valid").max_position, 1 << 28);
+    }
+
+    #[test]
+    fn families_differ_in_norms_biases_and_activations() {
         let biased = parse(&with("attention_bias", json!(true))).expect("valid");
         assert!(biased.qkv_bias && biased.output_bias);
         assert_eq!(biased.qk_norm, QkNorm::None);
@@ -461,6 +499,11 @@ mod tests {
         assert!(qwen2.qkv_bias && !qwen2.output_bias);
         let qwen3 = parse(&with("model_type", json!("qwen3"))).expect("valid");
         assert_eq!(qwen3.qk_norm, QkNorm::Heads);
+        let mut bitnet = with("model_type", json!("bitnet"));
+        let activation = |json: &Value| parse(json).expect("valid").activation;
+        assert_eq!(activation(&bitnet), Activation::Silu);
+        bitnet["hidden_act"] = Value::Null;
+        assert_eq!(activation(&bitnet), Activation::Relu2);
     }
 
     fn windows(json: &Value) -> Vec<Option<u32>> {
@@ -500,6 +543,35 @@ mod tests {
             "full_attention"
         ]);
         assert_eq!(windows(&json)[..2], [Some(64), None]);
+    }
+
+    #[test]
+    fn what_is_left_out_is_as_transformers_fills_it_in() {
+        let of = |family: &str, fields: Value| {
+            let mut json = with("model_type", json!(family));
+            json["max_position_embeddings"] = json!(32_768);
+            json["num_hidden_layers"] = json!(30);
+            for (field, value) in fields.as_object().expect("an object") {
+                json[field] = value.clone();
+            }
+            json
+        };
+        for family in ["mistral", "ministral"] {
+            assert_eq!(windows(&of(family, json!({}))), [Some(4096); 30]);
+            let without = of(family, json!({"sliding_window": null}));
+            assert_eq!(windows(&without), [None; 30]);
+        }
+        for family in ["qwen2", "qwen3"] {
+            assert_eq!(windows(&of(family, json!({}))), [None; 30]);
+            let windows = windows(&of(family, json!({"use_sliding_window": true})));
+            assert_eq!(windows[26..], [None, None, Some(4096), Some(4096)]);
+        }
+        let mut phi3 = of("phi3", json!({}));
+        phi3.as_object_mut()
+            .expect("an object")
+            .remove("rms_norm_eps");
+        assert_eq!(parse(&phi3).expect("valid").norm_eps, 1e-5);
+        assert_eq!(windows(&phi3), [None; 30]);
     }
 
     /// `config.json` of google/gemma-3-4b-it as it was published: most of it is left out.

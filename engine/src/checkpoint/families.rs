@@ -6,6 +6,9 @@ use quire_kernels::Activation;
 
 use crate::model::{NormPlacement, QkNorm};
 
+/// An activation and its names in `hidden_act`.
+pub(super) type Named = (Activation, &'static [&'static str]);
+
 /// What a family has that its `config.json` does not say.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Family {
@@ -25,8 +28,8 @@ pub(super) struct Family {
     pub norm_offset: f32,
     /// Norms before the attention output and the MLP's output projection.
     pub sub_norms: bool,
-    /// The only activation its weights can have been trained with, and its names in `hidden_act`.
-    pub activation: (Activation, &'static [&'static str]),
+    /// The activations its weights can have been trained with, and their names in `hidden_act`; the first where a file does not say.
+    pub activations: &'static [Named],
     /// Which layers have the sliding window.
     pub windows: Windows,
     /// Embeddings are multiplied with the square root of the width.
@@ -73,8 +76,8 @@ pub(super) struct Mixture {
     pub interleaved: bool,
 }
 
-const SILU: (Activation, &[&str]) = (Activation::Silu, &["silu", "swish"]);
-const GELU: (Activation, &[&str]) = (
+const SILU: Named = (Activation::Silu, &["silu", "swish"]);
+const GELU: Named = (
     Activation::GeluTanh,
     &["gelu_pytorch_tanh", "gelu_new", "gelu"],
 );
@@ -88,7 +91,7 @@ const LLAMA: Family = Family {
     norms: NormPlacement::Before,
     norm_offset: 0.0,
     sub_norms: false,
-    activation: SILU,
+    activations: &[SILU],
     windows: Windows::None,
     scaled_embeddings: false,
     sinks: false,
@@ -99,11 +102,15 @@ const LLAMA: Family = Family {
     tied_head: false,
 };
 
+/// Qwen's windows, which few files use.
+const LATE_WINDOWS: &[(&str, f64)] = &[("sliding_window", 4096.0), ("max_window_layers", 28.0)];
+
 const QWEN3: Family = Family {
     name: "qwen3",
     qk_norm: QkNorm::Heads,
     mlp_bias: false,
     windows: Windows::Late,
+    defaults: LATE_WINDOWS,
     ..LLAMA
 };
 
@@ -112,7 +119,7 @@ const GEMMA2: Family = Family {
     mlp_bias: false,
     norms: NormPlacement::Around,
     norm_offset: 1.0,
-    activation: GELU,
+    activations: &[GELU],
     windows: Windows::AllBut(2),
     scaled_embeddings: true,
     defaults: &[
@@ -139,6 +146,7 @@ pub(super) const FAMILIES: [Family; 14] = [
             bias: false,
             interleaved: false,
         }),
+        defaults: &[("sliding_window", 4096.0)],
         ..QWEN3
     },
     Family {
@@ -147,6 +155,7 @@ pub(super) const FAMILIES: [Family; 14] = [
         output_bias: false,
         mlp_bias: false,
         windows: Windows::Late,
+        defaults: LATE_WINDOWS,
         ..LLAMA
     },
     LLAMA,
@@ -156,6 +165,7 @@ pub(super) const FAMILIES: [Family; 14] = [
         output_bias: false,
         mlp_bias: false,
         windows: Windows::All,
+        defaults: &[("sliding_window", 4096.0)],
         ..LLAMA
     },
     Family {
@@ -164,6 +174,7 @@ pub(super) const FAMILIES: [Family; 14] = [
         output_bias: false,
         mlp_bias: false,
         windows: Windows::All,
+        defaults: &[("sliding_window", 4096.0)],
         ..LLAMA
     },
     // Phi-3, Phi-3.5 and Phi-4-mini.
@@ -173,6 +184,7 @@ pub(super) const FAMILIES: [Family; 14] = [
         output_bias: false,
         mlp_bias: false,
         windows: Windows::All,
+        defaults: &[("rms_norm_eps", 1e-5)],
         ..LLAMA
     },
     GEMMA2,
@@ -197,20 +209,20 @@ pub(super) const FAMILIES: [Family; 14] = [
         name: "bitnet",
         mlp_bias: false,
         sub_norms: true,
-        activation: (Activation::Relu2, &["relu2"]),
+        activations: &[(Activation::Relu2, &["relu2"]), SILU],
         defaults: &[("rope_theta", 5e5), ("rms_norm_eps", 1e-5)],
         ..LLAMA
     },
     Family {
         name: "gpt_oss",
         mlp_bias: false,
-        activation: (
+        activations: &[(
             Activation::ClampedSwiglu {
                 alpha: 1.702,
                 limit: 7.0,
             },
             &["silu"],
-        ),
+        )],
         windows: Windows::AllBut(2),
         sinks: true,
         experts: Some(Mixture {

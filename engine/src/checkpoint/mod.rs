@@ -6,6 +6,7 @@
 //! **Invariant:** nothing in a checkpoint is trusted. Whatever its files hold, the outcome is a valid `Checkpoint` or an error that names the
 //! file, the field or tensor, what was found and what was expected.
 
+mod added_tokens;
 mod config;
 mod error;
 mod families;
@@ -91,9 +92,12 @@ impl Checkpoint {
         let tokenizer_json = files
             .read("tokenizer.json")?
             .ok_or_else(|| files.missing("tokenizer.json"))?;
-        let tokenizer = Tokenizer::from_json(&tokenizer_json)
+        let mut tokenizer = Tokenizer::from_json(&tokenizer_json)
             .map_err(|error| CheckpointError::file("tokenizer.json", error))?;
         let tokenizer_config = files.json(TOKENIZER_CONFIG)?.unwrap_or(Value::Null);
+        tokenizer
+            .add(added_tokens::parse(&tokenizer_config)?)
+            .map_err(|error| CheckpointError::file(TOKENIZER_CONFIG, error))?;
         let special = special_tokens(&tokenizer_config)?;
         let chat_template = match template_source(&files, &tokenizer_config)? {
             None => None,
@@ -139,7 +143,12 @@ fn license(files: &Files) -> Result<Option<String>, CheckpointError> {
 fn gguf_path(source: &ModelSource) -> Result<Option<PathBuf>, CheckpointError> {
     match source {
         ModelSource::Path(path) if gguf::is_gguf(path) && !path.is_dir() => Ok(Some(path.clone())),
-        ModelSource::Path(path) if path.is_dir() && !path.join("config.json").exists() => {
+        ModelSource::Path(path) if path.is_dir() => {
+            let there = |file: &str| path.join(file).exists();
+            // Some put the original's `config.json` beside a GGUF file.
+            if there("config.json") && tensors::FILES.into_iter().any(there) {
+                return Ok(None);
+            }
             gguf::in_directory(path)
         }
         _ => Ok(None),

@@ -14,6 +14,8 @@ use super::quantised::{self, Found, Layout, Plan};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Either is in every directory with safetensors.
+pub(super) const FILES: [&str; 2] = [SINGLE, INDEX];
 /// Longer headers are refused, as by the format's reference implementation.
 const LONGEST_HEADER: u64 = 100_000_000;
 

@@ -67,7 +67,7 @@ impl<B: Backend> Decoder<B> {
         let weights = load::weights(checkpoint, &cuts, &backend, options.quantize, progress)?;
         let device = |what: &str| {
             let what = what.to_owned();
-            move |source| LoadError::Device { what, source }
+            move |reason| LoadError::Device { what, reason }
         };
         let vector = |values: &[f32]| backend.vector(values).map_err(device("rotary frequencies"));
         let frequencies = config

@@ -36,13 +36,12 @@ pub enum LoadError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// The device refused a tensor.
-    #[error("{what}: {source}")]
+    #[error("{what}: {reason}")]
     Device {
         /// The tensor or buffer.
         what: String,
-        /// What the device said.
-        #[source]
-        source: quire_kernels::Error,
+        /// What the device said. No source of this error, of whose text it is a part: who prints all of them would print it twice.
+        reason: quire_kernels::Error,
     },
     /// It cannot be divided among so many devices.
     #[error("the model cannot be divided among {ranks} ranks: {problem}")]
@@ -335,9 +334,9 @@ impl<B: Backend> Loader<'_, B> {
             Some(shard) if !self.cuts.rank.is_alone() => self.backend.shard(parts, quantize, shard),
             _ => self.backend.matrix(parts, quantize),
         };
-        let matrix = matrix.map_err(|source| LoadError::Device {
+        let matrix = matrix.map_err(|reason| LoadError::Device {
             what: what.to_owned(),
-            source,
+            reason,
         })?;
         // What was packed is not read again.
         self.tensors.release();
@@ -345,11 +344,10 @@ impl<B: Backend> Loader<'_, B> {
         Ok(matrix)
     }
 
-    /// What the tensors `what` are quantised to. A ternary model is so in its layers, routers left out: the rest stays as it is.
+    /// What the tensors `what` are quantised to.
     fn quantize_to(&self, what: &str) -> Option<Format> {
-        let ternary = what.contains("_proj");
         self.quantize
-            .filter(|&format| ternary || format != Format::Tq2_0)
+            .filter(|&format| is_quantised_to(format, what))
     }
 
     /// One vector made of the elements named, one after the other.
@@ -393,9 +391,9 @@ impl<B: Backend> Loader<'_, B> {
     pub fn upload(&self, what: &str, values: &[f32]) -> Result<B::Vector, LoadError> {
         self.backend
             .vector(values)
-            .map_err(|source| LoadError::Device {
+            .map_err(|reason| LoadError::Device {
                 what: what.to_owned(),
-                source,
+                reason,
             })
     }
 
@@ -414,6 +412,16 @@ impl<B: Backend> Loader<'_, B> {
             total: self.tensors.total_bytes().max(self.done),
         });
     }
+}
+
+/// Whether the tensors `what` are quantised where the model is, to `format`.
+///
+/// Routers never are: they are small, and an error in one chooses other experts. A ternary model is so in its layers; the rest stays as it is.
+fn is_quantised_to(format: Format, what: &str) -> bool {
+    let router = [".mlp.gate.weight", ".mlp.router.weight"]
+        .iter()
+        .any(|name| what.ends_with(name));
+    !router && (format != Format::Tq2_0 || what.contains("_proj"))
 }
 
 fn suffixed(rows: &[Rows], suffix: &str) -> Vec<Rows> {
@@ -440,7 +448,7 @@ fn widen(name: &str, view: &TensorView<'_>, out: &mut Vec<f32>) -> Result<(), Lo
     if view.format.is_quantised() {
         return Err(LoadError::Device {
             what: name.to_owned(),
-            source: quire_kernels::Error::Shape(format!(
+            reason: quire_kernels::Error::Shape(format!(
                 "a vector of parameters is stored as {:?}, expected f32, f16 or bf16",
                 view.format
             )),
@@ -448,4 +456,40 @@ fn widen(name: &str, view: &TensorView<'_>, out: &mut Vec<f32>) -> Result<(), Lo
     }
     view.format.dequantize(&view.data, out);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn routers_are_never_quantised() {
+        for format in [Format::Q4_0, Format::Q8_0, Format::Tq2_0] {
+            for router in ["gate", "router"] {
+                let name = format!("model.layers.3.mlp.{router}.weight");
+                assert!(!is_quantised_to(format, &name), "{name}");
+            }
+            let experts = "model.layers.3.mlp.experts.gate_up_proj";
+            assert!(is_quantised_to(format, experts));
+            assert!(is_quantised_to(
+                format,
+                "model.layers.3.mlp.gate_proj.weight"
+            ));
+        }
+        assert!(is_quantised_to(Format::Q8_0, "lm_head.weight"));
+        assert!(!is_quantised_to(Format::Tq2_0, "lm_head.weight"));
+    }
+
+    #[test]
+    fn what_a_device_says_is_printed_once() {
+        let error = anyhow::Error::new(LoadError::Device {
+            what: "activation buffers".to_owned(),
+            reason: quire_kernels::Error::OutOfMemory {
+                what: "activations",
+                bytes: 7,
+            },
+        });
+        let text = format!("{error:#}");
+        assert_eq!(text.matches("cannot allocate").count(), 1, "{text}");
+    }
 }

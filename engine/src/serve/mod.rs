@@ -57,7 +57,7 @@ pub struct Server {
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// An address is taken or not ours.
-    #[error("cannot listen on {address} for {protocol}: {source}; choose another with {flag}")]
+    #[error("cannot listen on {address} for {protocol}: {reason}; choose another with {flag}")]
     Bind {
         /// What would have been served there.
         protocol: &'static str,
@@ -66,8 +66,7 @@ pub enum ServeError {
         /// The address.
         address: SocketAddr,
         /// What the system said.
-        #[source]
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// The engine thread is gone.
     #[error("the engine has stopped; see the log for the reason")]
@@ -88,11 +87,11 @@ impl Server {
         let bind = async |protocol, flag, address| {
             TcpListener::bind(address)
                 .await
-                .map_err(|source| ServeError::Bind {
+                .map_err(|reason| ServeError::Bind {
                     protocol,
                     flag,
                     address,
-                    source,
+                    reason,
                 })
         };
         Ok(Self {

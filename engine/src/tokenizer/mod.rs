@@ -8,11 +8,14 @@ mod detokenizer;
 mod template;
 mod vocabulary;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use quire_scheduler::TokenId;
 
 use bytes::{Spelling, TokenBytes};
+
+pub(crate) use tokenizers::AddedToken;
 
 pub use detokenizer::Detokenizer;
 pub use template::{ChatTemplate, Clock, Conversation, TemplateError};
@@ -47,6 +50,16 @@ pub enum TokenizerError {
     /// The metadata of a GGUF file does not describe a tokenizer.
     #[error("its vocabulary makes no tokenizer: {0}")]
     Vocabulary(String),
+    /// A token that is added gets another id than it should have.
+    #[error("added token {token:?} should have id {expected}, but gets {found}")]
+    AddedToken {
+        /// The token.
+        token: String,
+        /// The id it should have.
+        expected: u32,
+        /// The next one that is free, or the one the vocabulary gives it.
+        found: u32,
+    },
     /// The text cannot be encoded.
     #[error("the text cannot be encoded: {0}")]
     Encode(String),
@@ -72,6 +85,35 @@ impl Tokenizer {
             .ok_or_else(|| TokenizerError::Decoder(file["decoder"]["type"].to_string()))?;
         let bytes = TokenBytes::new(&inner, spelling);
         Ok(Self { inner, bytes })
+    }
+
+    /// Adds tokens that the file does not list, or lists otherwise, in the order given and with the ids they should have.
+    pub(crate) fn add(&mut self, tokens: Vec<(u32, AddedToken)>) -> Result<(), TokenizerError> {
+        let known: HashMap<String, AddedToken> = self
+            .inner
+            .get_added_tokens_decoder()
+            .into_values()
+            .map(|token| (token.content.clone(), token))
+            .collect();
+        let is_new = |(_, token): &(u32, AddedToken)| known.get(&token.content) != Some(token);
+        let new: Vec<(u32, AddedToken)> = tokens.into_iter().filter(is_new).collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        let tokens: Vec<AddedToken> = new.iter().map(|(_, token)| token.clone()).collect();
+        caught(|| self.inner.add_tokens(tokens)).map_err(TokenizerError::Invalid)?;
+        for (expected, token) in new {
+            let found = self.inner.token_to_id(&token.content);
+            if let Some(found) = found.filter(|&found| found != expected) {
+                return Err(TokenizerError::AddedToken {
+                    token: token.content,
+                    expected,
+                    found,
+                });
+            }
+        }
+        self.bytes = TokenBytes::new(&self.inner, self.bytes.spelling());
+        Ok(())
     }
 
     /// From the metadata of a GGUF file.

@@ -18,6 +18,9 @@ use super::bytes::Spelling;
 /// Longer pieces are not taken apart: no SentencePiece vocabulary has them, and looking would take the square of their length.
 const LONGEST_PIECE: usize = 512;
 
+/// Tokens of Phi-3 that leave the whitespace after them where it is.
+const KEEP_SPACE: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
+
 /// Tokens and how text is cut into them.
 #[derive(Debug, Clone)]
 pub struct Vocabulary {
@@ -31,6 +34,8 @@ pub struct Vocabulary {
     pub bos: Option<u32>,
     /// The id every text ends with.
     pub eos: Option<u32>,
+    /// Special tokens take the whitespace after them (Phi-3).
+    pub rstrip: bool,
 }
 
 /// A token.
@@ -320,6 +325,7 @@ impl Vocabulary {
                 content: token.text.clone(),
                 special: token.kind.is_special(),
                 normalized: false,
+                rstrip: self.rstrip && !KEEP_SPACE.contains(&token.text.as_str()),
                 ..AddedToken::default()
             })
         });

@@ -50,6 +50,18 @@ const SPECIAL: [(&str, f64, &[&str]); 8] = [
     ("residual_scale", 1.0, &["granite"]),
     ("attention.scale", 0.0, &["granite"]),
 ];
+/// Which layers have the sliding window: a number as `sliding_window_pattern` is, or a flag for each layer.
+const PATTERN: &str = "attention.sliding_window_pattern";
+/// Architectures that llama.cpp reads it for, of those with windows.
+const PATTERNED: [&str; 3] = ["gemma2", "gemma3", "gpt-oss"];
+/// Fields that a file leaves out, or has 0 for, where there is no such thing.
+const OPTIONAL: [&str; 3] = [
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "sliding_window",
+];
+/// What `scaling.factor` was called first, under the architecture's `rope.`.
+const OLD_FACTOR: &str = "scale_linear";
 /// What `general.sampling.` calls the fields of a `generation_config.json`.
 const SAMPLING: [(&str, &str); 5] = [
     ("temperature", "temp"),
@@ -91,12 +103,13 @@ pub(super) fn config_json(gguf: &Gguf) -> Result<Json, CheckpointError> {
         json.insert("vocab_size".to_owned(), (*rows).into());
     }
     for (field, tensor) in [
-        ("attention_bias", "blk.0.attn_output.bias"),
+        ("attention_bias", "blk.0.attn_q.bias"),
         ("mlp_bias", "blk.0.ffn_gate.bias"),
     ] {
         json.insert(field.to_owned(), gguf.shape(tensor).is_some().into());
     }
     habits(architecture, &mut json);
+    windows(gguf, architecture, &mut json)?;
     rope(gguf, architecture, &mut json)?;
     Ok(json.into())
 }
@@ -104,9 +117,10 @@ pub(super) fn config_json(gguf: &Gguf) -> Result<Json, CheckpointError> {
 /// What llama.cpp knows of an architecture and does not write.
 fn habits(architecture: &str, json: &mut Map<String, Json>) {
     let number = |json: &Map<String, Json>, field: &str| json.get(field).and_then(Json::as_u64);
-    // None is written as 0.
-    if number(json, "sliding_window") == Some(0) {
-        json.remove("sliding_window");
+    for field in OPTIONAL {
+        if json.get(field).and_then(Json::as_f64) == Some(0.0) {
+            json.insert(field.to_owned(), Json::Null);
+        }
     }
     match architecture {
         "qwen3moe" => {
@@ -126,6 +140,13 @@ fn habits(architecture: &str, json: &mut Map<String, Json>) {
                 json.insert("query_pre_attn_scalar".to_owned(), scalar.into());
             }
         }
+        "bitnet" => {
+            // Files do not say which it is. llama.cpp's graph has SiLU, which is right for the first BitNets, 1bitLLM's with 24 or 26 layers.
+            // BitNet b1.58 2B4T, with 30, has squared ReLU, which is what transformers takes for all that do not say, and so is it here.
+            let first = matches!(number(json, "num_hidden_layers"), Some(24 | 26));
+            let name = if first { "silu" } else { "relu2" };
+            json.insert("hidden_act".to_owned(), name.into());
+        }
         "gpt-oss" => {
             if let Some(width) = json.get("moe_intermediate_size").cloned() {
                 json.insert("intermediate_size".to_owned(), width);
@@ -133,14 +154,47 @@ fn habits(architecture: &str, json: &mut Map<String, Json>) {
         }
         _ => {}
     }
-    // A family's defaults are for files that leave out what these never do.
-    for field in [
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-        "sliding_window",
-    ] {
-        json.entry(field).or_insert(Json::Null);
+    // A family's defaults are for files that leave out what these never do. Gemma 2's llama.cpp has as well.
+    if architecture != "gemma2" {
+        for field in OPTIONAL {
+            json.entry(field).or_insert(Json::Null);
+        }
     }
+}
+
+/// Which layers have the window, where the file says so.
+fn windows(
+    gguf: &Gguf,
+    architecture: &str,
+    json: &mut Map<String, Json>,
+) -> Result<(), CheckpointError> {
+    let key = format!("{architecture}.{PATTERN}");
+    let there =
+        PATTERNED.contains(&architecture) && json.get("sliding_window") != Some(&Json::Null);
+    let Some(pattern) = gguf.metadata(&key).filter(|_| there) else {
+        return Ok(());
+    };
+    let wrong = || gguf.wrong(&key, pattern, "a number, or a flag for each layer");
+    if let Value::Array(array) = pattern {
+        let flags = array.scalars(gguf.data()).ok_or_else(wrong)?;
+        let kind = |flag: Value| match flag {
+            Value::Bool(false) | Value::Unsigned(0) | Value::Signed(0) => "full_attention",
+            _ => "sliding_attention",
+        };
+        let kinds: Vec<Json> = flags.map(|flag| kind(flag).into()).collect();
+        json.insert("layer_types".to_owned(), kinds.into());
+        return Ok(());
+    }
+    let every = match pattern.unsigned().ok_or_else(wrong)? {
+        // All have it: the one that has not is never reached.
+        0 => json
+            .get("num_hidden_layers")
+            .and_then(Json::as_u64)
+            .map_or(1, |count| count.saturating_add(1)),
+        every => every,
+    };
+    json.insert("sliding_window_pattern".to_owned(), every.into());
+    Ok(())
 }
 
 fn rope(
@@ -174,15 +228,25 @@ fn rope(
         let key = format!("{architecture}.attention.value_length");
         return Err(gguf.wrong(&key, value, &expected));
     }
-    let kind = gguf.metadata(&key("scaling.type"));
-    match kind.map(|kind| kind.json(gguf.data())) {
-        None => {}
-        Some(kind) if kind == "none" => {}
-        Some(kind) => {
+    let given = |name: &str| {
+        gguf.metadata(&key(name))
+            .map(|value| value.json(gguf.data()))
+    };
+    let factor = given("scaling.factor").or_else(|| given(OLD_FACTOR));
+    let factor = factor.filter(|factor| factor.as_f64() != Some(0.0));
+    // Who says by how much and not how means linearly.
+    let kind = given("scaling.type").unwrap_or_else(|| "linear".into());
+    match kind.as_str() {
+        // LongRoPE's divisors are tensors.
+        Some("none" | "longrope") => {}
+        Some("linear") if factor.is_none() => {}
+        _ => {
             let mut scaling = Map::new();
             scaling.insert("rope_type".to_owned(), kind);
+            if let Some(factor) = factor {
+                scaling.insert("factor".to_owned(), factor);
+            }
             for (field, of) in [
-                ("factor", "scaling.factor"),
                 (
                     "original_max_position_embeddings",
                     "scaling.original_context_length",
@@ -190,8 +254,8 @@ fn rope(
                 ("beta_fast", "scaling.yarn_beta_fast"),
                 ("beta_slow", "scaling.yarn_beta_slow"),
             ] {
-                if let Some(value) = gguf.metadata(&key(of)) {
-                    scaling.insert(field.to_owned(), value.json(gguf.data()));
+                if let Some(value) = given(of) {
+                    scaling.insert(field.to_owned(), value);
                 }
             }
             // As its authors have it; llama.cpp rounds.
@@ -251,8 +315,14 @@ pub(super) fn translated(gguf: &Gguf, error: CheckpointError) -> CheckpointError
         .unwrap_or_else(|| match field.as_str() {
             "model_type" => "general.architecture".to_owned(),
             "vocab_size" => "token_embd.weight".to_owned(),
+            "sliding_window_pattern" | "layer_types" => in_architecture(PATTERN),
             "rope_scaling.rope_type" => in_architecture("rope.scaling.type"),
-            "rope_scaling.factor" => in_architecture("rope.scaling.factor"),
+            "rope_scaling.factor" => {
+                let key = in_architecture("rope.scaling.factor");
+                let old = in_architecture(&format!("rope.{OLD_FACTOR}"));
+                let is_old = gguf.metadata(&key).is_none() && gguf.metadata(&old).is_some();
+                if is_old { old } else { key }
+            }
             "eos_token_id" => "tokenizer.ggml.eos_token_id".to_owned(),
             _ => field,
         });

@@ -5,6 +5,7 @@
 mod config;
 mod names;
 mod reader;
+mod unread;
 mod vocabulary;
 
 use std::path::{Path, PathBuf};
@@ -133,6 +134,8 @@ impl Gguf {
         let mut config =
             super::config::parse(&config_json).map_err(|error| config::translated(&self, error))?;
         config.tied_head = self.shape("output.weight").is_none();
+        // A `config.json` has one word for this bias and those of queries, keys and values; here each is there or not.
+        config.output_bias = self.shape("blk.0.attn_output.bias").is_some();
         let vocabulary = vocabulary::read(&self)?;
         let generation = self.generation(&vocabulary, &config_json, config.vocab_size)?;
         let chat_template = self.chat_template(&vocabulary)?;
@@ -143,21 +146,25 @@ impl Gguf {
         let pairs = ["llama", "granite", "smollm3"].contains(&self.architecture());
         let interleaved = pairs.then_some(config.head_dim);
         let names = Names::of(self.architecture());
+        unread::refuse(&self, &config, pairs)?;
         // They also add what Gemma's norms are stored less of.
         config.norm_offset = 0.0;
         let attention_factor = self.rope_number("scaling.attn_factor");
         let original = self.rope_number("scaling.original_context_length");
+        let scaling = self.string(&format!("{}.rope.scaling.type", self.architecture()))?;
+        let long_rope = scaling == Some("longrope");
         let name = model_name(self.file());
         let license = self.string("general.license")?.map(str::to_owned);
         let parts = self.parts.into_iter().zip(self.headers);
         let parts = parts.map(|(part, header)| (part.name, part.bytes, header.tensors));
         let mut tensors = Tensors::from_gguf(parts, names, interleaved)?;
         let count = config.ropes[0].rotated / 2;
-        if let Some(divisors) = divisors(&mut tensors, &name, "rope_freqs.weight", count)? {
+        if let Some(divisors) = divisors(&mut tensors, &name, "rope_freqs.weight", count, false)? {
             config.ropes[0].scaling = RopeScaling::Divisors(divisors);
         }
-        let long = divisors(&mut tensors, &name, "rope_factors_long.weight", count)?;
-        let short = divisors(&mut tensors, &name, "rope_factors_short.weight", count)?;
+        let mut factors = |tensor: &str| divisors(&mut tensors, &name, tensor, count, long_rope);
+        let long = factors("rope_factors_long.weight")?;
+        let short = factors("rope_factors_short.weight")?;
         if let (Some(long), Some(short)) = (long, short) {
             let original = original.unwrap_or(config.max_position as f64);
             config.ropes[0].scaling = RopeScaling::LongRope {
@@ -285,14 +292,15 @@ fn ends(tokens: &[Token]) -> Vec<TokenId> {
     ends
 }
 
-/// Takes a tensor of divisors of rotary frequencies out of the model's, if it is there.
+/// Takes a tensor of divisors of rotary frequencies out of the model's, if it is there or `needed`.
 fn divisors(
     tensors: &mut Tensors,
     file: &str,
     name: &str,
     count: usize,
+    needed: bool,
 ) -> Result<Option<Vec<f32>>, CheckpointError> {
-    if !tensors.contains(name) {
+    if !needed && !tensors.contains(name) {
         return Ok(None);
     }
     let view = tensors.get(name, &[count])?;

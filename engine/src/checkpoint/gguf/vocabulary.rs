@@ -103,6 +103,8 @@ pub(super) fn read(gguf: &Gguf) -> Result<Vocabulary, CheckpointError> {
             return Err(gguf.wrong(&key("model"), &value, "gpt2, llama or gemma4"));
         }
     };
+    // Files do not say so; llama.cpp goes by the model's name.
+    let rstrip = gguf.architecture() == "phi3" && model == "llama";
     let byte_level = matches!(algorithm, Algorithm::ByteLevel { .. });
     let adds_bos = match flag(gguf, &key("add_bos_token"))? {
         // Some of Gemma 4's files say that it has none, which it cannot do without; llama.cpp does not believe them either.
@@ -119,6 +121,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<Vocabulary, CheckpointError> {
             Some(true) => id("eos_token_id")?,
             _ => None,
         },
+        rstrip,
     })
 }
 
