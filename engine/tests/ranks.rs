@@ -134,7 +134,7 @@ fn more_ranks_than_key_value_heads_share_them() {
     equal_one_rank("smollm3", 2);
 }
 
-/// Activations are rounded to 8 bits between the sums, which magnifies their last bits.
+/// Activations are rounded to 8 bits between the sums, which magnifies their last bits; and with multiples of the unit of the part that a rank has.
 fn tell_the_same(name: &str, checkpoint: &Checkpoint, quantize: Option<Format>, of: usize) {
     let one = read(Sequence::on(
         common::backend(1),
@@ -145,7 +145,7 @@ fn tell_the_same(name: &str, checkpoint: &Checkpoint, quantize: Option<Format>, 
     for rank in read_on(of, checkpoint, quantize) {
         for (got, expected) in rank.iter().zip(&one) {
             let divergence = common::divergence(expected, got);
-            assert!(divergence < 1e-3, "{name} as {quantize:?}: {divergence}");
+            assert!(divergence < 3e-3, "{name} as {quantize:?}: {divergence}");
         }
     }
 }

@@ -83,10 +83,13 @@ def configure(directory, **fields):
 
 
 def rounded(x, order):
-    """Rounded to 8 bits in blocks of 32, in the order of the matrix's columns."""
+    """Rounded to 8 bits in blocks of 32, in the order of the matrix's columns; a block's scale is a multiple of its row's unit."""
     blocks = (x if order is None else x[..., order]).unflatten(-1, (-1, 32))
-    scales = blocks.abs().amax(-1, keepdim=True) / 127.0
-    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    units = (largest.amax(-2, keepdim=True) / (127 * 16383)).clamp(min=torch.finfo(torch.float32).tiny)
+    multiples = (largest * (1.0 / (127.0 * units))).ceil().clamp(max=16383)
+    scales = units * multiples
+    inverse = torch.where(multiples == 0, 0.0, 1.0 / scales)
     blocks = ((blocks * inverse).round() * scales).flatten(-2)
     return blocks if order is None else torch.empty_like(blocks).index_copy_(-1, order, blocks)
 
