@@ -3,6 +3,7 @@
 mod demo;
 mod logging;
 mod model_args;
+mod output;
 mod progress;
 mod run;
 mod serve;
@@ -52,7 +53,7 @@ pub fn main() -> ExitCode {
     match done {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            output::note(&format!("error: {error:#}"));
             ExitCode::FAILURE
         }
     }

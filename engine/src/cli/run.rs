@@ -1,6 +1,6 @@
 //! `quire run`: one answer to one prompt, or a chat.
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Read};
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::logging::{self, LogFormat};
 use super::model_args::ModelArgs;
+use super::output;
 use crate::generation::{GenerateError, Generation, GenerationRequest, Generator, Output, Prompt};
 use crate::tokenizer::Conversation;
 
@@ -114,7 +115,7 @@ impl Session<'_> {
             Prompt::Text(prompt.to_owned())
         };
         self.answer(prompt).await?;
-        println!();
+        output::print("\n")?;
         Ok(ExitCode::SUCCESS)
     }
 
@@ -126,10 +127,10 @@ impl Session<'_> {
             );
         }
         let model = self.generator.engine().model();
-        println!(
-            "{} on {}. /clear forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends.",
+        output::print(&format!(
+            "{} on {}. /clear forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends.\n",
             model.name, model.device
-        );
+        ))?;
         let mut editor = rustyline::DefaultEditor::new().context("no terminal to read from")?;
         let mut messages = self.beginning();
         loop {
@@ -153,7 +154,7 @@ impl Session<'_> {
             let answer = tokio::select! {
                 answer = self.answer(conversation(&messages)) => answer,
                 _ = tokio::signal::ctrl_c() => {
-                    println!("\n(stopped)");
+                    output::print("\n(stopped)\n")?;
                     messages.pop();
                     continue;
                 }
@@ -161,11 +162,11 @@ impl Session<'_> {
             match answer {
                 Ok(text) => messages.push(json!({"role": "assistant", "content": text})),
                 Err(error) => {
-                    eprintln!("error: {error:#}");
+                    output::note(&format!("error: {error:#}"));
                     messages.pop();
                 }
             }
-            println!();
+            output::print("\n")?;
         }
     }
 
@@ -177,7 +178,7 @@ impl Session<'_> {
             .collect()
     }
 
-    /// Prints an answer as it comes.
+    /// Prints an answer as it comes, for as long as somebody reads.
     async fn answer(&self, prompt: Prompt) -> anyhow::Result<String> {
         let mut request = GenerationRequest::new("run", prompt);
         request.sampling.max_tokens = self.args.max_tokens;
@@ -188,9 +189,8 @@ impl Session<'_> {
         request.stop.clone_from(&self.args.stop);
         let mut generation: Generation = self.generator.generate(request).await?;
         let mut answer = String::new();
-        let mut out = std::io::stdout();
-        while let Some(output) = generation.next().await {
-            let text = match output {
+        while let Some(part) = generation.next().await {
+            let text = match part {
                 Output::Started { .. } | Output::PromptLogprobs(_) => continue,
                 Output::Chunk { text, .. } => text,
                 Output::Finished { text, reason, .. } => {
@@ -202,9 +202,10 @@ impl Session<'_> {
                     text
                 }
             };
-            out.write_all(text.as_bytes())?;
-            out.flush()?;
             answer.push_str(&text);
+            if !output::print(&text)? {
+                break;
+            }
         }
         Ok(answer)
     }

@@ -1,6 +1,5 @@
 //! `quire show`: what a model is and how it is stored.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -9,7 +8,7 @@ use clap::Args;
 
 use crate::checkpoint::{Checkpoint, ModelSource, RopeSummary, Summary};
 
-use super::size;
+use super::{output, size};
 
 /// Which model, and for whom.
 #[derive(Debug, Args)]
@@ -39,12 +38,8 @@ pub(super) fn show(args: &ShowArgs) -> anyhow::Result<ExitCode> {
     } else {
         text(&summary)
     };
-    match std::io::stdout().write_all(text.as_bytes()) {
-        // Who reads has seen enough.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
-        Err(error) => Err(error.into()),
-        Ok(()) => Ok(ExitCode::SUCCESS),
-    }
+    output::print(&text)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn text(summary: &Summary) -> String {

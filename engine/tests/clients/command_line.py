@@ -1,5 +1,6 @@
 """The command line teaches: what is wrong, with the value, and what to do."""
 
+import os
 import socket
 import subprocess
 
@@ -75,6 +76,26 @@ def help_names_commands_flags_and_environment_variables(binary: str) -> None:
 def version_is_told(binary: str) -> None:
     done = _run(binary, "--version")
     expect.that(done.stdout.startswith("quire ") and done.stdout.count(".") == 2, done.stdout)
+
+
+def a_reader_who_leaves_is_no_error(binary: str) -> None:
+    for arguments in (["demo", "--clients", "2", "--max-tokens", "4"], ["run", "--max-tokens", "40", "What is `Vec`?"], ["show"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with os.fdopen(writing) as closed:
+            done = _printing_to(closed, binary, arguments)
+        expect.equal(done.returncode, 0, f"`quire {' '.join(arguments)}` into a closed pipe: {done.stderr}")
+        expect.that("error" not in done.stderr and "panicked" not in done.stderr, done.stderr)
+        with open("/dev/full", "w") as full:
+            done = _printing_to(full, binary, arguments)
+        expect.equal(done.returncode, 1, f"`quire {' '.join(arguments)}` onto a full disk")
+        expect.contains(done.stderr, "standard output")
+        expect.that("panicked" not in done.stderr, done.stderr)
+
+
+def _printing_to(output, binary: str, arguments: list[str]) -> subprocess.CompletedProcess:
+    command = [binary, *arguments]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE, text=True, timeout=30, env=clean_environment())
 
 
 def a_prompt_on_the_command_line_is_answered(binary: str) -> None:
