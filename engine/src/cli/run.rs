@@ -1,9 +1,14 @@
 //! `quire run`: one answer to one prompt, or a chat.
 
+use std::fs::File;
 use std::io::{IsTerminal, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt;
 use std::process::ExitCode;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use rustyline::error::ReadlineError;
 use serde_json::{Value, json};
@@ -14,16 +19,22 @@ use super::output;
 use crate::generation::{GenerateError, Generation, GenerationRequest, Generator, Output, Prompt};
 use crate::tokenizer::Conversation;
 
+/// How long standard input may take to end before somebody is told what is waited for.
+const PATIENCE: Duration = Duration::from_secs(3);
+
 /// Flags of `quire run`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   quire run 'What does `Vec::push` do?'
   quire run --model ./Qwen3-0.6B --temperature 0.7 'Write a haiku about pages'
-  git diff | quire run --model ./Qwen3-4B --system 'Write a commit message for this diff'
-  quire run                                       chat; Ctrl-D ends it")]
+  git diff | quire run --model ./Qwen3-4B 'Write a commit message for this diff:'
+  quire run                                       chat; Ctrl-D ends it
+
+Standard input is read to its end if it is a pipe or a file; beside a PROMPT, anything else (a terminal, a socket, /dev/null) is left alone. A script
+whose own input is not meant for the model adds `< /dev/null`.")]
 pub(super) struct RunArgs {
-    /// What to answer; without it, what comes through a pipe, or else a chat
+    /// What to answer. Text that comes through a pipe or from a file goes after it, or is the prompt if there is none; without either, a chat
     prompt: Option<String>,
 
     #[command(flatten)]
@@ -68,6 +79,7 @@ pub(super) struct RunArgs {
 /// The model cannot be loaded, or refuses the prompt.
 pub(super) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     logging::start(LogFormat::Text, "warn")?;
+    let asked = asked(args)?;
     let checkpoint = args.model.open()?;
     let engine = args
         .model
@@ -84,18 +96,71 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         generator,
     };
     runtime.block_on(async {
-        match &args.prompt {
+        match &asked {
             Some(prompt) => session.once(prompt).await,
-            None if std::io::stdin().is_terminal() => session.converse().await,
-            None => {
-                let mut prompt = String::new();
-                std::io::stdin()
-                    .read_to_string(&mut prompt)
-                    .context("standard input is not text")?;
-                session.once(prompt.trim_end_matches('\n')).await
-            }
+            None => session.converse().await,
         }
     })
+}
+
+/// What to answer; `None`: a chat.
+fn asked(args: &RunArgs) -> anyhow::Result<Option<String>> {
+    let stdin = std::io::stdin();
+    let sent = match &args.prompt {
+        None if stdin.is_terminal() => return Ok(None),
+        // The prompt is nowhere else, whatever this is.
+        None => read()?,
+        Some(_) if is_sent(&stdin) => read()?,
+        Some(_) => String::new(),
+    };
+    let prompt = joined(args.prompt.as_deref().unwrap_or_default(), &sent);
+    if prompt.trim().is_empty() {
+        bail!(
+            "the prompt is empty: write it (quire run 'PROMPT') or send it through a pipe; on a terminal, `quire run` alone is a chat"
+        );
+    }
+    Ok(Some(prompt))
+}
+
+/// Whether an input is a pipe or a file: somebody has put something there, and it ends. What services and schedulers hand on to commands that nobody gave
+/// an input is the null device, a socket or a terminal, and the last two never end.
+fn is_sent(input: impl AsFd) -> bool {
+    let metadata = input
+        .as_fd()
+        .try_clone_to_owned()
+        .and_then(|input| File::from(input).metadata());
+    metadata.is_ok_and(|metadata| metadata.is_file() || metadata.file_type().is_fifo())
+}
+
+/// All of standard input. A pipe that somebody forgot to close is waited for, but not without a word.
+fn read() -> anyhow::Result<String> {
+    let (done, end) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut text = String::new();
+        let read = std::io::stdin().read_to_string(&mut text);
+        // Nobody else ends before this does.
+        let _ = done.send(read.map(|_| text));
+    });
+    let read = match end.recv_timeout(PATIENCE) {
+        Err(RecvTimeoutError::Timeout) => {
+            output::note(
+                "reading standard input until it ends; `< /dev/null` if nothing is to be read",
+            );
+            end.recv().ok()
+        }
+        read => read.ok(),
+    };
+    read.context("the thread that reads is gone")?
+        .context("standard input is not text")
+}
+
+/// A prompt and, a blank line after it, the text it is about.
+fn joined(prompt: &str, text: &str) -> String {
+    let text = text.trim_end_matches(['\n', '\r']);
+    if prompt.is_empty() || text.trim().is_empty() {
+        return format!("{prompt}{text}");
+    }
+    format!("{prompt}\n\n{text}")
 }
 
 struct Session<'a> {
@@ -217,4 +282,29 @@ fn conversation(messages: &[Value]) -> Prompt {
         add_generation_prompt: true,
         ..Conversation::default()
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_prompt_stands_before_the_text_it_is_about() {
+        assert_eq!(joined("Summarise:", "a\nb\n"), "Summarise:\n\na\nb");
+        assert_eq!(joined("", "a\n"), "a");
+        assert_eq!(joined("a", "\n"), "a");
+        assert_eq!(joined("", ""), "");
+    }
+
+    #[test]
+    fn pipes_and_files_are_read_beside_a_prompt_and_what_may_never_end_is_not() {
+        let (reader, _writer) = std::io::pipe().expect("a pipe");
+        assert!(is_sent(&reader));
+        assert!(is_sent(tempfile::tempfile().expect("a file")));
+        let (socket, _other) = UnixStream::pair().expect("sockets");
+        assert!(!is_sent(&socket));
+        assert!(!is_sent(File::open("/dev/null").expect("it is there")));
+    }
 }

@@ -103,6 +103,30 @@ def a_prompt_on_the_command_line_is_answered(binary: str) -> None:
     expect.equal(done.returncode, 0, done.stderr[-500:])
     expect.that(done.stdout.strip(), "no answer")
     expect.that("<|" not in done.stdout, f"control tokens in {done.stdout!r}")
-    piped = _run(binary, "run", "What does `Vec::push` do?", stdin="Some text to think about.\n")
-    expect.equal(piped.returncode, 0, piped.stderr[-500:])
-    expect.that(piped.stdout.strip(), "no answer with standard input")
+
+
+def text_through_a_pipe_goes_after_the_prompt(binary: str) -> None:
+    def answer(*prompt: str, stdin: str) -> str:
+        done = _run(binary, "run", "--temperature", "0", "--max-tokens", "24", *prompt, stdin=stdin)
+        expect.equal(done.returncode, 0, done.stderr[-500:])
+        expect.that(done.stdout.strip(), "no answer")
+        return done.stdout
+
+    together = answer("What does this do?", stdin="`Vec::push`\n")
+    expect.equal(together, answer(stdin="What does this do?\n\n`Vec::push`"), "prompt and pipe, and all of it through the pipe")
+    expect.that(together != answer("What does this do?", stdin=""), "the pipe is ignored")
+
+
+def an_input_that_never_ends_is_not_waited_for(binary: str) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = [binary, "run", "--max-tokens", "4", "What is `Vec`?"]
+        done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=30, env=clean_environment())
+    expect.equal(done.returncode, 0, done.stderr[-500:])
+    expect.that(done.stdout.strip(), "no answer beside a socket")
+
+
+def a_prompt_without_words_is_refused(binary: str) -> None:
+    _refused(binary, "run", says=["the prompt is empty"])
+    _refused(binary, "run", "", says=["the prompt is empty"])
+    _refused(binary, "run", " \n", says=["the prompt is empty"])
