@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{IsTerminal, Read};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
@@ -105,6 +106,13 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
 
 /// What to answer; `None`: a chat.
 fn asked(args: &RunArgs) -> anyhow::Result<Option<String>> {
+    if let (Some(prompt), None) = (&args.prompt, &args.model.model)
+        && is_path(prompt)
+    {
+        bail!(
+            "`{prompt}` looks like a path and would be the demo model's prompt; a model goes after --model: quire run --model {prompt} ['PROMPT']"
+        );
+    }
     let stdin = std::io::stdin();
     let sent = match &args.prompt {
         None if stdin.is_terminal() => return Ok(None),
@@ -120,6 +128,14 @@ fn asked(args: &RunArgs) -> anyhow::Result<Option<String>> {
         );
     }
     Ok(Some(prompt))
+}
+
+/// Whether somebody who names no model has named one here.
+fn is_path(prompt: &str) -> bool {
+    let path = Path::new(prompt);
+    let is_gguf = path.extension().is_some_and(|end| end == "gguf");
+    // There may be a question about a file that is not there.
+    path.exists() || is_gguf && !prompt.contains(char::is_whitespace)
 }
 
 /// Whether an input is a pipe or a file: somebody has put something there, and it ends. What services and schedulers hand on to commands that nobody gave
@@ -296,6 +312,16 @@ mod tests {
         assert_eq!(joined("", "a\n"), "a");
         assert_eq!(joined("a", "\n"), "a");
         assert_eq!(joined("", ""), "");
+    }
+
+    #[test]
+    fn a_path_is_told_from_a_question() {
+        for path in ["src", "Cargo.toml", "/models/qwen3.gguf", "qwen3.gguf"] {
+            assert!(is_path(path), "{path}");
+        }
+        for prompt in ["What is model.gguf", "What is `Vec`?", "", "gguf"] {
+            assert!(!is_path(prompt), "{prompt}");
+        }
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! `quire serve`: the server, until it is told to end.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
@@ -18,11 +20,11 @@ use crate::serve::{Metrics, Server, TokenizerFiles, step_observer};
 /// Flags of `quire serve`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Every flag can also be set by the environment variable shown beside it.
+Every flag can also be set by the environment variable shown beside it; an empty one sets nothing.
 
 Examples:
   quire serve                                     the demo model, on this machine only
-  quire serve --model ./Qwen3-0.6B --quantize q8_0
+  quire serve ./Qwen3-0.6B --quantize q8_0
   quire serve --model ./Qwen3-0.6B --http 0.0.0.0:8000 --grpc 0.0.0.0:50051
 
 Try it:
@@ -32,6 +34,10 @@ Try it:
 SIGTERM (or Ctrl-C, or a closed terminal) finishes what was accepted (--drain-timeout bounds how long), refuses what is new and exits with 0;
 a second one exits at once, as does one that comes while the model loads.")]
 pub(super) struct ServeArgs {
+    /// The model, without --model before it
+    #[arg(value_name = "MODEL")]
+    path: Option<PathBuf>,
+
     #[command(flatten)]
     model: ModelArgs,
 
@@ -53,8 +59,8 @@ pub(super) struct ServeArgs {
     )]
     grpc: SocketAddr,
 
-    /// The name clients call the model by [default: its directory's name]
-    #[arg(long, env = "QUIRE_SERVED_MODEL_NAME", value_name = "NAME")]
+    /// The name clients call the model by [default: its directory's or GGUF file's name]
+    #[arg(long, env = "QUIRE_SERVED_MODEL_NAME", value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     served_model_name: Option<String>,
 
     /// Most seconds that what was accepted may take to finish after SIGTERM; then it is aborted [default: as long as it takes]
@@ -84,6 +90,17 @@ pub(super) struct ServeArgs {
     log_level: String,
 }
 
+impl ServeArgs {
+    /// Which model, wherever on the command line it is.
+    fn model(&self) -> ModelArgs {
+        let mut model = self.model.clone();
+        if self.path.is_some() {
+            model.model.clone_from(&self.path);
+        }
+        model
+    }
+}
+
 /// Runs the server.
 ///
 /// # Errors
@@ -100,13 +117,14 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let signals = runtime.spawn(signals.exit_until(while_loading));
 
     let metrics = Metrics::install();
-    let checkpoint = args.model.open()?;
-    let mut config = args.model.engine_config();
+    let model = args.model();
+    let checkpoint = model.open()?;
+    let mut config = model.engine_config();
     config.served_name.clone_from(&args.served_model_name);
     config.claimed_kv_cache = args.claim_kv_cache;
     let name = config.served_name.as_ref().unwrap_or(&checkpoint.name);
     let observer = step_observer(name);
-    let engine = args.model.start(&checkpoint, &config, Some(observer))?;
+    let engine = model.start(&checkpoint, &config, Some(observer))?;
     let metrics = metrics.with_engine(&engine);
     let generator = Generator::new(engine, &checkpoint);
     // The weights are packed; their mapping need not stay.
@@ -119,7 +137,7 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         let drain_timeout = args.drain_timeout.map(u64::from).map(Duration::from_secs);
         let server = Server::bind(generator, metrics, args.http, args.grpc)
             .await?
-            .tokenizer_files(TokenizerFiles::new(args.model.source()))
+            .tokenizer_files(TokenizerFiles::new(model.source()))
             .drain_timeout(drain_timeout);
         tracing::info!(
             http = %server.http_address()?,

@@ -31,12 +31,41 @@ def a_number_that_is_none_is_named(binary: str) -> None:
 
 
 def an_environment_variable_that_is_wrong_is_named(binary: str) -> None:
-    _refused(binary, "serve", says=["banana", "max-seqs"], env={"QUIRE_MAX_SEQS": "banana"})
+    _refused(binary, "serve", says=["banana", "max-seqs", "variable QUIRE_MAX_SEQS"], env={"QUIRE_MAX_SEQS": "banana"})
+    _refused(binary, "serve", says=["maybe", "variable QUIRE_DETERMINISTIC"], env={"QUIRE_DETERMINISTIC": "maybe"})
+    done = _run(binary, "serve", "--max-seqs", "banana", env={"QUIRE_MAX_SEQS": "4"})
+    expect.that("variable" not in done.stderr, done.stderr)
+
+
+def an_empty_environment_variable_sets_nothing(binary: str) -> None:
+    names = ("QUIRE_MODEL", "QUIRE_THREADS", "QUIRE_DEVICE", "QUIRE_DETERMINISTIC", "QUIRE_KV_CACHE_MEMORY")
+    for command in (["run", "--max-tokens", "4", "What is `Vec`?"], ["show"]):
+        done = _run(binary, *command, env=dict.fromkeys(names, ""))
+        expect.equal(done.returncode, 0, done.stderr)
+        expect.that(done.stdout, "no output")
+
+
+def an_empty_name_is_refused(binary: str) -> None:
+    _refused(binary, "serve", "--served-model-name", "", says=["--served-model-name"])
 
 
 def a_model_that_is_not_there_is_named(binary: str) -> None:
     _refused(binary, "serve", "--model", "/nonexistent", says=["/nonexistent"])
+    _refused(binary, "serve", "/nonexistent", says=["/nonexistent"])
     _refused(binary, "run", "--model", "/nonexistent", "hello", says=["/nonexistent"])
+    _refused(binary, "show", "--model", "/nonexistent", says=["/nonexistent"])
+    _refused(binary, "show", "no-owner/no-model", says=["no-owner/no-model", "hf download no-owner/no-model --local-dir no-model"])
+
+
+def a_model_is_no_prompt(binary: str) -> None:
+    for path in ("/nonexistent/model.gguf", "/"):
+        _refused(binary, "run", path, says=[f"quire run --model {path}"])
+
+
+def a_model_is_named_once(binary: str) -> None:
+    for command in ("serve", "show"):
+        _refused(binary, command, "/nonexistent", "--model", "/elsewhere", says=["twice", "--model"])
+        _refused(binary, command, "/nonexistent", says=["/nonexistent"], env={"QUIRE_MODEL": "/elsewhere"})
 
 
 def a_cache_that_is_too_small_says_what_would_do(binary: str) -> None:
