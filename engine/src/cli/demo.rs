@@ -24,7 +24,7 @@ use super::logging::{self, LogFormat};
 use super::model_args::ModelArgs;
 use super::output;
 use crate::generation::Generator;
-use crate::serve::{Metrics, Server, step_observer};
+use crate::serve::{Addresses, Metrics, Server, step_observer};
 
 /// Questions about the standard library; the model was trained on its documentation.
 const QUESTIONS: &str = include_str!("../../demo-model/answers.jsonl");
@@ -69,7 +69,7 @@ pub(super) fn demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
         .context("cannot start the runtime")?;
     runtime.block_on(async {
         let here = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let server = Server::bind(generator.clone(), metrics, here, here).await?;
+        let server = Server::listen(generator.clone(), metrics, Addresses::take(here, here)?)?;
         let address = server.grpc_address()?;
         let model = generator.engine().model();
         output::print(&format!(

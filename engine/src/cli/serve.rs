@@ -15,7 +15,7 @@ use super::logging::{self, LogFormat};
 use super::model_args::ModelArgs;
 use super::size;
 use crate::generation::Generator;
-use crate::serve::{Metrics, Server, TokenizerFiles, step_observer};
+use crate::serve::{Addresses, Metrics, Server, TokenizerFiles, step_observer};
 
 /// Flags of `quire serve`.
 #[derive(Debug, Args)]
@@ -116,6 +116,7 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let signals = runtime.block_on(async { Signals::listen() })?;
     let signals = runtime.spawn(signals.exit_until(while_loading));
 
+    let addresses = Addresses::take(args.http, args.grpc)?;
     let metrics = Metrics::install();
     let model = args.model();
     let checkpoint = model.open()?;
@@ -135,8 +136,7 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         let _ = ready.send(());
         let mut signals = signals.await.context("the task of the signals panicked")?;
         let drain_timeout = args.drain_timeout.map(u64::from).map(Duration::from_secs);
-        let server = Server::bind(generator, metrics, args.http, args.grpc)
-            .await?
+        let server = Server::listen(generator, metrics, addresses)?
             .tokenizer_files(TokenizerFiles::new(model.source()))
             .drain_timeout(drain_timeout);
         tracing::info!(

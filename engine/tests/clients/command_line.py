@@ -83,7 +83,8 @@ def an_address_is_checked(binary: str) -> None:
             ["--http", f"127.0.0.1:{port}", "--grpc", "127.0.0.1:0"],
             ["--http", "127.0.0.1:0", "--grpc", f"127.0.0.1:{port}"],
         ):
-            _refused(binary, "serve", *flags, says=[port, "in use"])
+            # Before the model: one that is not there is not looked for.
+            _refused(binary, "serve", *flags, "--model", "/nonexistent", says=[port, "in use"])
 
 
 def a_misspelt_command_or_flag_is_corrected(binary: str) -> None:
