@@ -17,8 +17,19 @@ use serde_json::{Value, json};
 use super::logging::{self, LogFormat};
 use super::model_args::ModelArgs;
 use super::output;
+use crate::core::FinishReason;
 use crate::generation::{GenerateError, Generation, GenerationRequest, Generator, Output, Prompt};
 use crate::tokenizer::Conversation;
+
+/// What helps where a conversation has filled the context.
+const ROOM: &str = "/clear forgets the conversation and makes room";
+/// What a chat understands beside messages.
+const HELP: &str = "\
+/clear   forgets the conversation
+/exit    ends, as Ctrl-D does
+/help    this
+Ctrl-C   stops an answer, and forgets it with its question
+";
 
 /// How long standard input may take to end before somebody is told what is waited for.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -195,8 +206,11 @@ impl Session<'_> {
         } else {
             Prompt::Text(prompt.to_owned())
         };
-        self.answer(prompt).await?;
+        let answer = self.answer(prompt).await?;
         output::print("\n")?;
+        if let Some(cut) = answer.cut {
+            output::note(&cut.to_string());
+        }
         Ok(ExitCode::SUCCESS)
     }
 
@@ -209,7 +223,7 @@ impl Session<'_> {
         }
         let model = self.generator.engine().model();
         output::print(&format!(
-            "{} on {}. /clear forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends.\n",
+            "{} on {}. /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.\n",
             model.name, model.device
         ))?;
         let mut editor = rustyline::DefaultEditor::new().context("no terminal to read from")?;
@@ -217,17 +231,31 @@ impl Session<'_> {
         loop {
             let line = match editor.readline(">>> ") {
                 Ok(line) => line,
-                Err(ReadlineError::Interrupted) => continue,
+                Err(ReadlineError::Interrupted) => {
+                    output::print("Ctrl-D or /exit ends the chat.\n")?;
+                    continue;
+                }
                 Err(ReadlineError::Eof) => return Ok(ExitCode::SUCCESS),
                 Err(error) => return Err(error).context("reading a line"),
             };
             match line.trim() {
                 "" => continue,
+                "/help" | "/?" => {
+                    output::print(HELP)?;
+                    continue;
+                }
                 "/clear" => {
                     messages = self.beginning();
+                    output::print("Forgotten.\n")?;
                     continue;
                 }
                 "/bye" | "/exit" | "/quit" => return Ok(ExitCode::SUCCESS),
+                text if is_command(&line) => {
+                    output::print(&format!(
+                        "There is no command {text}; /help lists those there are. (A space before it makes it a message.)\n"
+                    ))?;
+                    continue;
+                }
                 text => messages.push(json!({"role": "user", "content": text})),
             }
             // Remembering a line fails only where there is no memory for it.
@@ -235,15 +263,27 @@ impl Session<'_> {
             let answer = tokio::select! {
                 answer = self.answer(conversation(&messages)) => answer,
                 _ = tokio::signal::ctrl_c() => {
-                    output::print("\n(stopped)\n")?;
+                    output::print("\n(stopped; the question and what came of its answer are forgotten)\n")?;
                     messages.pop();
                     continue;
                 }
             };
             match answer {
-                Ok(text) => messages.push(json!({"role": "assistant", "content": text})),
+                Ok(Answer { text, cut }) => {
+                    messages.push(json!({"role": "assistant", "content": text}));
+                    output::print("\n")?;
+                    if let Some(cut) = cut {
+                        output::note(&cut.to_string());
+                    }
+                    if matches!(cut, Some(Cut::Context(_))) {
+                        output::note(ROOM);
+                    }
+                }
                 Err(error) => {
                     output::note(&format!("error: {error:#}"));
+                    if let Some(GenerateError::TooLong(_)) = error.downcast_ref() {
+                        output::note(ROOM);
+                    }
                     messages.pop();
                 }
             }
@@ -259,8 +299,17 @@ impl Session<'_> {
             .collect()
     }
 
+    /// What an answer of so many tokens was cut by.
+    fn cut(&self, tokens: u32) -> Cut {
+        if self.args.max_tokens.is_some_and(|most| tokens >= most) {
+            Cut::MaxTokens(tokens)
+        } else {
+            Cut::Context(tokens)
+        }
+    }
+
     /// Prints an answer as it comes, for as long as somebody reads.
-    async fn answer(&self, prompt: Prompt) -> anyhow::Result<String> {
+    async fn answer(&self, prompt: Prompt) -> anyhow::Result<Answer> {
         let mut request = GenerationRequest::new("run", prompt);
         request.sampling.max_tokens = self.args.max_tokens;
         request.sampling.temperature = self.args.temperature;
@@ -269,27 +318,70 @@ impl Session<'_> {
         request.sampling.seed = self.args.seed;
         request.stop.clone_from(&self.args.stop);
         let mut generation: Generation = self.generator.generate(request).await?;
-        let mut answer = String::new();
+        let mut answer = Answer {
+            text: String::new(),
+            cut: None,
+        };
         while let Some(part) = generation.next().await {
             let text = match part {
                 Output::Started { .. } | Output::PromptLogprobs(_) => continue,
                 Output::Chunk { text, .. } => text,
-                Output::Finished { text, reason, .. } => {
-                    if reason == crate::core::FinishReason::Failed {
-                        return Err(
-                            GenerateError::Internal("the computation failed".to_owned()).into()
-                        );
+                Output::Finished {
+                    text,
+                    reason,
+                    completion_tokens,
+                    ..
+                } => {
+                    match reason {
+                        FinishReason::Failed => {
+                            let text = "the computation failed".to_owned();
+                            return Err(GenerateError::Internal(text).into());
+                        }
+                        FinishReason::Length => answer.cut = Some(self.cut(completion_tokens)),
+                        _ => {}
                     }
                     text
                 }
             };
-            answer.push_str(&text);
+            answer.text.push_str(&text);
             if !output::print(&text)? {
                 break;
             }
         }
         Ok(answer)
     }
+}
+
+/// An answer, and why it is no longer.
+struct Answer {
+    text: String,
+    cut: Option<Cut>,
+}
+
+/// What an answer was cut by, after so many tokens.
+#[derive(Debug, Clone, Copy)]
+enum Cut {
+    MaxTokens(u32),
+    Context(u32),
+}
+
+impl std::fmt::Display for Cut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::MaxTokens(tokens) => write!(f, "(cut after {tokens} tokens: --max-tokens)"),
+            Self::Context(tokens) => {
+                write!(f, "(cut after {tokens} tokens: the context is full)")
+            }
+        }
+    }
+}
+
+/// Whether a line of a chat is meant as a command: a slash and a word. Paths have more slashes, or a space before them.
+fn is_command(line: &str) -> bool {
+    line.strip_prefix('/').is_some_and(|rest| {
+        let word = rest.split_whitespace().next().unwrap_or_default();
+        word.chars().all(|c| c.is_ascii_alphabetic() || c == '?')
+    })
 }
 
 fn conversation(messages: &[Value]) -> Prompt {
@@ -321,6 +413,21 @@ mod tests {
         }
         for prompt in ["What is model.gguf", "What is `Vec`?", "", "gguf"] {
             assert!(!is_path(prompt), "{prompt}");
+        }
+    }
+
+    #[test]
+    fn commands_are_a_slash_and_a_word() {
+        for line in ["/clera", "/system You are", "/"] {
+            assert!(is_command(line), "{line}");
+        }
+        for line in [
+            "/etc/hosts is what?",
+            " /clera",
+            "What is /",
+            "// a comment",
+        ] {
+            assert!(!is_command(line), "{line}");
         }
     }
 

@@ -1,6 +1,8 @@
 """The command line teaches: what is wrong, with the value, and what to do."""
 
 import os
+import pty
+import select
 import socket
 import subprocess
 
@@ -133,6 +135,65 @@ def a_prompt_on_the_command_line_is_answered(binary: str) -> None:
     expect.equal(done.returncode, 0, done.stderr[-500:])
     expect.that(done.stdout.strip(), "no answer")
     expect.that("<|" not in done.stdout, f"control tokens in {done.stdout!r}")
+
+
+def an_answer_that_is_cut_says_by_what(binary: str) -> None:
+    done = _run(binary, "run", "--max-tokens", "4", "--temperature", "0", "What does `Vec::push` do?")
+    expect.equal(done.returncode, 0, done.stderr)
+    expect.contains(done.stderr, "4 tokens: --max-tokens")
+
+
+def a_chat_says_what_it_understands(binary: str) -> None:
+    with _Chat(binary) as chat:
+        chat.answers("/help", "/clear")
+        chat.answers("/clera", "no command /clera")
+        chat.answers("\x03", "/exit ends")
+        chat.answers("What is `Vec`?", "--max-tokens")
+        chat.answers("/clear", "Forgotten")
+        chat.write("/exit\r")
+        expect.equal(chat.process.wait(10), 0, "exit code")
+
+
+def a_chat_that_fills_the_context_says_how_to_go_on(binary: str) -> None:
+    with _Chat(binary, "--max-model-len", "64") as chat:
+        chat.answers("Tell me what " + "a vector and " * 40 + "a list is", "/clear")
+
+
+class _Chat:
+    """`quire run` on a terminal of its own."""
+
+    def __init__(self, binary: str, *flags: str):
+        self.ours, theirs = pty.openpty()
+        environment = clean_environment() | {"TERM": "xterm"}
+        command = [binary, "run", "--max-tokens", "4", *flags]
+        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True)
+        os.close(theirs)
+
+    def __enter__(self) -> "_Chat":
+        self.read_until(">>> ")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.ours)
+
+    def write(self, text: str) -> None:
+        os.write(self.ours, text.encode())
+
+    def read_until(self, end: str, text: str = "") -> str:
+        while end not in text:
+            ready, _, _ = select.select([self.ours], [], [], 20)
+            expect.that(ready, f"nothing more after {text!r}")
+            text += os.read(self.ours, 4096).decode(errors="replace")
+        return text
+
+    def answers(self, line: str, part: str) -> None:
+        """What comes of a line, or of a key, has this part, and then the prompt comes again."""
+        self.write(line if line == "\x03" else line + "\r")
+        # The terminal shows what is typed, too.
+        said = self.read_until(part) if part not in line else self.read_until(part, self.read_until("\n"))
+        self.read_until(">>> ", said[said.rindex(part):])
 
 
 def text_through_a_pipe_goes_after_the_prompt(binary: str) -> None:
