@@ -9,6 +9,9 @@
 #
 # QUIRE and SMG name the programs; the gateway listens on PORT, worker n (from 0) on HTTP_BASE + n and GRPC_BASE + n.
 set -euo pipefail
+# Each program is a process group of its own: Ctrl-C is for this script, which ends them in their order. It would be the workers' first signal, and ours their
+# second, which cuts off what they have accepted.
+set -m
 
 workers=2
 if [[ ${1-} =~ ^[0-9]+$ ]]; then
@@ -20,14 +23,16 @@ quire=${QUIRE:-quire} smg=${SMG:-smg} port=${PORT:-30000} http_base=${HTTP_BASE:
 pids=()
 # The gateway ends first, so that nothing new comes; then the workers finish what they have.
 stop() {
-  trap - INT TERM EXIT
+  trap - EXIT
+  # Who asks again does not want to wait: a worker that is told twice exits at once.
+  trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM HUP
   for ((at = ${#pids[@]} - 1; at >= 0; at--)); do
     kill -TERM "${pids[at]}" 2>/dev/null || true
     if ((at == workers)); then wait "${pids[at]}" 2>/dev/null || true; fi
   done
-  wait
+  until wait; do :; done
 }
-trap stop INT TERM EXIT
+trap stop INT TERM HUP EXIT
 
 urls=()
 for ((n = 0; n < workers; n++)); do

@@ -13,7 +13,7 @@ use common::{demo_checkpoint, submit};
 use quire::core::{Engine, EngineConfig, Event, FinishReason, Request, StepReport, SubmitError};
 use quire::generation::Generator;
 use quire::sampling::SamplingParams;
-use quire::serve::{Metrics, ServeError, Server};
+use quire::serve::{Addresses, Metrics, ServeError, Server};
 use quire_scheduler::TokenId;
 
 /// Longer than anything here takes; who waits for ever is found by it.
@@ -119,9 +119,8 @@ fn a_server_answers_its_clients_before_it_ends() {
         // As in a process of its own, connections end with the runtime.
         runtime.block_on(async move {
             let any = "127.0.0.1:0".parse().unwrap();
-            let server = Server::bind(generator, Metrics::install(), any, any)
-                .await
-                .unwrap();
+            let addresses = Addresses::take(any, any).unwrap();
+            let server = Server::listen(generator, Metrics::install(), addresses).unwrap();
             tell.send(server.http_address().unwrap()).unwrap();
             server.run(std::future::pending()).await
         })

@@ -40,7 +40,7 @@ pub enum Error {
     /// Data and shape do not belong together, or no kernel exists for the shape.
     #[error("{0}")]
     Shape(String),
-    /// The device reported a fault.
-    #[error("device failure: {0}")]
+    /// The device reported a fault, or is not there.
+    #[error("{0}")]
     Device(String),
 }

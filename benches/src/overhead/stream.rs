@@ -8,7 +8,7 @@ use quire::checkpoint::Checkpoint;
 use quire::core::{Engine, Event, Request, SubmitError};
 use quire::generation::Generator;
 use quire::sampling::SamplingParams;
-use quire::serve::{Metrics, Server};
+use quire::serve::{Addresses, Metrics, Server};
 use quire_scheduler::TokenId;
 use serde::Serialize;
 use tokio::runtime::Runtime;
@@ -98,7 +98,8 @@ impl Doors {
         let metrics = Metrics::install().with_engine(engine);
         let generator = Generator::new(engine.clone(), checkpoint);
         let anywhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let server = runtime.block_on(Server::bind(generator, metrics, anywhere, anywhere))?;
+        let addresses = Addresses::take(anywhere, anywhere)?;
+        let server = runtime.block_on(async { Server::listen(generator, metrics, addresses) })?;
         let (http, grpc) = (server.http_address()?, server.grpc_address()?);
         runtime.spawn(server.run(std::future::pending()));
         Ok(Self {

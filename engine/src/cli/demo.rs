@@ -3,6 +3,7 @@
 //! The server is the real one, on free ports of this machine; the clients are gRPC clients with a connection each. Half of the questions are answered
 //! greedily, half are sampled with a seed. Then the same questions are asked one at a time, and tokens and log-probabilities must be the same bits.
 
+use std::fmt::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -21,8 +22,9 @@ use tonic::transport::Channel;
 
 use super::logging::{self, LogFormat};
 use super::model_args::ModelArgs;
+use super::output;
 use crate::generation::Generator;
-use crate::serve::{Metrics, Server, step_observer};
+use crate::serve::{Addresses, Metrics, Server, step_observer};
 
 /// Questions about the standard library; the model was trained on its documentation.
 const QUESTIONS: &str = include_str!("../../demo-model/answers.jsonl");
@@ -67,13 +69,13 @@ pub(super) fn demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
         .context("cannot start the runtime")?;
     runtime.block_on(async {
         let here = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let server = Server::bind(generator.clone(), metrics, here, here).await?;
+        let server = Server::listen(generator.clone(), metrics, Addresses::take(here, here)?)?;
         let address = server.grpc_address()?;
         let model = generator.engine().model();
-        println!(
-            "{} ({}, {}) on {}, gRPC at {address}",
+        output::print(&format!(
+            "{} ({}, {}) on {}, gRPC at {address}\n",
             model.name, model.family, model.dtype, model.device
-        );
+        ))?;
         let (end, ended) = tokio::sync::oneshot::channel::<()>();
         let serving = tokio::spawn(server.run(async {
             // Dropping the sender ends the server as well.
@@ -100,27 +102,33 @@ async fn show(args: &DemoArgs, address: SocketAddr) -> anyhow::Result<ExitCode> 
         .zip(&alone.answers)
         .filter(|(a, b)| a.same_bits(b))
         .count();
-    println!("{}", table(&together, &alone));
-    println!(
+    let mut text = String::new();
+    writeln!(text, "{}", table(&together, &alone))?;
+    writeln!(
+        text,
         "KV cache: at most {} of {} pages used at once, {} used now",
         peak.kv_blocks_used_peak, peak.kv_blocks, total.kv_blocks_used
-    );
-    println!(
+    )?;
+    writeln!(
+        text,
         "prefix cache: {:.0} % of the prompt tokens of both passes were found in it; preemptions: {}",
         share(
             total.prefix_cache_hit_tokens,
             total.prefix_cache_query_tokens
         ),
         total.preemptions,
-    );
-    println!(
-        "same bits: {agreed} of {} answers are, token by token and to the last bit of every log-probability, the one the question gets alone",
+    )?;
+    writeln!(
+        text,
+        "same bits: {agreed} of {} answers are, token by token and to the last bit of every log-probability, the one the question gets alone\n",
         questions.len()
-    );
-    println!();
+    )?;
     for answer in together.answers.iter().step_by(2).take(SHOWN) {
-        println!("Q  {}\nA  {}\n", answer.question, answer.text.trim());
+        let (question, answer) = (&answer.question, answer.text.trim());
+        writeln!(text, "Q  {question}\nA  {answer}\n")?;
     }
+    // The exit code is about the answers, whoever reads this.
+    output::print(&text)?;
     if agreed == questions.len() {
         Ok(ExitCode::SUCCESS)
     } else {
@@ -130,10 +138,10 @@ async fn show(args: &DemoArgs, address: SocketAddr) -> anyhow::Result<ExitCode> 
             .zip(&alone.answers)
             .find(|(a, b)| !a.same_bits(b));
         if let Some((a, b)) = differing {
-            eprintln!(
+            output::note(&format!(
                 "differs: {}\n  at once: {}\n  alone:   {}",
                 a.question, a.text, b.text
-            );
+            ));
         }
         bail!("{} answers differ", questions.len() - agreed);
     }

@@ -1,8 +1,10 @@
 //! The command line: one file per sub-command, flags that several share in `model_args`.
 
 mod demo;
+mod environment;
 mod logging;
 mod model_args;
+mod output;
 mod progress;
 mod run;
 mod serve;
@@ -11,7 +13,9 @@ mod size;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory, Error, FromArgMatches, Parser, Subcommand};
 
 /// A high-throughput, batched serving engine for language models.
 ///
@@ -42,7 +46,7 @@ enum Command {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let command = Cli::parse().command;
+    let Cli { command } = parsed().unwrap_or_else(|error| error.exit());
     let done = match command {
         Command::Serve(args) => serve::serve(&args),
         Command::Run(args) => run::run(&args),
@@ -52,17 +56,38 @@ pub fn main() -> ExitCode {
     match done {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            output::note(&format!("error: {error:#}"));
             ExitCode::FAILURE
         }
     }
 }
 
+/// What this process was started with.
+fn parsed() -> Result<Cli, Error> {
+    let mut command = environment::without_empty(Cli::command());
+    let matches = command
+        .try_get_matches_from_mut(std::env::args_os())
+        .map_err(|error| environment::named(error, &command))?;
+    if names_two_models(&matches) {
+        let text = "the model is given twice, with --model and without";
+        return Err(command.error(ErrorKind::ArgumentConflict, text));
+    }
+    Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
+}
+
+/// Whether the command line itself has both `MODEL` and `--model`. (A variable is a default, which either replaces.)
+fn names_two_models(matches: &ArgMatches) -> bool {
+    matches.subcommand().is_some_and(|(_, given)| {
+        ["path", "model"].iter().all(|id| {
+            matches!(given.try_contains_id(id), Ok(true))
+                && given.value_source(id) == Some(ValueSource::CommandLine)
+        })
+    })
+}
+
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
-    use super::Cli;
+    use super::*;
 
     #[test]
     fn the_command_line_is_well_formed() {
@@ -75,7 +100,7 @@ mod tests {
         let serve = command.find_subcommand("serve").expect("serve exists");
         for arg in serve.get_arguments() {
             let id = arg.get_id().as_str();
-            if matches!(id, "help" | "version") {
+            if matches!(id, "help" | "version") || arg.is_positional() {
                 continue;
             }
             let env = arg.get_env().map(|env| env.to_string_lossy().into_owned());
@@ -83,5 +108,20 @@ mod tests {
             let expected = format!("QUIRE_{}", flag.to_uppercase().replace('-', "_"));
             assert_eq!(env, Some(expected), "--{flag}");
         }
+    }
+
+    #[test]
+    fn a_model_is_given_with_its_flag_or_without_it_and_not_both() {
+        let two = |line: &[&str]| {
+            let matches = Cli::command().try_get_matches_from(line);
+            names_two_models(&matches.expect("it parses"))
+        };
+        for command in ["serve", "show"] {
+            assert!(two(&["quire", command, "a", "--model", "b"]));
+            assert!(!two(&["quire", command, "a"]));
+            assert!(!two(&["quire", command, "--model", "b"]));
+            assert!(!two(&["quire", command]));
+        }
+        assert!(!two(&["quire", "run", "a", "--model", "b"]));
     }
 }

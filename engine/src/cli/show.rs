@@ -1,21 +1,23 @@
 //! `quire show`: what a model is and how it is stored.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context;
 use clap::Args;
 
-use crate::checkpoint::{Checkpoint, ModelSource, RopeSummary, Summary};
+use crate::checkpoint::{ModelSource, RopeSummary, Summary};
 
-use super::size;
+use super::{model_args, output, size};
 
 /// Which model, and for whom.
 #[derive(Debug, Args)]
 pub(super) struct ShowArgs {
     /// A GGUF file, or a directory with config.json, safetensors and tokenizer.json [default: the demo model inside the binary]
-    #[arg(value_name = "MODEL", env = "QUIRE_MODEL")]
+    #[arg(value_name = "MODEL")]
+    path: Option<PathBuf>,
+
+    /// The same, as other commands are told
+    #[arg(long, short, env = "QUIRE_MODEL", value_name = "PATH")]
     model: Option<PathBuf>,
 
     /// Print JSON
@@ -25,26 +27,17 @@ pub(super) struct ShowArgs {
 
 /// Opens the model, which reads no weights, and prints what it is.
 pub(super) fn show(args: &ShowArgs) -> anyhow::Result<ExitCode> {
-    let source = args
-        .model
-        .clone()
-        .map_or(ModelSource::Demo, ModelSource::Path);
-    let checkpoint = Checkpoint::open(&source).with_context(|| match &args.model {
-        None => "the demo model".to_owned(),
-        Some(path) => format!("model {}", path.display()),
-    })?;
+    let path = args.path.as_ref().or(args.model.as_ref());
+    let source = path.cloned().map_or(ModelSource::Demo, ModelSource::Path);
+    let checkpoint = model_args::open(&source)?;
     let summary = Summary::of(&checkpoint);
     let text = if args.json {
         serde_json::to_string_pretty(&summary)? + "\n"
     } else {
         text(&summary)
     };
-    match std::io::stdout().write_all(text.as_bytes()) {
-        // Who reads has seen enough.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
-        Err(error) => Err(error.into()),
-        Ok(()) => Ok(ExitCode::SUCCESS),
-    }
+    output::print(&text)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn text(summary: &Summary) -> String {

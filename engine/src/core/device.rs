@@ -64,11 +64,22 @@ impl Engine {
             (Device::Auto | Device::Cuda, Ok(gpus)) => {
                 Self::start_on_ranks(checkpoint, gpus, config, observer, progress)
             }
-            (Device::Cuda, Err(error)) => Err(StartError::Backend(error)),
-            (_, Err(error)) if several => Err(StartError::Backend(error)),
+            (_, Err(why)) if several => {
+                let size = options.tensor_parallel_size.to_string();
+                Err(setting("--tensor-parallel-size", size, format!("1: {why}")))
+            }
+            (Device::Cuda, Err(why)) => {
+                let expected = format!("cpu or auto: {why}");
+                Err(setting("--device", "cuda".to_owned(), expected))
+            }
             (device, gpus) => {
                 if let (Device::Auto, Err(why)) = (device, gpus) {
-                    tracing::info!(%why, "no GPU to use: the CPU computes");
+                    // News only where there might have been one.
+                    if cfg!(feature = "cuda") {
+                        tracing::info!(%why, "no GPU to use: the CPU computes");
+                    } else {
+                        tracing::debug!(%why, "no GPU to use: the CPU computes");
+                    }
                 }
                 let cpu = CpuBackend::new(options.cpu).map_err(StartError::Backend)?;
                 Self::start(checkpoint, cpu, config, observer, progress)
@@ -77,13 +88,23 @@ impl Engine {
     }
 }
 
+fn setting(name: &'static str, value: String, expected: String) -> StartError {
+    StartError::Setting {
+        name,
+        value,
+        expected,
+    }
+}
+
 /// Refuses a number of GPUs that could not have the model, before any is looked for.
 fn check_size(checkpoint: &Checkpoint, options: DeviceOptions) -> Result<(), StartError> {
     let size = options.tensor_parallel_size;
-    let refused = |expected: &str| StartError::Setting {
-        name: "--tensor-parallel-size",
-        value: size.to_string(),
-        expected: expected.to_owned(),
+    let refused = |expected: &str| {
+        setting(
+            "--tensor-parallel-size",
+            size.to_string(),
+            expected.to_owned(),
+        )
     };
     if size == 0 {
         return Err(refused("1 or more"));
@@ -161,7 +182,22 @@ mod tests {
     fn several_gpus_are_a_demand_for_gpus() {
         for device in [Device::Auto, Device::Cuda] {
             let text = refused(device, 3);
-            assert!(text.contains("without the feature"), "{text}");
+            assert!(
+                text.starts_with("--tensor-parallel-size is 3, expected 1: this binary was built without the feature"),
+                "{text}"
+            );
         }
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn a_demand_for_a_gpu_is_refused_with_its_flag() {
+        let text = refused(Device::Cuda, 1);
+        assert!(
+            text.starts_with(
+                "--device is cuda, expected cpu or auto: this binary was built without the feature"
+            ),
+            "{text}"
+        );
     }
 }

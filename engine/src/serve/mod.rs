@@ -21,7 +21,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
 
 use crate::generation::Generator;
@@ -39,10 +39,31 @@ const FAREWELL: Duration = Duration::from_secs(3);
 /// and where nobody had, or only a short one.
 const SHORT_FAREWELL: Duration = Duration::from_millis(500);
 
+/// Connections that wait to be accepted; as many as tokio's own listeners have.
+const BACKLOG: u32 = 1024;
+
 /// Largest request body of either protocol, in bytes. Far above any context; what is longer is refused without being read.
 pub(crate) const LARGEST_REQUEST: usize = 8 << 20;
 
-/// Listeners that are bound and not yet served.
+/// The addresses of a server, taken before there is anything to serve at them.
+///
+/// Nothing listens there yet: whoever connects is refused, as where nobody is, so that no probe takes a server that loads its model for one that hangs.
+#[derive(Debug)]
+pub struct Addresses {
+    http: Claim,
+    grpc: Claim,
+}
+
+/// One of them, and what to call it where it is not to be had.
+#[derive(Debug)]
+struct Claim {
+    protocol: &'static str,
+    flag: &'static str,
+    address: SocketAddr,
+    socket: TcpSocket,
+}
+
+/// Listeners that are open and not yet served.
 #[derive(Debug)]
 pub struct Server {
     generator: Generator,
@@ -57,7 +78,7 @@ pub struct Server {
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// An address is taken or not ours.
-    #[error("cannot listen on {address} for {protocol}: {reason}; choose another with {flag}")]
+    #[error("cannot listen on {address} for {protocol} ({flag} chooses another address)")]
     Bind {
         /// What would have been served there.
         protocol: &'static str,
@@ -73,30 +94,73 @@ pub enum ServeError {
     EngineStopped,
 }
 
-impl Server {
-    /// Binds both addresses; port 0 takes a free one.
+impl Addresses {
+    /// Takes both; port 0 takes a free one.
     ///
     /// # Errors
     /// [`ServeError::Bind`].
-    pub async fn bind(
-        generator: Generator,
-        metrics: Metrics,
-        http: SocketAddr,
-        grpc: SocketAddr,
+    pub fn take(http: SocketAddr, grpc: SocketAddr) -> Result<Self, ServeError> {
+        Ok(Self {
+            http: Claim::take("HTTP", "--http", http)?,
+            grpc: Claim::take("gRPC", "--grpc", grpc)?,
+        })
+    }
+}
+
+impl Claim {
+    fn take(
+        protocol: &'static str,
+        flag: &'static str,
+        address: SocketAddr,
     ) -> Result<Self, ServeError> {
-        let bind = async |protocol, flag, address| {
-            TcpListener::bind(address)
-                .await
-                .map_err(|reason| ServeError::Bind {
-                    protocol,
-                    flag,
-                    address,
-                    reason,
-                })
+        let bound = || {
+            let socket = match address {
+                SocketAddr::V4(_) => TcpSocket::new_v4()?,
+                SocketAddr::V6(_) => TcpSocket::new_v6()?,
+            };
+            // Connections of a server that has just ended do not keep the next one out.
+            socket.set_reuseaddr(true)?;
+            socket.bind(address)?;
+            Ok(socket)
         };
         Ok(Self {
-            http: bind("HTTP", "--http", http).await?,
-            grpc: bind("gRPC", "--grpc", grpc).await?,
+            socket: bound().map_err(|source| ServeError::Bind {
+                protocol,
+                flag,
+                address,
+                source,
+            })?,
+            protocol,
+            flag,
+            address,
+        })
+    }
+
+    fn listen(self) -> Result<TcpListener, ServeError> {
+        self.socket
+            .listen(BACKLOG)
+            .map_err(|source| ServeError::Bind {
+                protocol: self.protocol,
+                flag: self.flag,
+                address: self.address,
+                source,
+            })
+    }
+}
+
+impl Server {
+    /// Listens at the addresses: from now on clients connect, and wait for [`Server::run`]. Belongs into a tokio runtime.
+    ///
+    /// # Errors
+    /// [`ServeError::Bind`]: of two that take the same address while neither listens, the second to listen is refused.
+    pub fn listen(
+        generator: Generator,
+        metrics: Metrics,
+        addresses: Addresses,
+    ) -> Result<Self, ServeError> {
+        Ok(Self {
+            http: addresses.http.listen()?,
+            grpc: addresses.grpc.listen()?,
             generator,
             metrics,
             tokenizer_files: None,
@@ -248,7 +312,35 @@ async fn closed(mut closing: watch::Receiver<bool>) {
 
 #[cfg(test)]
 mod tests {
+    use std::error::Error;
+    use std::net::{Ipv4Addr, TcpStream};
+
     use super::*;
+
+    const ANYWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+    #[test]
+    fn an_address_that_is_taken_refuses_connections_until_somebody_listens() {
+        let Addresses { http, .. } = Addresses::take(ANYWHERE, ANYWHERE).expect("free ports");
+        let address = http.socket.local_addr().expect("it has one");
+        let refused = TcpStream::connect(address).expect_err("nobody listens");
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        let _inside = runtime.enter();
+        let _listener = http.listen().expect("it is ours");
+        TcpStream::connect(address).expect("somebody listens");
+    }
+
+    #[test]
+    fn an_address_in_use_is_said_once_and_with_its_flag() {
+        let taken = std::net::TcpListener::bind(ANYWHERE).expect("a port");
+        let address = taken.local_addr().expect("it has one");
+        let error = Addresses::take(ANYWHERE, address).expect_err("it is in use");
+        let text = error.to_string();
+        assert!(text.contains("--grpc") && text.contains(&address.to_string()));
+        let source = error.source().expect("the system's").to_string();
+        assert!(!text.contains(&source), "{text}: {source}");
+    }
 
     #[test]
     fn whoever_has_read_an_answer_is_not_taken_for_one_who_has_not() {

@@ -160,3 +160,51 @@ def ctrl_c_drains_too(start) -> None:
         server.signal(signal.SIGINT)
         expect.equal(sum(len(event.chunk.tokens) for event in stream), 1000, "tokens after the signal and before it")
     expect.equal(server.exit_code(within=5), 0, "exit code")
+
+
+def a_closed_terminal_drains_too(start) -> None:
+    server = start(through=("env", "--default-signal=HUP"))
+    with QuireClient(server) as client:
+        stream = client.GenerateStream(text_request("A", 1000))
+        next(iter(stream))
+        server.signal(signal.SIGHUP)
+        expect.equal(sum(len(event.chunk.tokens) for event in stream), 1000, "tokens after the signal and before it")
+    expect.equal(server.exit_code(within=5), 0, "exit code")
+
+
+def nohup_outlives_its_terminal(start) -> None:
+    server = start(through=("nohup",))
+    server.signal(signal.SIGHUP)
+    server.signal(signal.SIGTERM)
+    expect.equal(server.exit_code(within=5), 0, "exit code")
+    expect.contains(server.log_text(), "SIGTERM", "the first signal that counts")
+    expect.that("SIGHUP" not in server.log_text(), server.log_tail())
+
+
+def a_signal_while_the_model_loads_ends_the_server_at_once(binary: str) -> None:
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        # The demo model loads so fast that a signal may come too late for this; then the server drains.
+        for _ in range(20):
+            server = Server(binary)
+            while server.is_alive() and not _is_caught(server, number):
+                pass
+            server.signal(number)
+            ended = server.exit_code(within=10)
+            log = server.log_text()
+            server.kill()
+            if ended == code:
+                break
+            expect.equal(ended, 0, f"exit code\n{log}")
+        expect.equal(ended, code, "exit code")
+        expect.contains(log, "before the model is loaded", "log")
+        expect.contains(log, number.name, "log")
+
+
+def _is_caught(server: Server, number: signal.Signals) -> bool:
+    """Whether the process has a handler of its own for a signal."""
+    try:
+        with open(f"/proc/{server.process.pid}/status") as status:
+            mask = next(line for line in status if line.startswith("SigCgt:")).split()[1]
+    except (OSError, StopIteration):
+        return False
+    return int(mask, 16) >> (number - 1) & 1 == 1

@@ -30,14 +30,15 @@ class Server:
 
     running: ClassVar[list["Server"]] = []
 
-    def __init__(self, binary: str, *flags: str, env: dict[str, str] | None = None, ports: tuple[int, int] | None = None):
+    def __init__(self, binary: str, *flags: str, env: dict[str, str] | None = None, ports: tuple[int, int] | None = None,
+                 through: tuple[str, ...] = ()):
         self.http_port, self.grpc_port = ports or free_ports(2)
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.grpc_address = f"127.0.0.1:{self.grpc_port}"
         addresses = ["--http", f"127.0.0.1:{self.http_port}", "--grpc", self.grpc_address]
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [binary, "serve", *addresses, *flags],
+            [*through, binary, "serve", *addresses, *flags],
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=self.log,

@@ -256,7 +256,7 @@ def greedy(converter, work):
             theirs = model.detokenize(answer).decode()
             ours = subprocess.run([TARGET / "quire", "run", "--model", path, "--temperature", "0", "--max-tokens", "100",
                                    "--kv-cache-dtype", "f32", question],
-                                  capture_output=True, text=True, check=True).stdout
+                                  stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
             if ours.strip() == theirs.strip():
                 same += 1
             else:
