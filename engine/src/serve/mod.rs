@@ -87,7 +87,7 @@ pub enum ServeError {
         /// The address.
         address: SocketAddr,
         /// What the system said.
-        reason: std::io::Error,
+        source: std::io::Error,
     },
     /// The engine thread is gone.
     #[error("the engine has stopped; see the log for the reason")]
