@@ -223,17 +223,16 @@ impl World {
             }),
             Err(error) => {
                 self.refused += 1;
-                match self.config.check(len as u32, max_tokens, samples) {
-                    Err(expected) => assert_eq!(error, expected),
-                    Ok(()) => {
-                        let AddError::QueueFull { waiting } = error else {
-                            panic!("{error}");
-                        };
-                        // Some that wait may have run before: they do not count.
-                        let all = self.scheduler.stats().waiting;
-                        assert!((self.config.max_waiting..=all).contains(&waiting));
-                    }
+                if let Err(expected) = self.config.check(len as u32, max_tokens, samples) {
+                    assert_eq!(error, expected);
+                    return;
                 }
+                let AddError::QueueFull { waiting } = error else {
+                    panic!("{error}");
+                };
+                // Some that wait may have run before: they do not count.
+                let all = self.scheduler.stats().waiting;
+                assert!((self.config.max_waiting..=all).contains(&waiting));
             }
         }
     }

@@ -360,7 +360,7 @@ unsafe fn sub_block<
             of_quants[t] = x.sum(t, SUB, U::SUBS);
         }
         let mut dots = Dots::<S, P, T> {
-            dots: [[[S::wsplat(0); 2]; T]; P],
+            sums: [[[S::wsplat(0); 2]; T]; P],
             odd: [[[S::wsplat(0); 2]; T]; P],
             pairs: [[[S::pbegin(S::wsplat(0)); 2]; T]; P],
         };
@@ -379,7 +379,7 @@ unsafe fn sub_block<
                 let (scales, beside) = source[p].side::<S, APART>(SUB, h * S::WIDE);
                 for t in 0..T {
                     let multiple = *x.multiples.add(t);
-                    let mut dot = S::vto_float(dots.dots[p][t][h]);
+                    let mut dot = S::vto_float(dots.sums[p][t][h]);
                     if U::BESIDE == Beside::Zero {
                         dot = S::vfma(beside, S::vsplat(of_quants[t] as f32), dot);
                     }
@@ -404,7 +404,7 @@ unsafe fn sub_block<
 
 /// The dot products of a sub-block.
 struct Dots<S: Simd, const P: usize, const T: usize> {
-    dots: [[[S::W; 2]; T]; P],
+    sums: [[[S::W; 2]; T]; P],
     /// Those of every other group, where there are [`Simd::TWO_CHAINS`].
     odd: [[[S::W; 2]; T]; P],
     /// What is on its way there.
@@ -428,7 +428,7 @@ impl<S: Simd, const P: usize, const T: usize> Dots<S, P, T> {
         if i >= groups {
             return;
         }
-        let Self { dots, odd, pairs } = self;
+        let Self { sums, odd, pairs } = self;
         let excess = U::OFFSET - if signed::<U, S>() { SIGN } else { 0 };
         let together = if U::WIDE { 1 } else { U::TOGETHER };
         let last = i + 1 == groups;
@@ -437,7 +437,7 @@ impl<S: Simd, const P: usize, const T: usize> Dots<S, P, T> {
                 for t in 0..T {
                     let offset = S::wsplat(-excess * of_quants[t]);
                     for p in 0..P {
-                        dots[p][t] = [offset; 2];
+                        sums[p][t] = [offset; 2];
                     }
                 }
             }
@@ -452,11 +452,15 @@ impl<S: Simd, const P: usize, const T: usize> Dots<S, P, T> {
                 let x = x.read_unaligned();
                 for p in 0..P {
                     for h in 0..S::HALVES {
-                        let (dot, pair) = (&mut dots[p][t][h], &mut pairs[p][t][h]);
+                        let (dot, pair) = (&mut sums[p][t][h], &mut pairs[p][t][h]);
                         if signed::<U, S>() {
                             *dot = S::bdot_signed(*dot, w[p][h], x);
                         } else if two_chains::<U, S>() {
-                            let sum = if i % 2 == 0 { dot } else { &mut odd[p][t][h] };
+                            let sum = if i.is_multiple_of(2) {
+                                dot
+                            } else {
+                                &mut odd[p][t][h]
+                            };
                             *sum = S::bdot_wide(*sum, w[p][h][0], x);
                         } else if U::WIDE {
                             *dot = S::bdot_wide(*dot, w[p][h][0], x);
@@ -472,7 +476,7 @@ impl<S: Simd, const P: usize, const T: usize> Dots<S, P, T> {
             for p in 0..P {
                 for t in 0..T {
                     for h in 0..S::HALVES {
-                        let (dot, pair) = (&mut dots[p][t][h], &mut pairs[p][t][h]);
+                        let (dot, pair) = (&mut sums[p][t][h], &mut pairs[p][t][h]);
                         if two_chains::<U, S>() {
                             if last {
                                 *dot = S::wadd(*dot, odd[p][t][h]);
