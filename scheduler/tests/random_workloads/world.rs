@@ -294,9 +294,9 @@ impl World {
     /// A step is no larger than it may be beside those who generate, and no smaller while a prompt could go on.
     fn check_budget(&mut self) {
         let batch = self.scheduler.batch();
-        // They ran before, and missed one token.
+        // They ran before, and missed one token: of a prompt of one token, too, whose logits nobody answered.
         let decodes = (batch.sequences.iter())
-            .filter(|s| s.start > 0 && s.len == 1 && s.logits == 1 && s.cached.is_none())
+            .filter(|s| s.len == 1 && s.logits == 1 && s.cached.is_none())
             .count() as u32;
         let whole = self.config.max_batch_tokens;
         let most = |decodes: u32| match self.pace {
