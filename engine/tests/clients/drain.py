@@ -153,21 +153,18 @@ def a_second_signal_ends_the_server_at_once(start) -> None:
 
 
 def ctrl_c_drains_too(start) -> None:
-    server = start()
-    with QuireClient(server) as client:
-        stream = client.GenerateStream(text_request("A", 1000))
-        next(iter(stream))
-        server.signal(signal.SIGINT)
-        expect.equal(sum(len(event.chunk.tokens) for event in stream), 1000, "tokens after the signal and before it")
-    expect.equal(server.exit_code(within=5), 0, "exit code")
+    _drains_at(signal.SIGINT, start())
 
 
 def a_closed_terminal_drains_too(start) -> None:
-    server = start(through=("env", "--default-signal=HUP"))
+    _drains_at(signal.SIGHUP, start(through=("env", "--default-signal=HUP")))
+
+
+def _drains_at(which: signal.Signals, server) -> None:
     with QuireClient(server) as client:
         stream = client.GenerateStream(text_request("A", 1000))
         next(iter(stream))
-        server.signal(signal.SIGHUP)
+        server.signal(which)
         expect.equal(sum(len(event.chunk.tokens) for event in stream), 1000, "tokens after the signal and before it")
     expect.equal(server.exit_code(within=5), 0, "exit code")
 
