@@ -148,7 +148,7 @@ impl<'a> Linear<'a> {
         let k = self.matrix.cols;
         let order = self.matrix.order(layout);
         rows.reserve(padded, k, elements, order.is_some())?;
-        if elements == Elements::Quants {
+        if matches!(elements, Elements::Quants | Elements::Floats) {
             rows.reserve_unpacked(self.rows, k, pool.threads())?;
         }
         let target = rows.target(k, elements);

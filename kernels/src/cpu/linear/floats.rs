@@ -1,8 +1,13 @@
 //! Products with floats: widened to f32 as they are loaded, multiplied and added in one operation.
 //!
 //! E4M3 floats lie in groups with a scale. It multiplies the weight and not the group's sum, so a product is to the last bit that of the widened matrix.
+//!
+//! What widens a weight of fewer bits takes units that multiply. Where a panel has several tiles of rows, the first one keeps what it widened, in memory of the thread's that
+//! stays in the core's cache, and the others read that ([`several_tiles`]).
 
 use std::hint::black_box;
+use std::marker::PhantomData;
+use std::ptr;
 
 use super::super::groups::f8_unit_bytes;
 use super::super::simd::{Isa, PANEL, Simd, dispatch};
@@ -11,17 +16,64 @@ use super::{Ahead, LINE, Share, panels_at, store};
 /// Panels multiplied at once when there is a single activation row: enough independent chains to hide an addition's latency.
 pub(super) const SINGLE_PANELS: usize = 4;
 
-/// Walks a share. `$body::<$format, S, P, T>(share, panel, row)` computes `P` panels times `T` rows; tiles of `$rows` rows come first, what is left over is
-/// computed in the smallest tile that holds it, and rows that are not there are not stored.
+/// Multiplies a panel, or two (`$several`), with the rows from `$row` to `$end`: tiles of `$rows` rows come first, what is left over is computed in the
+/// smallest tile that holds it, and rows that are not there are not stored. `$body::<$format, S, P, T>(share, panel, row)` computes `P` panels times
+/// `T` rows.
+macro_rules! rows_of {
+    ($share:ident, $body:ident, $format:ty, $panels:expr, $rows:expr, $several:ident, $panel:ident, $row:expr, $end:ident) => {{
+        let mut row = $row;
+        while row < $end {
+            // Conditions of constants rule out what is not to be compiled.
+            match (($end - row).min($rows), $several) {
+                (1, true) if const { $panels > 1 } => {
+                    $body::<$format, S, 2, 1>($share, $panel, row);
+                }
+                (1, false) => $body::<$format, S, 1, 1>($share, $panel, row),
+                (2, true) if const { $panels > 1 } => {
+                    $body::<$format, S, 2, 2>($share, $panel, row);
+                }
+                (2, false) => $body::<$format, S, 1, 2>($share, $panel, row),
+                (3 | 4, true) if const { $panels > 1 } => {
+                    $body::<$format, S, 2, 4>($share, $panel, row);
+                }
+                (3 | 4, false) => $body::<$format, S, 1, 4>($share, $panel, row),
+                (5 | 6, true) if const { $panels > 1 && $rows >= 6 } => {
+                    $body::<$format, S, 2, 6>($share, $panel, row);
+                }
+                (5 | 6, false) if const { $rows >= 6 } => {
+                    $body::<$format, S, 1, 6>($share, $panel, row);
+                }
+                (7 | 8, true) if const { $panels > 1 && $rows >= 8 } => {
+                    $body::<$format, S, 2, 8>($share, $panel, row);
+                }
+                (7 | 8, false) if const { $rows >= 8 } => {
+                    $body::<$format, S, 1, 8>($share, $panel, row);
+                }
+                (_, true) if const { $panels > 1 && $rows >= 12 } => {
+                    $body::<$format, S, 2, 12>($share, $panel, row);
+                }
+                (_, false) if const { $rows >= 12 } => {
+                    $body::<$format, S, 1, 12>($share, $panel, row);
+                }
+                _ => unreachable!("tiles have 4, 6, 8 or 12 rows"),
+            }
+            row += $rows;
+        }
+    }};
+}
+
+pub(super) use rows_of;
+
+/// Walks a share: a single row several panels at a time, others in the tiles of [`rows_of`].
 macro_rules! walk {
     ($share:ident, $body:ident, $format:ident, $bytes:expr, $panels:expr, $rows:expr) => {{
+        use $crate::cpu::linear::floats;
         let rows = $share.linear.rows;
         if rows == 1 {
-            use $crate::cpu::linear::floats::SINGLE_PANELS;
             let mut panel = $share.first;
-            while $share.last - panel >= SINGLE_PANELS {
-                $body::<$format, S, SINGLE_PANELS, 1>($share, panel, 0);
-                panel += SINGLE_PANELS;
+            while $share.last - panel >= floats::SINGLE_PANELS {
+                $body::<$format, S, { floats::SINGLE_PANELS }, 1>($share, panel, 0);
+                panel += floats::SINGLE_PANELS;
             }
             while panel < $share.last {
                 $body::<$format, S, 1, 1>($share, panel, 0);
@@ -36,46 +88,10 @@ macro_rules! walk {
             let mut panel = $share.first;
             while panel < $share.last {
                 let several = $panels > 1 && panel + 2 <= $share.last;
-                let after = panel + 1 + usize::from(several);
-                let mut row = begin;
-                while row < end {
-                    // Conditions of constants rule out what is not to be compiled.
-                    match ((end - row).min($rows), several) {
-                        (1, true) if const { $panels > 1 } => {
-                            $body::<$format, S, 2, 1>($share, panel, row);
-                        }
-                        (1, false) => $body::<$format, S, 1, 1>($share, panel, row),
-                        (2, true) if const { $panels > 1 } => {
-                            $body::<$format, S, 2, 2>($share, panel, row);
-                        }
-                        (2, false) => $body::<$format, S, 1, 2>($share, panel, row),
-                        (3 | 4, true) if const { $panels > 1 } => {
-                            $body::<$format, S, 2, 4>($share, panel, row);
-                        }
-                        (3 | 4, false) => $body::<$format, S, 1, 4>($share, panel, row),
-                        (5 | 6, true) if const { $panels > 1 && $rows >= 6 } => {
-                            $body::<$format, S, 2, 6>($share, panel, row);
-                        }
-                        (5 | 6, false) if const { $rows >= 6 } => {
-                            $body::<$format, S, 1, 6>($share, panel, row);
-                        }
-                        (7 | 8, true) if const { $panels > 1 && $rows >= 8 } => {
-                            $body::<$format, S, 2, 8>($share, panel, row);
-                        }
-                        (7 | 8, false) if const { $rows >= 8 } => {
-                            $body::<$format, S, 1, 8>($share, panel, row);
-                        }
-                        (_, true) if const { $panels > 1 && $rows >= 12 } => {
-                            $body::<$format, S, 2, 12>($share, panel, row);
-                        }
-                        (_, false) if const { $rows >= 12 } => {
-                            $body::<$format, S, 1, 12>($share, panel, row);
-                        }
-                        _ => unreachable!("tiles have 4, 6, 8 or 12 rows"),
-                    }
-                    row += $rows;
-                }
-                panel = after;
+                floats::rows_of!(
+                    $share, $body, $format, $panels, $rows, several, panel, begin, end
+                );
+                panel += 1 + usize::from(several);
             }
             begin = end;
         }
@@ -92,6 +108,9 @@ trait FloatFormat {
     /// Bytes of an element.
     const BYTES: usize;
 
+    /// Where weights come from, and whether they are kept.
+    const FROM: From = From::Packed;
+
     /// Loads a vector of elements from element `at` of a panel, or of a unit.
     ///
     /// # Safety
@@ -99,7 +118,153 @@ trait FloatFormat {
     unsafe fn load<S: Simd>(panel: *const u8, at: usize) -> S::V;
 }
 
+/// Where a tile's weights come from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum From {
+    /// The panels.
+    Packed,
+    /// The panels, and what they are widened to is kept.
+    Keeping,
+    /// What was kept of the same panels.
+    Kept,
+}
+
+/// A format whose tile keeps what it widens, for those that follow.
+struct Keeping<F>(PhantomData<F>);
+
+impl<F: FloatFormat> FloatFormat for Keeping<F> {
+    const SCALED: bool = F::SCALED;
+    const BYTES: usize = F::BYTES;
+    const FROM: From = From::Keeping;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(panel: *const u8, at: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { F::load::<S>(panel, at) }
+    }
+}
+
+/// What was kept.
+struct Kept;
+
+impl FloatFormat for Kept {
+    const BYTES: usize = size_of::<f32>();
+    const FROM: From = From::Kept;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(panel: *const u8, at: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::vload(panel.cast::<f32>().add(at)) }
+    }
+}
+
+/// The most panels whose widened weights are kept.
+const PANELS: usize = 2;
+
+/// How many times as many rows as usual stay in cache while kept panels pass over them: writing those is to be worth it. (Measured: benches/NOTES.md.)
+const MORE_ROWS: usize = 2;
+
+/// Bytes a thread needs to keep the widened panels of `k` columns.
+pub(super) const fn kept_bytes(k: usize) -> usize {
+    PANELS * PANEL * size_of::<f32>() * k
+}
+
+/// Where kept panels begin.
+#[inline(always)]
+fn kept_at<const P: usize>(share: &Share<'_>) -> [*mut f32; P] {
+    let k = share.linear.matrix.cols;
+    assert!(P <= PANELS);
+    // SAFETY: the memory is the thread's own, and nothing else of it is in use.
+    let kept = unsafe { share.unpacked.range(0, kept_bytes(k)) };
+    std::array::from_fn(|p| {
+        kept.as_mut_ptr()
+            .wrapping_add(p * kept_bytes(k) / PANELS)
+            .cast()
+    })
+}
+
+/// Walks a share of which every panel has several tiles of rows.
+///
+/// # Safety
+/// That of [`float_tile`].
+#[inline(always)]
+unsafe fn several_tiles<F: FloatFormat, S: Simd>(share: &Share<'_>) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let rows = share.linear.rows;
+        let cached = share.cached_rows(size_of::<f32>() * share.linear.matrix.cols / MORE_ROWS);
+        let mut begin = 0;
+        while begin < rows {
+            let end = (begin + cached).min(rows);
+            let mut panel = share.first;
+            while panel < share.last {
+                let several = S::FLOAT_PANELS > 1 && panel + 2 <= share.last;
+                if end - begin <= S::FLOAT_ROWS {
+                    // What is left of many rows.
+                    rows_of!(
+                        share,
+                        float_tile,
+                        F,
+                        S::FLOAT_PANELS,
+                        S::FLOAT_ROWS,
+                        several,
+                        panel,
+                        begin,
+                        end
+                    );
+                } else {
+                    if const { S::FLOAT_PANELS > 1 } && several {
+                        first_tile::<F, S, 2>(share, panel, begin);
+                    } else {
+                        first_tile::<F, S, 1>(share, panel, begin);
+                    }
+                    let begin = begin + S::FLOAT_ROWS;
+                    rows_of!(
+                        share,
+                        float_tile,
+                        Kept,
+                        S::FLOAT_PANELS,
+                        S::FLOAT_ROWS,
+                        several,
+                        panel,
+                        begin,
+                        end
+                    );
+                }
+                panel += 1 + usize::from(several);
+            }
+            begin = end;
+        }
+    }
+}
+
+/// A whole tile that keeps what it widens.
+///
+/// # Safety
+/// That of [`float_tile`].
+#[inline(always)]
+unsafe fn first_tile<F: FloatFormat, S: Simd, const P: usize>(
+    share: &Share<'_>,
+    panel: usize,
+    row: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if const { S::FLOAT_ROWS == 12 } {
+            float_tile::<Keeping<F>, S, P, 12>(share, panel, row);
+        } else if const { S::FLOAT_ROWS == 6 } {
+            float_tile::<Keeping<F>, S, P, 6>(share, panel, row);
+        } else {
+            const { assert!(matches!(S::FLOAT_ROWS, 4 | 6 | 12)) };
+            float_tile::<Keeping<F>, S, P, 4>(share, panel, row);
+        }
+    }
+}
+
 /// `T` activation rows from `row` times `P` panels from `panel`.
+///
+/// # Safety
+/// The share's panels are in the format, its rows are laid out in tiles of so many, and the processor has the instructions of `S`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body: see `dispatch!` and `Linear::run`
 unsafe fn float_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
@@ -116,7 +281,14 @@ unsafe fn float_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
         } else {
             k
         };
-        let mut units = panels_at::<P>(share, panel);
+        let mut kept = match F::FROM {
+            From::Packed => [ptr::null_mut(); P],
+            From::Keeping | From::Kept => kept_at::<P>(share),
+        };
+        let mut units = match F::FROM {
+            From::Kept => kept.map(|kept| kept.cast_const().cast()),
+            _ => panels_at::<P>(share, panel),
+        };
         let stride = share.interleave;
         let mut x = if stride == 1 {
             linear.x.as_ptr()
@@ -141,7 +313,7 @@ unsafe fn float_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
             }
             for i in 0..group {
                 let at = i * PANEL * F::BYTES;
-                if at.is_multiple_of(LINE) {
+                if F::FROM != From::Kept && at.is_multiple_of(LINE) {
                     ahead.ask::<S, P>(elements.map(|panel| panel.add(at)), done);
                 }
                 done += PANEL * F::BYTES;
@@ -154,7 +326,11 @@ unsafe fn float_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
                         } else {
                             element
                         };
+                        if F::FROM == From::Keeping {
+                            S::vstore(kept[p].add(half * S::WIDE), w[p][half]);
+                        }
                     }
+                    kept[p] = kept[p].wrapping_add(PANEL);
                 }
                 for t in 0..T {
                     let x = S::vsplat(*x.add(t));
@@ -174,7 +350,7 @@ unsafe fn float_tile<F: FloatFormat, S: Simd, const P: usize, const T: usize>(
 
 /// Makes a format's entry point: how it is loaded, and the walk over a share.
 macro_rules! kernels {
-    ($($name:ident: $format:ident, $scaled:literal, $element:ty, $load:ident;)*) => {$(
+    ($($name:ident: $format:ident, $widens:literal, $scaled:literal, $element:ty, $load:ident;)*) => {$(
         struct $format;
 
         impl FloatFormat for $format {
@@ -194,6 +370,9 @@ macro_rules! kernels {
                 let bytes = 4 * share.linear.matrix.cols;
                 // SAFETY: panels hold their elements as the format says; the rest is the caller's promise.
                 unsafe {
+                    if $widens && share.linear.rows > S::FLOAT_ROWS {
+                        return several_tiles::<$format, S>(share);
+                    }
                     walk!(share, float_tile, $format, bytes, S::FLOAT_PANELS, S::FLOAT_ROWS);
                 }
             }
@@ -203,8 +382,9 @@ macro_rules! kernels {
 }
 
 kernels! {
-    f32: F32, false, f32, vload;
-    f16: F16, false, u16, vload_f16;
+    // Name and type; whether what widens takes units that multiply; whether there are scales; elements and how they are loaded.
+    f32: F32, false, false, f32, vload;
+    f16: F16, true, false, u16, vload_f16;
     // Loads as a 256th of what it is worth; scales have the rest.
-    e4m3: E4m3, true, u8, vload_f8;
+    e4m3: E4m3, true, true, u8, vload_f8;
 }

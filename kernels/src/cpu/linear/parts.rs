@@ -96,7 +96,7 @@ impl PartProducts<'_> {
         });
         let sorted = tasks.layouts.iter().any(|layout| layout.order.is_some());
         rows.reserve(padded.sum(), k, elements, sorted)?;
-        if elements == Elements::Quants {
+        if matches!(elements, Elements::Quants | Elements::Floats) {
             let most = self.groups.iter().map(|group| group.rows).max();
             rows.reserve_unpacked(most.unwrap_or(0), k, pool.threads())?;
         }

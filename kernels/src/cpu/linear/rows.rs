@@ -3,7 +3,7 @@
 use super::super::matrix::Elements;
 use super::super::memory::{Buffer, Shared};
 use super::super::simd::{self, Isa, Simd, dispatch};
-use super::{Share, TILE_ROWS, pairs, unpacked};
+use super::{Share, TILE_ROWS, floats, pairs, unpacked};
 use crate::Error;
 use crate::quantize::BLOCK;
 
@@ -199,13 +199,13 @@ impl Rows {
             return Ok(());
         }
         self.unpacked
-            .reserve(threads * unpacked::bytes(k), "activation rows")
+            .reserve(threads * apart_bytes(k), "activation rows")
     }
 
     /// The rows, to read, and the threads' memory for panels of `k` columns that are taken apart.
     pub(super) fn unpacked(&mut self, k: usize) -> (&Self, UnpackedPanels) {
         let all = Shared::new(self.unpacked.as_mut_slice());
-        let bytes = unpacked::bytes(k);
+        let bytes = apart_bytes(k);
         (self, UnpackedPanels { all, bytes })
     }
 
@@ -225,6 +225,11 @@ impl Rows {
             offsets: Shared::new(self.offsets.as_mut_slice()),
         }
     }
+}
+
+/// Bytes a thread needs for the panels of `k` columns that are taken apart or widened.
+fn apart_bytes(k: usize) -> usize {
+    unpacked::bytes(k).max(floats::kept_bytes(k))
 }
 
 /// Memory for a panel that is taken apart, for each thread.
