@@ -86,18 +86,27 @@ impl Blocks {
         }
     }
 
-    /// Makes blocks findable; see [`PrefixCache::store`].
+    /// Makes a sequence's blocks findable; see [`PrefixCache::store`]. Where their like is findable already, the sequence holds that instead: what it goes
+    /// on with would be lost to everybody once that was evicted.
     pub fn store(
         &mut self,
         parent: Link,
-        blocks: &[BlockId],
+        table: &mut [BlockId],
         tokens: &[TokenId],
         salt: u64,
     ) -> Link {
         let (pool, cached_free) = (&self.pool, &mut self.cached_free);
-        self.cache.store(parent, blocks, tokens, salt, |lost| {
+        let (node, link) = self.cache.store(parent, table, tokens, salt, |lost| {
             *cached_free -= u32::from(pool.references(lost) == 0);
-        })
+        });
+        for (group, entry) in table.iter_mut().enumerate() {
+            let like = self.cache.block(node, group);
+            if like != BlockId::NONE && like != *entry {
+                self.share(like);
+                self.release(std::mem::replace(entry, like), Worth::Nothing);
+            }
+        }
+        link
     }
 
     /// Forgets every findable block that nobody holds.

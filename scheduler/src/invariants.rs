@@ -56,6 +56,7 @@ impl Scheduler {
                     );
                     assert!(sequence.filled * self.config.block_size <= sequence.computed);
                     self.check_windows(sequence);
+                    self.check_findable(sequence);
                     let held = || sequence.blocks.iter().filter(|&&b| b != BlockId::NONE);
                     let distinct: HashSet<&BlockId> = held().collect();
                     assert_eq!(distinct.len(), held().count(), "a table names a block once");
@@ -130,6 +131,20 @@ impl Scheduler {
                     index < passed,
                     "{index} of group {at}"
                 );
+            }
+        }
+    }
+
+    /// What a running sequence has filled can be found, from its beginning on: what comes after a block that cannot be is lost to everybody.
+    fn check_findable(&self, sequence: &Sequence) {
+        let groups = &self.config.groups;
+        if !self.config.prefix_cache {
+            return;
+        }
+        for (at, _) in groups.iter().enumerate().filter(|(_, g)| g.is_full()) {
+            let entries = sequence.blocks.iter().skip(at).step_by(groups.len());
+            for &block in entries.take(sequence.filled as usize) {
+                assert!(self.blocks.cache.holds(block), "{block:?} of group {at}");
             }
         }
     }

@@ -224,7 +224,7 @@ impl PrefixCache {
         same.then_some((id, Link { hash, serial }))
     }
 
-    /// Makes computed blocks findable, one of each group, and returns the chain with them. Where their like is findable already, that stays.
+    /// Makes computed blocks findable, one of each group, and returns their node and the chain with it. Where their like is findable already, that stays.
     ///
     /// A node of equal hash that is not their like — another content, or the same after a predecessor that has gone since — gives way:
     /// nobody could find it by this chain. `lost` is told its blocks, which can be found no more.
@@ -235,7 +235,7 @@ impl PrefixCache {
         tokens: &[TokenId],
         salt: u64,
         lost: impl FnMut(BlockId),
-    ) -> Link {
+    ) -> (NodeId, Link) {
         let hash = chain_hash(parent.hash, tokens);
         let occupied = self.index.find(hash).map(|(other, _)| other);
         let like = occupied.and_then(|_| self.find(parent, hash, tokens, salt));
@@ -257,7 +257,7 @@ impl PrefixCache {
                 }
             }
         }
-        link
+        (node, link)
     }
 
     /// A node without blocks, or with `told` where that is its number.
@@ -458,7 +458,7 @@ impl PrefixCache {
     }
 
     /// A group's block of a node in the index.
-    fn block(&self, node: NodeId, group: usize) -> BlockId {
+    pub fn block(&self, node: NodeId, group: usize) -> BlockId {
         if self.nodes.is_none() && group == self.told {
             BlockId(node.0)
         } else {
@@ -502,7 +502,7 @@ mod tests {
 
     fn store(cache: &mut PrefixCache, parent: Link, blocks: &[u32], ids: [u32; 2]) -> Link {
         let blocks: Vec<_> = blocks.iter().copied().map(BlockId).collect();
-        cache.store(parent, &blocks, &tokens(ids), 0, |_| {})
+        cache.store(parent, &blocks, &tokens(ids), 0, |_| {}).1
     }
 
     /// The block table of the longest prefix of a sequence of these blocks.

@@ -444,7 +444,7 @@ impl Scheduler {
             let at = sequence.filled as usize;
             if self.config.prefix_cache {
                 let tokens = &sequence.tokens[at * size as usize..(at + 1) * size as usize];
-                let blocks = &sequence.blocks[at * groups.len()..(at + 1) * groups.len()];
+                let blocks = &mut sequence.blocks[at * groups.len()..(at + 1) * groups.len()];
                 sequence.chain =
                     self.blocks
                         .store(sequence.chain, blocks, tokens, sequence.realm.salt);
