@@ -7,6 +7,7 @@
 mod engine;
 #[cfg(feature = "cuda")]
 mod gpu;
+mod median;
 mod overhead;
 mod peers;
 mod plot;

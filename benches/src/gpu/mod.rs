@@ -16,6 +16,7 @@ use quire_kernels::cuda::{CudaBackend, CudaOptions, KvCache, Limits};
 use quire_kernels::{Error, Format, KvDtype, Step};
 use serde::Serialize;
 
+use crate::median::median;
 use model::{Model, Shape};
 
 /// Time decoders of well-known shapes on a GPU and say how close they come to its limits
@@ -294,7 +295,7 @@ fn time_shape(
     Ok(())
 }
 
-/// Seconds of a step with a cache of its own, for `(sequences, tokens, precision)`; see [`median`].
+/// Seconds of a step with a cache of its own, for `(sequences, tokens, precision)`; see [`seconds_of`].
 fn time(
     repeat: u32,
     model: &mut Model,
@@ -302,7 +303,7 @@ fn time(
     (sequences, tokens, dtype): (usize, usize, KvDtype),
 ) -> Result<f64, Error> {
     let mut kv = model.cache(sequences, tokens, dtype)?;
-    let seconds = median(repeat, model, step, &mut kv);
+    let seconds = seconds_of(repeat, model, step, &mut kv);
     if seconds.is_err() {
         // The steps before the one that failed: the next line begins with none.
         while model.collect().is_ok() {}
@@ -314,7 +315,7 @@ fn time(
 ///
 /// From the end of a step to the end of the next, which is launched before the first one ends: as an engine does that plans ahead. What the host does for a
 /// step is not counted unless the GPU waits for it.
-fn median(repeat: u32, model: &mut Model, step: &Step, kv: &mut KvCache) -> Result<f64, Error> {
+fn seconds_of(repeat: u32, model: &mut Model, step: &Step, kv: &mut KvCache) -> Result<f64, Error> {
     for _ in 0..2 {
         model.launch(step, kv)?;
         model.collect()?;
@@ -332,8 +333,7 @@ fn median(repeat: u32, model: &mut Model, step: &Step, kv: &mut KvCache) -> Resu
         end = now;
     }
     model.collect()?;
-    seconds.sort_by(f64::total_cmp);
-    Ok(seconds[seconds.len() / 2])
+    Ok(median(&seconds).unwrap_or(f64::NAN))
 }
 
 /// What was timed, the limits it is a share of, and what is missing.

@@ -10,13 +10,14 @@ use quire_kernels::cpu::{Isa, Numa};
 use serde::Serialize;
 
 use super::llama::{self, Llama, Speeds};
-use super::ratio::{Pair, median};
+use super::ratio::Pair;
 use super::work::{self, Work};
 use super::{bars, quiet, report};
 use crate::engine::InstructionSet;
 use crate::engine::limits::Limits;
 use crate::engine::setup::Setup;
 use crate::engine::workload::{Kind, Line, Shape, Workload};
+use crate::median::median;
 use crate::plot;
 
 /// Our decoder beside llama.cpp's, without servers: reading a prompt, generating alone and in a batch

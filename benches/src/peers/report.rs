@@ -4,9 +4,9 @@ use comfy_table::{CellAlignment, Table, presets};
 
 use super::contender::Who;
 use super::engine::Column;
-use super::ratio::median;
 use super::serve::{Figures, Match, Side, matches};
 use super::work::Work;
+use crate::median::median;
 
 fn table(header: impl IntoIterator<Item = String>) -> Table {
     let mut table = Table::new();

@@ -9,10 +9,11 @@ use clap::Args;
 use serde::Serialize;
 
 use super::contender::{self, Contender, Places, Settings, Who};
-use super::ratio::{Pair, median};
+use super::ratio::Pair;
 use super::server::{Server, free_port};
 use super::{quiet, report};
 use crate::engine::setup::Setup;
+use crate::median::median;
 use crate::plot;
 use crate::serve::ask::Sampling;
 use crate::serve::client::Client;
