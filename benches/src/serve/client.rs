@@ -47,6 +47,13 @@ impl Failure {
             message: message.to_string(),
         }
     }
+
+    /// The connection broke. What caused an error is said, too: hyper's own first line rarely says what happened.
+    pub fn connection(error: &dyn std::error::Error) -> Self {
+        let causes = std::iter::successors(Some(error), |error| error.source());
+        let causes: Vec<_> = causes.map(ToString::to_string).collect();
+        Self::new("connection", causes.join(": "))
+    }
 }
 
 impl Client {
@@ -71,6 +78,15 @@ impl Client {
         match self {
             Self::Http(client) => client.description(),
             Self::Grpc(client) => client.description(),
+        }
+    }
+
+    /// Requests that were sent again because the server had closed the connection kept for them.
+    pub fn resent(&self) -> u64 {
+        match self {
+            Self::Http(client) => client.resent(),
+            // All requests of a channel share a connection that HTTP/2 says is being closed.
+            Self::Grpc(_) => 0,
         }
     }
 

@@ -132,7 +132,7 @@ pub async fn run(client: Arc<Client>, requests: Requests, load: Load) -> anyhow:
     let in_flight = Arc::new(AtomicU32::new(0));
     let turns = requests.turns;
     let sender = Arc::new(Sender {
-        client,
+        client: Arc::clone(&client),
         requests,
         load: load.clone(),
         outcomes,
@@ -149,6 +149,7 @@ pub async fn run(client: Arc<Client>, requests: Requests, load: Load) -> anyhow:
             .context("the first request failed")?;
     }
 
+    let resent = client.resent();
     let progress = Progress::new(u64::from(load.requests) * u64::from(turns));
     let began = Instant::now();
     let sending = tokio::spawn(async move {
@@ -170,6 +171,7 @@ pub async fn run(client: Arc<Client>, requests: Requests, load: Load) -> anyhow:
     }
     progress.finish();
     sending.await.context("the harness failed")?;
+    measured.resent = client.resent() - resent;
     Ok(measured)
 }
 

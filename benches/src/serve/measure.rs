@@ -85,6 +85,8 @@ pub struct Measured {
     pub completed: u64,
     /// Requests not answered, by kind, with the first message of each.
     pub failures: BTreeMap<String, (u64, String)>,
+    /// Requests that were sent twice: the first time on a kept connection that the server closed.
+    pub resent: u64,
     /// Answers shorter than asked for.
     pub short: u64,
     /// Prompt tokens of answered requests.
@@ -117,6 +119,7 @@ impl Measured {
             elapsed: Duration::ZERO,
             completed: 0,
             failures: BTreeMap::new(),
+            resent: 0,
             short: 0,
             prompt_tokens: 0,
             cached_tokens: 0,

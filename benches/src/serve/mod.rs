@@ -10,10 +10,13 @@ pub mod ask;
 pub mod client;
 mod client_grpc;
 mod client_http;
+mod connections;
 mod dataset;
 pub mod lengths;
 pub mod load;
 pub mod measure;
+#[cfg(test)]
+mod mock;
 pub mod prompt;
 mod report;
 pub mod requests;

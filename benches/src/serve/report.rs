@@ -69,6 +69,12 @@ pub fn table(measured: &Measured) -> String {
             measured.short
         ));
     }
+    if measured.resent > 0 {
+        lines.push(format!(
+            "{} requests were sent again: the server closed the connection it had kept for them",
+            measured.resent
+        ));
+    }
     for (kind, (count, message)) in &measured.failures {
         lines.push(format!("{count} × {kind}: {}", message.trim()));
     }
@@ -136,6 +142,7 @@ pub fn json(arguments: &impl Serialize, measured: &Measured) -> Value {
         "completed": measured.completed,
         "failed": measured.failed(),
         "failures": failures,
+        "resent": measured.resent,
         "short_answers": measured.short,
         "prompt_tokens": measured.prompt_tokens,
         "cached_tokens": measured.cached_tokens,
