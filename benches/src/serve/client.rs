@@ -16,10 +16,12 @@ pub enum Client {
 }
 
 /// An answer.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
     /// When each piece of it arrived, in order.
     pub pieces: Vec<Instant>,
+    /// When the last of it arrived.
+    pub ended: Instant,
     /// What it says.
     pub text: String,
     /// Tokens of the prompt, by the server's count.
@@ -28,6 +30,20 @@ pub struct Answer {
     pub completion_tokens: u64,
     /// Prompt tokens the server found in its prefix cache, if it says so.
     pub cached_tokens: u64,
+}
+
+impl Answer {
+    /// One of which nothing has arrived.
+    pub fn begun() -> Self {
+        Self {
+            pieces: Vec::new(),
+            ended: Instant::now(),
+            text: String::new(),
+            prompt_tokens: 0,
+            completion_tokens: 0,
+            cached_tokens: 0,
+        }
+    }
 }
 
 /// Why there is no answer.

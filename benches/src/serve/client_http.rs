@@ -1,6 +1,6 @@
 //! The OpenAI completions and chat completions APIs, streamed, as far as a load needs them.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bytes::Bytes;
@@ -15,6 +15,9 @@ use super::ask::{Ask, Prompt};
 use super::client::{Answer, Failure};
 use super::connections::Connections;
 use super::sse;
+
+/// How long the end of a stream may take to follow its last event. Its connection is kept only if it came, but nobody is made to wait for it.
+const GRACE: Duration = Duration::from_millis(100);
 
 /// A client of one server.
 #[derive(Debug)]
@@ -182,8 +185,12 @@ impl HttpClient {
             self.connections.keep(connection);
             return Err(refused);
         }
-        let answer = read(response).await?;
-        self.connections.keep(connection);
+        let mut body = response.into_body();
+        let answer = read(&mut body).await?;
+        let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+        if tokio::time::timeout(GRACE, rest).await.is_ok() {
+            self.connections.keep(connection);
+        }
         Ok(answer)
     }
 }
@@ -197,22 +204,24 @@ async fn refused(response: Response<Incoming>) -> Failure {
     Failure::new(format!("HTTP {}", status.as_u16()), body)
 }
 
-async fn read(response: Response<Incoming>) -> Result<Answer, Failure> {
-    let mut body = response.into_body();
+/// Reads an answer to its last event.
+async fn read(body: &mut Incoming) -> Result<Answer, Failure> {
     let mut parser = sse::Parser::default();
-    let mut answer = Answer::default();
+    let mut answer = Answer::begun();
     let mut events = Vec::new();
-    let mut usage = None;
-    while let Some(frame) = body.frame().await {
+    let (mut usage, mut finish) = (None, None);
+    let mut done = false;
+    while !done && let Some(frame) = body.frame().await {
         let frame = frame.map_err(|error| Failure::connection(&error))?;
-        let now = Instant::now();
+        answer.ended = Instant::now();
         let Some(bytes) = frame.data_ref() else {
             continue;
         };
         parser.push(bytes, |event| events.push(event));
         for event in events.drain(..) {
             if event == "[DONE]" {
-                continue;
+                done = true;
+                break;
             }
             let event: Event = serde_json::from_str(&event)
                 .map_err(|error| Failure::new("bad event", format!("{error}: {event}")))?;
@@ -221,19 +230,26 @@ async fn read(response: Response<Incoming>) -> Result<Answer, Failure> {
             }
             usage = event.usage.or(usage);
             if event.choices.iter().any(Choice::is_piece) {
-                answer.pieces.push(now);
+                answer.pieces.push(answer.ended);
             }
-            for choice in &event.choices {
+            for choice in event.choices {
                 answer.text.push_str(choice.text());
+                finish = choice.finish_reason.or(finish);
             }
         }
     }
-    let usage = usage.ok_or_else(|| {
-        Failure::new(
-            "broken stream",
-            "it ended without usage, which stream_options.include_usage asks for",
-        )
-    })?;
+    let broken = |what: &str| Failure::new("broken stream", what);
+    // Some servers send usage with every event: it does not say that the answer is whole.
+    match finish.as_deref() {
+        Some("stop" | "length") => {}
+        None => return Err(broken("it ended without a finish_reason")),
+        Some(other) => {
+            let what = format!("it ended with finish_reason `{other}`, not stop or length");
+            return Err(broken(&what));
+        }
+    }
+    let without = "it ended without usage, which stream_options.include_usage asks for";
+    let usage = usage.ok_or_else(|| broken(without))?;
     answer.prompt_tokens = usage.prompt_tokens;
     answer.completion_tokens = usage.completion_tokens;
     answer.cached_tokens = usage
@@ -245,7 +261,46 @@ async fn read(response: Response<Incoming>) -> Result<Answer, Failure> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::ask::Sampling;
+    use super::super::mock::{Mock, Reply, STREAM, end, event, piece};
     use super::*;
+
+    /// What a client makes of a server that answers so.
+    async fn answered(reply: impl Fn() -> Reply + Send + Sync + 'static) -> Result<Answer, Failure> {
+        let server = Mock::start(move |_, _| reply());
+        let client = HttpClient::connect(&server.url, Some("m")).await.unwrap();
+        let ask = Ask {
+            prompt: Prompt::Text("a b c".to_owned()),
+            max_tokens: 2,
+            sampling: Sampling::GREEDY,
+        };
+        let answer = tokio::time::timeout(Duration::from_secs(60), client.complete(ask));
+        answer.await.expect("it ends")
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_cut_off_or_given_up_is_a_broken_stream() {
+        let usage = json!({"prompt_tokens": 3, "completion_tokens": 1});
+        let counted = event(&json!({"choices": [{"text": "a"}], "usage": usage}));
+        let cut = answered(move || Reply::close(STREAM.to_owned() + &counted)).await;
+        let failure = cut.unwrap_err();
+        assert_eq!(failure.kind, "broken stream");
+        assert!(failure.message.contains("without a finish_reason"), "{failure:?}");
+        for reason in ["abort", "error"] {
+            let given_up = move || Reply::close(STREAM.to_owned() + &piece() + &end(reason, 1));
+            let failure = answered(given_up).await.unwrap_err();
+            assert_eq!(failure.kind, "broken stream");
+            assert!(failure.message.contains(reason), "{failure:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_ends_with_its_last_event_whatever_the_connection_does() {
+        let whole = || Reply::hold(STREAM.to_owned() + &piece() + &end("stop", 1));
+        let answer = answered(whole).await.unwrap();
+        assert_eq!((answer.pieces.len(), answer.completion_tokens), (1, 1));
+        assert!(answer.ended.elapsed() >= GRACE, "what was waited for afterwards is not its own");
+    }
 
     #[test]
     fn pieces_are_what_has_text_or_a_token_without_any() {

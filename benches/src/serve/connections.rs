@@ -100,7 +100,6 @@ mod tests {
     use super::super::ask::{Ask, Prompt, Sampling};
     use super::super::client_http::HttpClient;
     use super::super::mock::{Mock, Reply, answer};
-    use super::*;
 
     fn ask() -> Ask {
         Ask {

@@ -83,7 +83,9 @@ impl Sender {
         Outcome {
             meant,
             sent: Some(sent),
-            ended: Instant::now(),
+            ended: result
+                .as_ref()
+                .map_or_else(|_| Instant::now(), |answer| answer.ended),
             asked,
             result,
         }

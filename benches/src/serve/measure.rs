@@ -241,6 +241,7 @@ mod tests {
                 asked: 4,
                 result: Ok(Answer {
                     pieces: vec![at(400), at(500), at(700)],
+                    ended: at(1000),
                     text: String::new(),
                     prompt_tokens: 10,
                     completion_tokens: 4,

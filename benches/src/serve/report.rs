@@ -173,6 +173,7 @@ mod tests {
         let mut measured = Measured::new("a server".to_owned(), Some(slo));
         let answer = Answer {
             pieces: vec![at(250), at(350), at(450)],
+            ended: at(500),
             text: String::new(),
             prompt_tokens: 7,
             completion_tokens: 3,
