@@ -8,6 +8,7 @@ mod engine;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod median;
+mod numbers;
 mod overhead;
 mod peers;
 mod plot;

@@ -18,7 +18,7 @@ pub mod measure;
 #[cfg(test)]
 mod mock;
 pub mod prompt;
-mod report;
+pub mod report;
 pub mod requests;
 mod slo;
 mod sse;
@@ -32,6 +32,7 @@ use anyhow::Context;
 use clap::{ArgGroup, Args};
 use serde::Serialize;
 
+use crate::numbers::{positive, probability, temperature};
 use crate::plot;
 use ask::Sampling;
 use client::Client;
@@ -132,11 +133,11 @@ pub struct Arguments {
     max_tokens: Lengths,
 
     /// 0 chooses the likeliest token, always
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
     temperature: f32,
 
     /// Only the likeliest tokens that add up to this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability)]
     top_p: f32,
 
     /// What users were promised, in milliseconds, to count the requests that got it: ttft=MS, itl=MS (longest gap), tpot=MS (by token), e2e=MS
@@ -177,13 +178,6 @@ Examples:
   The same load twice, for a comparison:
     quire-bench serve --url URL --clients 8 --seed 1 --json ours.json
     quire-bench serve --url OTHER_URL --clients 8 --seed 1 --json theirs.json";
-
-fn positive(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(value) if value > 0.0 && value <= 1e6 => Ok(value),
-        _ => Err("expected a number above 0, at most 1000000".to_owned()),
-    }
-}
 
 /// Runs the load and prints what it found.
 ///
