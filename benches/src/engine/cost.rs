@@ -87,9 +87,8 @@ impl Cost {
         let head_weights = (config.vocab_size * hidden) as f64;
         let tables = if config.tied_head { 1.0 } else { 2.0 };
         // Loaded are all experts, however few of them a step reads.
-        let loaded = dense_weights
-            + experts.map_or(0.0, |of| of.count * of.weights)
-            + tables * head_weights;
+        let loaded =
+            dense_weights + experts.map_or(0.0, |of| of.count * of.weights) + tables * head_weights;
         Self {
             dense_weights,
             experts,
@@ -221,8 +220,8 @@ mod tests {
         config.experts = Some(experts);
         let attention =
             config.hidden_size * (2 * config.heads + 2 * config.kv_heads) * config.head_dim;
-        let dense = layers * (attention + config.hidden_size * 64)
-            + config.vocab_size * config.hidden_size;
+        let dense =
+            layers * (attention + config.hidden_size * 64) + config.vocab_size * config.hidden_size;
         let all = dense + layers * 64 * expert;
         // Two bytes a weight.
         let cost = Cost::of(&config, 2 * all, Operands::Bf16, KvDtype::F16);
@@ -259,7 +258,10 @@ mod tests {
         assert!((all.1 - within.1 - kv * 984.0).abs() < 1.0);
         // Rows at 10 to 29: six see 11 to 16 positions, the others 16; read are 15 before the last row of a step and those of the step.
         let [all, within] = both((10, 20));
-        let (seen, of) = (f64::from(11 + 12 + 13 + 14 + 15 + 16 + 14 * 16), 20.0 * 20.5);
+        let (seen, of) = (
+            f64::from(11 + 12 + 13 + 14 + 15 + 16 + 14 * 16),
+            20.0 * 20.5,
+        );
         assert!((within.0 / all.0 - seen / of).abs() < 1e-9);
         assert_eq!(all.1, within.1, "30 positions are fewer than 16 + 20 - 1");
         let [all, within] = both((100, 20));

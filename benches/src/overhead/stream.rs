@@ -212,8 +212,8 @@ async fn served(client: Client, load: Load) -> anyhow::Result<Streamed> {
         seed: 1,
     };
     let measured = load::run(Arc::new(client), requests, load_of).await?;
-    if let Some((kind, (_, message))) = measured.failures.iter().next() {
-        anyhow::bail!("{kind}: {message}");
+    if let Some((kind, failed)) = measured.failures.iter().next() {
+        anyhow::bail!("{kind}: {}", failed.message);
     }
     check(measured.completion_tokens, load)?;
     // The first of each answer, and every one that came after another.

@@ -7,6 +7,7 @@
 mod bars;
 mod contender;
 mod engine;
+mod figures;
 mod llama;
 mod program;
 mod quiet;

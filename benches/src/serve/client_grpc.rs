@@ -8,7 +8,8 @@ use quire_proto::v1::generate_event::Event;
 use quire_proto::v1::generate_request::Prompt as Wire;
 use quire_proto::v1::generation_client::GenerationClient;
 use quire_proto::v1::{
-    Chat, ChatMessage, FinishReason, GenerateRequest, GetModelRequest, SamplingParams, StopConditions, TokenIds,
+    Chat, ChatMessage, FinishReason, GenerateRequest, GetModelRequest, SamplingParams,
+    StopConditions, TokenIds,
 };
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};

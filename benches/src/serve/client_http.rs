@@ -266,7 +266,9 @@ mod tests {
     use super::*;
 
     /// What a client makes of a server that answers so.
-    async fn answered(reply: impl Fn() -> Reply + Send + Sync + 'static) -> Result<Answer, Failure> {
+    async fn answered(
+        reply: impl Fn() -> Reply + Send + Sync + 'static,
+    ) -> Result<Answer, Failure> {
         let server = Mock::start(move |_, _| reply());
         let client = HttpClient::connect(&server.url, Some("m")).await.unwrap();
         let ask = Ask {
@@ -285,7 +287,10 @@ mod tests {
         let cut = answered(move || Reply::close(STREAM.to_owned() + &counted)).await;
         let failure = cut.unwrap_err();
         assert_eq!(failure.kind, "broken stream");
-        assert!(failure.message.contains("without a finish_reason"), "{failure:?}");
+        assert!(
+            failure.message.contains("without a finish_reason"),
+            "{failure:?}"
+        );
         for reason in ["abort", "error"] {
             let given_up = move || Reply::close(STREAM.to_owned() + &piece() + &end(reason, 1));
             let failure = answered(given_up).await.unwrap_err();
@@ -299,7 +304,10 @@ mod tests {
         let whole = || Reply::hold(STREAM.to_owned() + &piece() + &end("stop", 1));
         let answer = answered(whole).await.unwrap();
         assert_eq!((answer.pieces.len(), answer.completion_tokens), (1, 1));
-        assert!(answer.ended.elapsed() >= GRACE, "what was waited for afterwards is not its own");
+        assert!(
+            answer.ended.elapsed() >= GRACE,
+            "what was waited for afterwards is not its own"
+        );
     }
 
     #[test]

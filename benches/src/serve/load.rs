@@ -275,7 +275,7 @@ mod tests {
         let kinds: Vec<_> = measured
             .failures
             .iter()
-            .map(|(kind, (count, _))| (kind.as_str(), *count))
+            .map(|(kind, failed)| (kind.as_str(), failed.count))
             .collect();
         assert_eq!(kinds, [("connection", 2), ("not sent", 4)]);
         assert_eq!(measured.lateness.summary().unwrap().count, 2);

@@ -1,10 +1,12 @@
 //! What a load found, for people and for comparisons.
 
+use std::collections::BTreeMap;
+
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::measure::{Latency, Measured};
+use super::measure::{Failed, Latency, Measured};
 
 fn latencies(measured: &Measured) -> [(&'static str, &'static str, &Latency); 5] {
     [
@@ -75,10 +77,14 @@ pub fn table(measured: &Measured) -> String {
             measured.resent
         ));
     }
-    for (kind, (count, message)) in &measured.failures {
-        lines.push(format!("{count} × {kind}: {}", message.trim()));
-    }
+    lines.extend(failures(&measured.failures));
     lines.join("\n")
+}
+
+/// A line for each kind of failure.
+pub fn failures(of: &BTreeMap<String, Failed>) -> impl Iterator<Item = String> {
+    of.iter()
+        .map(|(kind, failed)| format!("{} × {kind}: {}", failed.count, failed.message.trim()))
 }
 
 /// A line for each rate of a sweep.
@@ -129,11 +135,6 @@ pub fn json(arguments: &impl Serialize, measured: &Measured) -> Value {
         .into_iter()
         .map(|(_, key, latency)| (key.to_owned(), json!(latency.summary())))
         .collect();
-    let failures: serde_json::Map<String, Value> = measured
-        .failures
-        .iter()
-        .map(|(kind, (count, message))| (kind.clone(), json!({"count": count, "message": message})))
-        .collect();
     let total = measured.prompt_tokens + measured.completion_tokens;
     json!({
         "parameters": arguments,
@@ -141,7 +142,7 @@ pub fn json(arguments: &impl Serialize, measured: &Measured) -> Value {
         "seconds": measured.elapsed.as_secs_f64(),
         "completed": measured.completed,
         "failed": measured.failed(),
-        "failures": failures,
+        "failures": measured.failures,
         "resent": measured.resent,
         "short_answers": measured.short,
         "prompt_tokens": measured.prompt_tokens,
