@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use quire_kernels::cuda::{CudaBackend, CudaOptions, KvCache, Limits};
@@ -41,7 +42,8 @@ pub struct Arguments {
         long,
         value_name = "N,…",
         default_value = "1,8,64,256",
-        value_delimiter = ','
+        value_delimiter = ',',
+        value_parser = at_least_one()
     )]
     batch: Vec<usize>,
 
@@ -55,7 +57,7 @@ pub struct Arguments {
     context: Vec<usize>,
 
     /// Tokens of the prompt that is read
-    #[arg(long, value_name = "N", default_value_t = 8192)]
+    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = at_least_one())]
     prompt: usize,
 
     /// Precision of the KV cache
@@ -95,6 +97,11 @@ enum KvCacheDtype {
     Bf16,
     /// 8-bit floats (E4M3) under scales: half the memory of f16
     Fp8,
+}
+
+/// A number of sequences or of tokens: without any there is no step.
+fn at_least_one() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=1 << 24)
 }
 
 /// One line of the table.
