@@ -137,6 +137,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             // Not every word of a prompt is one token.
             max_model_len: Some(longest.min(load.tokens + 8 * load.prompt)),
             max_seqs: load.sequences.max(256),
+            max_waiting: null::queue(load.sequences),
             ..EngineConfig::default()
         };
         let backend = Metered::new(backend, meter);
