@@ -144,7 +144,8 @@ pub async fn run(client: Arc<Client>, requests: Requests, load: Load) -> anyhow:
     for n in 0..load.warmup {
         // Prompts of their own: what is measured is not in the prefix cache because of them.
         let n = u64::from(load.requests) + u64::from(n);
-        let outcome = sender.send(sender.requests.nth(n), Instant::now()).await;
+        let outcome = sender.send(sender.requests.warmup(n), Instant::now());
+        let outcome = outcome.await;
         outcome
             .result
             .map_err(|failure| anyhow::anyhow!("{}: {}", failure.kind, failure.message))
