@@ -76,7 +76,7 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1024))]
     clients: u32,
 
-    /// Requests of the closed load, for each server and round
+    /// Requests of the closed load, for each server and round; at least one for each client
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     requests: u32,
 
@@ -140,6 +140,12 @@ const TIMEOUT: Duration = Duration::from_secs(3600);
 /// # Errors
 /// A server that is there does not start, or answers nothing.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        arguments.clients <= arguments.requests,
+        "--requests {} are fewer than --clients {}, some of which would have nothing to send: expected at least as many",
+        arguments.requests,
+        arguments.clients
+    );
     let load = quiet::load();
     if let Some(warning) = quiet::warning(load) {
         eprintln!("{warning}");

@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::measure::{Failed, Latency, Measured};
+use super::sweep::Run;
 
 fn latencies(measured: &Measured) -> [(&'static str, &'static str, &Latency); 5] {
     [
@@ -65,6 +66,13 @@ pub fn table(measured: &Measured) -> String {
             100.0 * measured.good as f64 / all.max(1) as f64
         ));
     }
+    lines.extend(remarks(measured));
+    lines.join("\n")
+}
+
+/// What is not as it should be, a line each.
+fn remarks(measured: &Measured) -> Vec<String> {
+    let mut lines = Vec::new();
     if measured.short > 0 {
         lines.push(format!(
             "{} answers ended before --max-tokens: the server does not ignore its end-of-sequence token",
@@ -78,7 +86,7 @@ pub fn table(measured: &Measured) -> String {
         ));
     }
     lines.extend(failures(&measured.failures));
-    lines.join("\n")
+    lines
 }
 
 /// A line for each kind of failure.
@@ -87,8 +95,8 @@ pub fn failures(of: &BTreeMap<String, Failed>) -> impl Iterator<Item = String> {
         .map(|(kind, failed)| format!("{} × {kind}: {}", failed.count, failed.message.trim()))
 }
 
-/// A line for each rate of a sweep.
-pub fn sweep(runs: &[(f64, Measured)]) -> String {
+/// A line for each rate of a sweep, and below them what is not as it should be.
+pub fn sweep(runs: &[Run]) -> String {
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN);
     table.set_header([
@@ -102,7 +110,7 @@ pub fn sweep(runs: &[(f64, Measured)]) -> String {
         "good",
         "failed",
     ]);
-    for (rate, measured) in runs {
+    for Run { rate, measured, .. } in runs {
         let both = |latency: &Latency| match latency.summary() {
             Some(s) => [s.p50_ms, s.p99_ms].map(|ms| format!("{ms:.1}")),
             None => ["–", "–"].map(str::to_owned),
@@ -126,7 +134,12 @@ pub fn sweep(runs: &[(f64, Measured)]) -> String {
     for column in table.column_iter_mut() {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    table.to_string()
+    let mut lines = vec![table.to_string()];
+    for Run { rate, measured, .. } in runs {
+        let remarks = remarks(measured).into_iter();
+        lines.extend(remarks.map(|line| format!("at {rate}/s: {line}")));
+    }
+    lines.join("\n")
 }
 
 /// Parameters and results.
@@ -204,6 +217,12 @@ mod tests {
         ] {
             assert!(page.contains(part), "{part:?} is not in\n{page}");
         }
+        let swept = sweep(&[Run {
+            rate: 4.0,
+            seed: 1,
+            measured,
+        }]);
+        assert!(swept.ends_with("at 4/s: 1 × HTTP 429: full"), "{swept}");
         let row = |name: &str| -> Vec<f64> {
             let line = page.lines().find(|line| line.contains(name)).expect(name);
             line.split_whitespace()
