@@ -7,6 +7,8 @@
 mod engine;
 #[cfg(feature = "cuda")]
 mod gpu;
+mod median;
+mod numbers;
 mod overhead;
 mod peers;
 mod plot;

@@ -92,26 +92,33 @@ impl Limits {
     }
 }
 
-/// Runs `work` on all threads at once; the time until the last is done.
+/// Runs `work` on all threads at once; the time from when the first of them begins until the last is done.
 fn together(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
-    let barrier = Barrier::new(threads + 1);
-    std::thread::scope(|scope| {
+    let barrier = Barrier::new(threads);
+    let times: Vec<(Instant, Instant)> = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads)
             .map(|thread| {
                 let (barrier, work) = (&barrier, &work);
                 scope.spawn(move || {
                     barrier.wait();
+                    // By the clock of who works: a thread that only waits may be woken when the work is half done.
+                    let began = Instant::now();
                     work(thread);
+                    (began, Instant::now())
                 })
             })
             .collect();
-        barrier.wait();
-        let began = Instant::now();
-        for worker in workers {
-            worker.join().expect("the loops do not panic");
-        }
-        began.elapsed()
-    })
+        workers
+            .into_iter()
+            .map(|worker| worker.join().expect("the loops do not panic"))
+            .collect()
+    });
+    let began = times.iter().map(|(began, _)| *began).min();
+    let ended = times.iter().map(|(_, ended)| *ended).max();
+    match (began, ended) {
+        (Some(began), Some(ended)) => ended - began,
+        _ => Duration::ZERO,
+    }
 }
 
 fn fastest(speeds: [f64; RUNS]) -> f64 {
@@ -351,5 +358,24 @@ mod tests {
                 (l.run)(1000);
             }
         }
+    }
+
+    #[test]
+    fn no_thread_takes_longer_than_all_together() {
+        use std::sync::Mutex;
+        use std::time::{Duration, Instant};
+
+        // More threads than cores: whoever waits for them is woken late.
+        let longest = Mutex::new(Duration::ZERO);
+        let took = super::together(32, |_| {
+            let began = Instant::now();
+            while began.elapsed() < Duration::from_millis(20) {
+                std::hint::spin_loop();
+            }
+            let mut longest = longest.lock().unwrap();
+            *longest = longest.max(began.elapsed());
+        });
+        let longest = longest.into_inner().unwrap();
+        assert!(took >= longest, "{took:?} for work of {longest:?}");
     }
 }

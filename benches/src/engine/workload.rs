@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::cost::{Cost, Need};
 use super::limits::Limits;
+use crate::median::median;
 use crate::random::Random;
 
 /// What is timed.
@@ -86,6 +87,13 @@ struct Run {
     tokens: u32,
     steps: u32,
     need: Need,
+}
+
+/// The median of what runs took, and the fastest and the slowest.
+fn middle(seconds: &[f64]) -> (f64, (f64, f64)) {
+    let least = seconds.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = seconds.iter().copied().fold(0.0, f64::max);
+    (median(seconds).unwrap_or(f64::NAN), (least, most))
 }
 
 impl Workload {
@@ -183,27 +191,27 @@ impl Workload {
         repeat: u32,
         limits: &Limits,
     ) -> Result<Line, Error> {
-        let mut runs = (0..repeat)
+        let runs = (0..repeat)
             .map(|_| match kind {
                 Kind::Prefill => self.prefill(batch),
                 Kind::Decode => self.decode(batch),
                 Kind::Mixed => self.mixed(batch),
             })
             .collect::<Result<Vec<Run>, Error>>()?;
-        runs.sort_by_key(|run| run.took);
-        let seconds = |run: &Run| run.took.as_secs_f64();
-        let range = (seconds(&runs[0]), seconds(&runs[runs.len() - 1]));
-        let run = &runs[runs.len() / 2];
+        let took: Vec<f64> = runs.iter().map(|run| run.took.as_secs_f64()).collect();
+        // All runs do the same, but for the tokens.
+        let run = runs.into_iter().next().unwrap_or_default();
         let (memory, arithmetic) = self.cost.at_least(run.need, limits);
+        let (seconds, range) = middle(&took);
         Ok(Line {
             kind,
             batch,
             tokens: run.tokens,
             steps: run.steps,
-            seconds: seconds(run),
+            seconds,
             range,
-            memory: memory / seconds(run),
-            arithmetic: arithmetic / seconds(run),
+            memory: memory / seconds,
+            arithmetic: arithmetic / seconds,
         })
     }
 
@@ -307,5 +315,16 @@ impl Workload {
         };
         self.decoder
             .forward(&self.step, copies, kv, &mut self.logits)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_two_runs_the_time_is_their_mean() {
+        assert_eq!(middle(&[3.0, 1.0]), (2.0, (1.0, 3.0)));
+        assert_eq!(middle(&[9.0, 1.0, 2.0]), (2.0, (1.0, 9.0)));
     }
 }

@@ -10,12 +10,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use quire_kernels::cuda::{CudaBackend, CudaOptions, KvCache, Limits};
 use quire_kernels::{Error, Format, KvDtype, Step};
 use serde::Serialize;
 
+use crate::median::median;
 use model::{Model, Shape};
 
 /// Time decoders of well-known shapes on a GPU and say how close they come to its limits
@@ -40,7 +42,8 @@ pub struct Arguments {
         long,
         value_name = "N,…",
         default_value = "1,8,64,256",
-        value_delimiter = ','
+        value_delimiter = ',',
+        value_parser = at_least_one()
     )]
     batch: Vec<usize>,
 
@@ -54,7 +57,7 @@ pub struct Arguments {
     context: Vec<usize>,
 
     /// Tokens of the prompt that is read
-    #[arg(long, value_name = "N", default_value_t = 8192)]
+    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = at_least_one())]
     prompt: usize,
 
     /// Precision of the KV cache
@@ -94,6 +97,11 @@ enum KvCacheDtype {
     Bf16,
     /// 8-bit floats (E4M3) under scales: half the memory of f16
     Fp8,
+}
+
+/// A number of sequences or of tokens: without any there is no step.
+fn at_least_one() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=1 << 24)
 }
 
 /// One line of the table.
@@ -294,7 +302,7 @@ fn time_shape(
     Ok(())
 }
 
-/// Seconds of a step with a cache of its own, for `(sequences, tokens, precision)`; see [`median`].
+/// Seconds of a step with a cache of its own, for `(sequences, tokens, precision)`; see [`seconds_of`].
 fn time(
     repeat: u32,
     model: &mut Model,
@@ -302,7 +310,7 @@ fn time(
     (sequences, tokens, dtype): (usize, usize, KvDtype),
 ) -> Result<f64, Error> {
     let mut kv = model.cache(sequences, tokens, dtype)?;
-    let seconds = median(repeat, model, step, &mut kv);
+    let seconds = seconds_of(repeat, model, step, &mut kv);
     if seconds.is_err() {
         // The steps before the one that failed: the next line begins with none.
         while model.collect().is_ok() {}
@@ -314,7 +322,7 @@ fn time(
 ///
 /// From the end of a step to the end of the next, which is launched before the first one ends: as an engine does that plans ahead. What the host does for a
 /// step is not counted unless the GPU waits for it.
-fn median(repeat: u32, model: &mut Model, step: &Step, kv: &mut KvCache) -> Result<f64, Error> {
+fn seconds_of(repeat: u32, model: &mut Model, step: &Step, kv: &mut KvCache) -> Result<f64, Error> {
     for _ in 0..2 {
         model.launch(step, kv)?;
         model.collect()?;
@@ -332,8 +340,7 @@ fn median(repeat: u32, model: &mut Model, step: &Step, kv: &mut KvCache) -> Resu
         end = now;
     }
     model.collect()?;
-    seconds.sort_by(f64::total_cmp);
-    Ok(seconds[seconds.len() / 2])
+    Ok(median(&seconds).unwrap_or(f64::NAN))
 }
 
 /// What was timed, the limits it is a share of, and what is missing.

@@ -24,6 +24,7 @@ use steps::{Cost, Steps};
 use stream::{Door, Doors, Load, Streamed};
 
 use crate::engine::InstructionSet;
+use crate::numbers::probability;
 
 /// What the engine costs beside the model
 ///
@@ -61,7 +62,7 @@ pub struct Arguments {
     tokens: Option<u32>,
 
     /// Only the likeliest tokens that add up to this probability; at temperature 1. Without a model, tokens are chosen greedily
-    #[arg(long, value_name = "P", default_value_t = 0.9)]
+    #[arg(long, value_name = "P", default_value_t = 0.9, value_parser = probability)]
     top_p: f32,
 
     /// Write parameters and results to this file as JSON
@@ -136,6 +137,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             // Not every word of a prompt is one token.
             max_model_len: Some(longest.min(load.tokens + 8 * load.prompt)),
             max_seqs: load.sequences.max(256),
+            max_waiting: null::queue(load.sequences),
             ..EngineConfig::default()
         };
         let backend = Metered::new(backend, meter);

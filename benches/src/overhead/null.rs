@@ -28,11 +28,17 @@ const LOUD: f32 = 30.0;
 /// Tokens that are named lie this far apart, so that neighbours in a sequence are no neighbours in the vocabulary. Odd, and so a generator of every power of two.
 const STRIDE: u64 = 0x9e37_79b9;
 
+/// Places of an engine's queue for so many sequences that come at once: none is to be refused.
+pub fn queue(sequences: u32) -> u32 {
+    sequences.max(EngineConfig::default().max_waiting)
+}
+
 impl NullBackend {
     /// An engine's settings for it: many sequences, and a cache that holds them all.
     pub fn config(sequences: u32) -> EngineConfig {
         EngineConfig {
             max_seqs: sequences.max(256),
+            max_waiting: queue(sequences),
             kv_cache_memory: Some(1 << 30),
             ..EngineConfig::default()
         }

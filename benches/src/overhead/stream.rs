@@ -212,8 +212,8 @@ async fn served(client: Client, load: Load) -> anyhow::Result<Streamed> {
         seed: 1,
     };
     let measured = load::run(Arc::new(client), requests, load_of).await?;
-    if let Some((kind, (_, message))) = measured.failures.iter().next() {
-        anyhow::bail!("{kind}: {message}");
+    if let Some((kind, failed)) = measured.failures.iter().next() {
+        anyhow::bail!("{kind}: {}", failed.message);
     }
     check(measured.completion_tokens, load)?;
     // The first of each answer, and every one that came after another.
@@ -238,22 +238,29 @@ fn check(tokens: u64, load: Load) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use quire::checkpoint::ModelSource;
+    use quire::core::EngineConfig;
 
     use super::*;
     use crate::overhead::metered::{Meter, Metered};
     use crate::overhead::null::NullBackend;
     use crate::overhead::steps::Steps;
 
-    #[test]
-    fn every_token_of_a_model_that_costs_nothing_comes_out_of_every_door() {
+    /// An engine for so many sequences whose model costs nothing.
+    fn free(sequences: u32) -> (Engine, Doors) {
         let checkpoint = Checkpoint::open(&ModelSource::Demo).unwrap();
         let meter = Meter::default();
         let observer = Steps::default().observer(meter.clone());
         let backend = Metered::new(NullBackend::default(), meter);
-        let config = NullBackend::config(4);
+        let config = NullBackend::config(sequences);
         let engine =
             Engine::start(&checkpoint, backend, &config, Some(observer), &mut |_| {}).unwrap();
         let doors = Doors::open(&engine, &checkpoint).unwrap();
+        (engine, doors)
+    }
+
+    #[test]
+    fn every_token_of_a_model_that_costs_nothing_comes_out_of_every_door() {
+        let (engine, doors) = free(4);
         let load = Load {
             sequences: 4,
             prompt: 8,
@@ -273,5 +280,20 @@ mod tests {
             );
         }
         assert_eq!(engine.stats().generation_tokens, 3 * 1600);
+    }
+
+    #[test]
+    fn no_sequence_of_many_is_refused() {
+        let sequences = 2 * EngineConfig::default().max_waiting;
+        let (_engine, doors) = free(sequences);
+        let load = Load {
+            sequences,
+            prompt: 8,
+            tokens: 2,
+            answers: 1,
+            top_p: None,
+        };
+        let streamed = doors.stream(Door::Engine, load).unwrap();
+        assert_eq!(streamed.tokens, u64::from(2 * sequences));
     }
 }

@@ -10,13 +10,14 @@ use quire_kernels::cpu::{Isa, Numa};
 use serde::Serialize;
 
 use super::llama::{self, Llama, Speeds};
-use super::ratio::{Pair, median};
+use super::ratio::Pair;
 use super::work::{self, Work};
 use super::{bars, quiet, report};
 use crate::engine::InstructionSet;
 use crate::engine::limits::Limits;
 use crate::engine::setup::Setup;
 use crate::engine::workload::{Kind, Line, Shape, Workload};
+use crate::median::median;
 use crate::plot;
 
 /// Our decoder beside llama.cpp's, without servers: reading a prompt, generating alone and in a batch
@@ -163,22 +164,46 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if let Some(depth) = arguments.long {
         rows.extend(work::long(depth));
     }
-    let mut columns = Vec::with_capacity(arguments.model.len());
+    let most = rows.iter().map(|work| work.prompt() + work.generated());
+    let most = most.max().unwrap_or(0) as usize;
     for model in &arguments.model {
-        let column = compare(arguments, model, peer.as_ref(), &rows)
-            .with_context(|| model.display().to_string())?;
-        // Every file as soon as it is done: a run takes long, and may be cut short.
-        println!(
-            "{}",
-            report::figures(std::slice::from_ref(&column), "llama.cpp")
+        let context = Checkpoint::open(&ModelSource::Path(model.clone()))?
+            .config
+            .max_position;
+        anyhow::ensure!(
+            most <= context,
+            "{}: its context is {context}, the longest work needs {most} tokens; leave it out, or give --long fewer",
+            model.display()
         );
-        columns.push(column);
+    }
+    let mut columns = Vec::with_capacity(arguments.model.len());
+    let mut done = Ok(());
+    for model in &arguments.model {
+        let before = columns.len();
+        done = compare(arguments, model, peer.as_ref(), &rows, &mut columns)
+            .with_context(|| model.display().to_string());
+        // Every file as soon as it is done: a run takes long, and may be cut short.
+        if before < columns.len() {
+            println!("{}", report::figures(&columns[before..], "llama.cpp"));
+        }
+        if done.is_err() {
+            break;
+        }
     }
     for column in &columns {
         let limits = crate::engine::report::limits(&column.limits);
         println!("\n{} ({}): {limits}", column.name, column.format);
     }
     println!("\n{}", report::ratios(&columns, &rows));
+    done.and(write(arguments, load, &columns, &rows))
+}
+
+fn write(
+    arguments: &Arguments,
+    load: Option<f64>,
+    columns: &[Column],
+    rows: &[Work],
+) -> anyhow::Result<()> {
     if let Some(path) = &arguments.json {
         let json =
             serde_json::json!({"parameters": arguments, "load_before": load, "files": columns});
@@ -189,7 +214,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         plot::ratios(
             path,
             "quire / llama.cpp, tokens a second",
-            &groups(&columns, &rows),
+            &groups(columns, rows),
         )?;
     }
     Ok(())
@@ -212,12 +237,14 @@ fn groups(columns: &[Column], rows: &[Work]) -> Vec<plot::Group> {
         .collect()
 }
 
+/// Runs every round of a file. What is finished when one fails is kept.
 fn compare(
     arguments: &Arguments,
     model: &Path,
     peer: Option<&Llama>,
     rows: &[Work],
-) -> anyhow::Result<Column> {
+    columns: &mut Vec<Column>,
+) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&ModelSource::Path(model.to_path_buf()))?;
     let threads = arguments.threads.map_or_else(Setup::cores, usize::from);
     let isa = arguments.isa.map(InstructionSet::isa);
@@ -233,47 +260,32 @@ fn compare(
     let format = checkpoint.tensors.prevailing_format().to_owned();
     eprintln!("{}: measuring the machine …", model.display());
     let limits = Limits::measure(threads, isa.unwrap_or_else(Isa::best))?;
-    let mut ours: Vec<Vec<Line>> = vec![Vec::new(); rows.len()];
-    let mut theirs: Vec<Vec<f64>> = vec![Vec::new(); rows.len()];
-    let mut build = None;
-    for round in 1..=arguments.rounds {
-        eprintln!("{}: round {round}, quire …", model.display());
-        {
-            let mut workload = setup.load(&checkpoint)?;
-            let mut done = Vec::with_capacity(rows.len());
-            // Rows after the same prompt share it: a long one takes longer to read than all that is done after it.
-            for alike in rows.chunk_by(|a, b| a.prompt() == b.prompt()) {
-                done.extend(measure(&mut workload, alike, arguments.repeat, &limits)?);
-            }
-            for (line, lines) in done.into_iter().zip(&mut ours) {
-                lines.push(line);
-            }
-            // Given back before the peer begins.
+    let mut found = Found {
+        ours: vec![Vec::new(); rows.len()],
+        theirs: vec![Vec::new(); rows.len()],
+        build: None,
+    };
+    let done = (1..=arguments.rounds).try_for_each(|number| {
+        eprintln!("{}: round {number}, quire …", model.display());
+        let mut workload = setup.load(&checkpoint)?;
+        // Rows after the same prompt share it: a long one takes longer to read than all that is done after it.
+        let alike = rows.chunk_by(|a, b| a.prompt() == b.prompt());
+        let lines = alike
+            .map(|alike| measure(&mut workload, alike, arguments.repeat, &limits))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        // Given back before the peer begins.
+        drop(workload);
+        for (line, lines) in lines.into_iter().flatten().zip(&mut found.ours) {
+            lines.push(line);
         }
-        let Some(peer) = peer else { continue };
-        eprintln!("{}: round {round}, llama.cpp …", model.display());
-        let mut speeds: Vec<Speeds> = Vec::new();
-        if !arguments.long_only {
-            speeds.push(peer.short(model, threads, arguments.repeat)?);
-        }
-        if let Some(depth) = arguments.long {
-            speeds.push(peer.long(model, threads, depth)?);
-        }
-        build = speeds
-            .iter()
-            .find_map(|speeds| speeds.build.clone())
-            .or(build);
-        for (work, theirs) in rows.iter().zip(&mut theirs) {
-            let of = speeds.iter().flat_map(|speeds| &speeds.of);
-            let mut found = of.filter(|(done, _)| done == work).map(|(_, all)| all);
-            let speed = found
-                .next_back()
-                .and_then(|all| median(all))
-                .with_context(|| format!("llama.cpp said nothing about {work}"))?;
-            theirs.push(speed);
-        }
+        let Some(peer) = peer else { return Ok(()) };
+        eprintln!("{}: round {number}, llama.cpp …", model.display());
+        peer_round(arguments, model, peer, threads, rows, &mut found)
+    });
+    if found.ours.iter().all(Vec::is_empty) {
+        return done;
     }
-    let rows = rows.iter().zip(ours).zip(theirs);
+    let rows = rows.iter().zip(found.ours).zip(found.theirs);
     let rows = rows.map(|((&work, lines), theirs)| {
         let of = |share: fn(&Line) -> f64| lines.iter().map(share).collect::<Vec<f64>>();
         Row {
@@ -287,15 +299,55 @@ fn compare(
             arithmetic: median(&of(|line| line.arithmetic)).unwrap_or_default(),
         }
     });
-    Ok(Column {
+    columns.push(Column {
         name: model
             .file_stem()
             .map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
         rows: rows.collect(),
         format: format.clone(),
         limits,
-        peer_build: build,
-    })
+        peer_build: found.build,
+    });
+    done
+}
+
+/// What a file's rounds found, by row.
+struct Found {
+    ours: Vec<Vec<Line>>,
+    /// Tokens a second.
+    theirs: Vec<Vec<f64>>,
+    /// The peer's commit.
+    build: Option<String>,
+}
+
+/// The peer's part of a round.
+fn peer_round(
+    arguments: &Arguments,
+    model: &Path,
+    peer: &Llama,
+    threads: usize,
+    rows: &[Work],
+    found: &mut Found,
+) -> anyhow::Result<()> {
+    let mut speeds: Vec<Speeds> = Vec::new();
+    if !arguments.long_only {
+        speeds.push(peer.short(model, threads, arguments.repeat)?);
+    }
+    if let Some(depth) = arguments.long {
+        speeds.push(peer.long(model, threads, depth)?);
+    }
+    let build = speeds.iter().find_map(|speeds| speeds.build.clone());
+    found.build = build.or(found.build.take());
+    for (work, theirs) in rows.iter().zip(&mut found.theirs) {
+        let of = speeds.iter().flat_map(|speeds| &speeds.of);
+        let mut done = of.filter(|(done, _)| done == work).map(|(_, all)| all);
+        let speed = done
+            .next_back()
+            .and_then(|all| median(all))
+            .with_context(|| format!("llama.cpp said nothing about {work}"))?;
+        theirs.push(speed);
+    }
+    Ok(())
 }
 
 /// Prompts longer than this are read once a round, and not before it to warm up: llama.cpp's are not either.

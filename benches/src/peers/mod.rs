@@ -5,8 +5,10 @@
 //! computed, not by what the options are called. Who is not installed is skipped by name.
 
 mod bars;
+mod child;
 mod contender;
 mod engine;
+mod figures;
 mod llama;
 mod program;
 mod quiet;

@@ -5,6 +5,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::Context;
 
+use super::child::ends_with_us;
+
 /// Looks for a program in `folder`, or where the shell would.
 pub fn find(folder: Option<&Path>, name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -24,8 +26,7 @@ pub fn find(folder: Option<&Path>, name: &str) -> Option<PathBuf> {
 /// It cannot be started or failed; the message ends with the last lines of what it said.
 pub fn output(program: &Path, arguments: &[String]) -> anyhow::Result<String> {
     let line = || format!("{} {}", program.display(), arguments.join(" "));
-    let done = Command::new(program)
-        .args(arguments)
+    let done = ends_with_us(Command::new(program).args(arguments))
         .stdin(Stdio::null())
         .output()
         .with_context(|| format!("cannot start {}", program.display()))?;

@@ -4,9 +4,10 @@ use comfy_table::{CellAlignment, Table, presets};
 
 use super::contender::Who;
 use super::engine::Column;
-use super::ratio::median;
-use super::serve::{Figures, Match, Side, matches};
+use super::figures::{Match, Side, loads, matches};
 use super::work::Work;
+use crate::median::median;
+use crate::serve::report::failures as by_kind;
 
 fn table(header: impl IntoIterator<Item = String>) -> Table {
     let mut table = Table::new();
@@ -86,99 +87,130 @@ type Show = fn(&Side) -> String;
 pub fn servers(sides: &[Side]) -> String {
     let names = sides.iter().map(|side| side.who.name().to_owned());
     let mut table = table(std::iter::once(String::new()).chain(names));
-    let rows: [(&str, Show); 10] = [
+    let rows: [(&str, Show); 9] = [
         ("output tokens/s", |s| {
-            format!("{:.1}", s.median(|f| f.output))
+            figure(s.median(|f| f.output), |x| format!("{x:.1}"))
         }),
-        ("requests/s", |s| format!("{:.2}", s.median(|f| f.requests))),
+        ("requests/s", |s| {
+            figure(s.median(|f| f.requests), |x| format!("{x:.2}"))
+        }),
         ("TTFT p50 / p99 ms", |s| {
-            both(s.median(|f| f.ttft.0), s.median(|f| f.ttft.1))
+            let p99 = s.median(|f| f.ttft.1);
+            figure(s.median(|f| f.ttft.0).zip(p99), both)
         }),
         ("inter-token p50 / p99 ms", |s| {
-            both(s.median(|f| f.inter_token.0), s.median(|f| f.inter_token.1))
+            let p99 = s.median(|f| f.inter_token.1);
+            figure(s.median(|f| f.inter_token.0).zip(p99), both)
         }),
         ("start to ready s", |s| {
-            format!("{:.1}", s.median(|f| f.start))
+            figure(s.median(|f| f.start), |x| format!("{x:.1}"))
         }),
         ("memory MiB", |s| {
-            format!("{:.0}", s.median(|f| f.memory as f64) / f64::from(1 << 20))
+            let mib = |bytes| format!("{:.0}", bytes / f64::from(1 << 20));
+            figure(s.median(|f| f.memory as f64), mib)
         }),
         ("open: output tokens/s", |s| {
-            opened(s, |f| format!("{:.1}", f.output))
+            figure(s.open.as_ref(), |f| format!("{:.1}", f.output))
         }),
         ("open: TTFT p50 / p99 ms", |s| {
-            opened(s, |f| both(f.ttft.0, f.ttft.1))
+            figure(s.open.as_ref(), |f| both(f.ttft))
         }),
         ("open: inter-token p50 / p99 ms", |s| {
-            opened(s, |f| both(f.inter_token.0, f.inter_token.1))
-        }),
-        ("failed", |s| {
-            let all = s.closed.iter().chain(&s.open);
-            all.map(|f| f.failed).sum::<u64>().to_string()
+            figure(s.open.as_ref(), |f| both(f.inter_token))
         }),
     ];
     for (name, show) in rows {
         table.add_row(std::iter::once(name.to_owned()).chain(sides.iter().map(show)));
     }
+    let failed = sides.iter().map(|side| {
+        let loads = loads(sides, side.who).into_iter();
+        loads.map(|(_, f)| f.failed).sum::<u64>().to_string()
+    });
+    table.add_row(std::iter::once("failed".to_owned()).chain(failed));
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table.to_string()
 }
 
-fn both(p50: f64, p99: f64) -> String {
+fn both((p50, p99): (f64, f64)) -> String {
     format!("{p50:.0} / {p99:.0}")
 }
 
-fn opened(side: &Side, show: impl Fn(&Figures) -> String) -> String {
-    side.open.as_ref().map_or("–".to_owned(), show)
+/// A cell of what may not have been measured.
+fn figure<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> String {
+    value.map_or("–".to_owned(), show)
 }
 
-/// A line for each bar: how our server stands to each peer.
-pub fn server_bars(sides: &[Side]) -> Vec<String> {
-    let below = |what: &str, who: &str, ours: f64, theirs: f64| {
-        let verdict = if ours < theirs { "reached" } else { "missed" };
-        format!("{what}: {ours:.0} ms, {who} {theirs:.0} ms (below, {verdict})")
-    };
+/// What failed, server by server and load by load.
+pub fn failures(sides: &[Side]) -> Vec<String> {
     let mut lines = Vec::new();
-    for both in matches(sides) {
-        let Match { ours, theirs } = both;
-        let who = both.name();
-        let pair = both.output().show();
-        lines.push(format!("output tokens/s, times that of {who}: {pair}"));
-        lines.push(below(
-            "p99 between tokens",
-            &who,
-            ours.median(|f| f.inter_token.1),
-            theirs.median(|f| f.inter_token.1),
-        ));
-        if let (Some(ours), Some(theirs)) = (&ours.open, &theirs.open) {
-            let what = "open load, p99 TTFT";
-            lines.push(below(what, &who, ours.ttft.1, theirs.ttft.1));
-        }
-        if let Some([theirs, with_ours]) = &theirs.paced
-            && ours.who == Who::Quire
-        {
-            let what = "open load it can bear, p99 TTFT";
-            lines.push(below(what, &who, with_ours.ttft.1, theirs.ttft.1));
-            let what = "open load it can bear, p99 between tokens";
-            lines.push(below(
-                what,
-                &who,
-                with_ours.inter_token.1,
-                theirs.inter_token.1,
-            ));
+    for side in sides {
+        for (load, figures) in loads(sides, side.who) {
+            let kinds = by_kind(&figures.failures);
+            lines.extend(kinds.map(|line| format!("{}, {load}: {line}", side.who.name())));
         }
     }
     lines
 }
 
+/// A line for each bar: how our server stands to each peer, as far as both were measured.
+pub fn server_bars(sides: &[Side]) -> Vec<String> {
+    let mut lines = Vec::new();
+    for both in matches(sides) {
+        let Match { ours, theirs } = both;
+        let who = both.name();
+        let below = |what: &str, ours: f64, theirs: f64| {
+            let verdict = if ours < theirs { "reached" } else { "missed" };
+            format!("{what}: {ours:.0} ms, {who} {theirs:.0} ms (below, {verdict})")
+        };
+        let failed = (ours.failed(), theirs.failed());
+        let pair = both.output();
+        if pair.ratio().is_some() {
+            let ratio = format!("output tokens/s, times that of {who}: {}", pair.show());
+            lines.push(marked(ratio, failed));
+        }
+        let gap = |side: &Side| side.median(|f| f.inter_token.1);
+        if let (Some(ours), Some(theirs)) = (gap(ours), gap(theirs)) {
+            lines.push(marked(below("p99 between tokens", ours, theirs), failed));
+        }
+        if let (Some(ours), Some(theirs)) = (&ours.open, &theirs.open) {
+            let line = below("open load, p99 TTFT", ours.ttft.1, theirs.ttft.1);
+            lines.push(marked(line, (ours.failed, theirs.failed)));
+        }
+        if let Some([theirs, with_ours]) = &theirs.paced
+            && ours.who == Who::Quire
+        {
+            let failed = (with_ours.failed, theirs.failed);
+            let (of, than) = (with_ours.ttft.1, theirs.ttft.1);
+            let line = below("open load it can bear, p99 TTFT", of, than);
+            lines.push(marked(line, failed));
+            let (of, than) = (with_ours.inter_token.1, theirs.inter_token.1);
+            let line = below("open load it can bear, p99 between tokens", of, than);
+            lines.push(marked(line, failed));
+        }
+    }
+    lines
+}
+
+/// A verdict on runs in which requests failed says so: who answers less has less to do.
+fn marked(line: String, (ours, theirs): (u64, u64)) -> String {
+    if ours + theirs == 0 {
+        return line;
+    }
+    format!("{line}; of requests, {ours} of ours failed and {theirs} of theirs")
+}
+
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::super::engine::{Column, Row};
+    use super::super::figures::Figures;
     use super::super::ratio::Pair;
     use super::*;
     use crate::engine::limits::{Limits, Peak};
+    use crate::serve::measure::Failed;
 
     #[test]
     fn a_ratio_stands_with_its_bar_and_our_share_of_the_limit() {
@@ -226,22 +258,26 @@ mod tests {
         }
     }
 
-    #[test]
-    fn servers_are_held_to_their_bars() {
-        let of = |output, gap| Figures {
+    fn run_of(output: f64, gap: f64) -> Figures {
+        Figures {
             output,
             requests: output / 64.0,
             ttft: (100.0, 900.0),
             inter_token: (20.0, gap),
             failed: 0,
+            failures: BTreeMap::new(),
             start: 0.5,
             memory: 3 << 20,
-        };
+        }
+    }
+
+    #[test]
+    fn servers_are_held_to_their_bars() {
         let side = |who, output, gap: f64| Side {
             who,
-            closed: vec![of(output, gap)],
-            open: Some(of(output, gap)),
-            paced: (who == Who::LlamaServer).then(|| [of(output, 90.0), of(output, 80.0)]),
+            closed: vec![run_of(output, gap)],
+            open: Some(run_of(output, gap)),
+            paced: (who == Who::LlamaServer).then(|| [run_of(output, 90.0), run_of(output, 80.0)]),
         };
         let sides = [
             side(Who::Quire, 90.0, 500.0),
@@ -271,5 +307,58 @@ mod tests {
             table.contains("100 / 900") && table.contains("20 / 2800"),
             "{table}"
         );
+    }
+
+    #[test]
+    fn what_failed_is_counted_named_and_marks_its_verdicts() {
+        let failing = |gap| Figures {
+            failed: 3,
+            failures: BTreeMap::from([(
+                "HTTP 500".to_owned(),
+                Failed {
+                    count: 3,
+                    message: "out of memory".to_owned(),
+                },
+            )]),
+            ..run_of(64.0, gap)
+        };
+        let mut ours = Side::new(Who::Quire);
+        ours.closed = vec![run_of(90.0, 500.0)];
+        let mut theirs = Side::new(Who::LlamaServer);
+        theirs.closed = vec![run_of(25.0, 800.0), failing(900.0)];
+        theirs.paced = Some([run_of(25.0, 90.0), failing(80.0)]);
+        let sides = [ours, theirs];
+        let table = servers(&sides);
+        let failed = table.lines().find(|line| line.contains("failed")).unwrap();
+        let cells: Vec<&str> = failed.split('|').map(str::trim).collect();
+        assert_eq!(cells[1..4], ["failed", "3", "3"], "{table}");
+        assert_eq!(
+            failures(&sides),
+            [
+                "quire, open load that llama-server can bear: 3 × HTTP 500: out of memory",
+                "llama-server, round 2: 3 × HTTP 500: out of memory",
+            ]
+        );
+        let bars = server_bars(&sides);
+        let marks = [
+            "(≥ 3 missed); of requests, 0 of ours failed and 3 of theirs",
+            "(below, reached); of requests, 0 of ours failed and 3 of theirs",
+            "(below, missed); of requests, 3 of ours failed and 0 of theirs",
+            "(below, reached); of requests, 3 of ours failed and 0 of theirs",
+        ];
+        assert_eq!(bars.len(), marks.len());
+        for (line, mark) in bars.iter().zip(marks) {
+            assert!(line.ends_with(mark), "{line}");
+        }
+    }
+
+    #[test]
+    fn of_a_comparison_that_was_cut_short_there_is_what_was_finished() {
+        let mut ours = Side::new(Who::Quire);
+        ours.closed = vec![run_of(90.0, 500.0)];
+        let sides = [ours, Side::new(Who::LlamaServer)];
+        let table = servers(&sides);
+        assert!(table.contains("90.0") && !table.contains("NaN"), "{table}");
+        assert!(server_bars(&sides).is_empty());
     }
 }

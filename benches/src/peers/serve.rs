@@ -9,17 +9,18 @@ use clap::Args;
 use serde::Serialize;
 
 use super::contender::{self, Contender, Places, Settings, Who};
-use super::ratio::{Pair, median};
+use super::figures::{Figures, Side, matches};
 use super::server::{Server, free_port};
 use super::{quiet, report};
 use crate::engine::setup::Setup;
+use crate::numbers::positive;
 use crate::plot;
 use crate::serve::ask::Sampling;
 use crate::serve::client::Client;
 use crate::serve::lengths::Lengths;
 use crate::serve::load::{self, Arrivals, Load};
-use crate::serve::measure::{Latency, Measured};
 use crate::serve::prompt::Prompts;
+use crate::serve::report::failures;
 use crate::serve::requests::Requests;
 
 /// Our server beside llama-server and vLLM's CPU build, under the same load over HTTP
@@ -75,7 +76,7 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1024))]
     clients: u32,
 
-    /// Requests of the closed load, for each server and round
+    /// Requests of the closed load, for each server and round; at least one for each client
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     requests: u32,
 
@@ -100,7 +101,7 @@ pub struct Arguments {
     settle: u64,
 
     /// Share of our capacity at which they arrive
-    #[arg(long, value_name = "SHARE", default_value_t = 0.7)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.7, value_parser = positive)]
     share: f64,
 
     /// Also an open load at this share of each peer's own capacity, for it and ours
@@ -134,51 +135,17 @@ takes the best instruction set there is: give it a llama-server that was built n
 /// When a request is given up: a server that is asked for more than it can do has a long queue.
 const TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// One server under one load. Latencies in milliseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Figures {
-    /// Output tokens a second.
-    pub output: f64,
-    /// Requests a second.
-    pub requests: f64,
-    /// TTFT: p50, p99.
-    pub ttft: (f64, f64),
-    /// Between tokens: p50, p99.
-    pub inter_token: (f64, f64),
-    /// Requests not answered.
-    pub failed: u64,
-    /// Seconds from its start until it was ready.
-    pub start: f64,
-    /// Resident bytes after the load.
-    pub memory: u64,
-}
-
-/// All of a server.
-#[derive(Debug, Clone, Serialize)]
-pub struct Side {
-    /// Whose.
-    pub who: Who,
-    /// Of the closed load, by round.
-    pub closed: Vec<Figures>,
-    /// Of the open load.
-    pub open: Option<Figures>,
-    /// Of a peer under an open load it can bear, and ours under the same.
-    pub paced: Option<[Figures; 2]>,
-}
-
-impl Side {
-    /// The median of a figure over the rounds of the closed load.
-    pub fn median(&self, of: impl Fn(&Figures) -> f64) -> f64 {
-        let values: Vec<f64> = self.closed.iter().map(of).collect();
-        median(&values).unwrap_or(f64::NAN)
-    }
-}
-
 /// Runs both loads and prints what came out.
 ///
 /// # Errors
 /// A server that is there does not start, or answers nothing.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        arguments.clients <= arguments.requests,
+        "--requests {} are fewer than --clients {}, some of which would have nothing to send: expected at least as many",
+        arguments.requests,
+        arguments.clients
+    );
     let load = quiet::load();
     if let Some(warning) = quiet::warning(load) {
         eprintln!("{warning}");
@@ -199,11 +166,20 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .worker_threads(2)
         .enable_all()
         .build()?;
-    let sides = runtime.block_on(measure(arguments, &contenders))?;
+    let mut sides: Vec<Side> = contenders.iter().map(|of| Side::new(of.who)).collect();
+    let done = runtime.block_on(measure(arguments, &contenders, &mut sides));
+    // What was measured before something failed took long, and holds.
     println!("{}", report::servers(&sides));
     for line in report::server_bars(&sides) {
         println!("{line}");
     }
+    for line in report::failures(&sides) {
+        println!("{line}");
+    }
+    done.and(write(arguments, load, &sides))
+}
+
+fn write(arguments: &Arguments, load: Option<f64>, sides: &[Side]) -> anyhow::Result<()> {
     if let Some(path) = &arguments.json {
         let json =
             serde_json::json!({"parameters": arguments, "load_before": load, "servers": sides});
@@ -211,7 +187,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     if let Some(path) = &arguments.plot {
-        let bars = matches(&sides).into_iter().filter_map(|both| {
+        let bars = matches(sides).into_iter().filter_map(|both| {
             let pair = both.output();
             Some(plot::Bar {
                 label: both.name(),
@@ -228,67 +204,14 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ours and a peer, each as it was measured.
-#[derive(Debug, Clone, Copy)]
-pub struct Match<'a> {
-    /// Ours.
-    pub ours: &'a Side,
-    /// The peer.
-    pub theirs: &'a Side,
-}
-
-impl Match<'_> {
-    /// The peer's name, and whose checkpoint both read if that was not the file given.
-    pub fn name(&self) -> String {
-        let same = match self.ours.who {
-            Who::QuireSame => " (same checkpoint)",
-            _ => "",
-        };
-        format!("{}{same}", self.theirs.who.name())
-    }
-
-    /// Output tokens a second of both. The bar is the one for the file that ours is best with.
-    pub fn output(&self) -> Pair {
-        let output = |side: &Side| side.closed.iter().map(|f| f.output).collect();
-        Pair {
-            ours: output(self.ours),
-            theirs: output(self.theirs),
-            bar: match self.ours.who {
-                Who::QuireSame => None,
-                _ => self.theirs.who.bar(),
-            },
-        }
-    }
-}
-
-/// Ours beside each peer, and with vLLM's checkpoint beside vLLM.
-pub fn matches(sides: &[Side]) -> Vec<Match<'_>> {
-    let of = |who: Who| sides.iter().find(move |side| side.who == who);
-    let mut matches = Vec::new();
-    for (ours, theirs) in [
-        (Who::Quire, Who::LlamaServer),
-        (Who::Quire, Who::Vllm),
-        (Who::QuireSame, Who::Vllm),
-    ] {
-        if let (Some(ours), Some(theirs)) = (of(ours), of(theirs)) {
-            matches.push(Match { ours, theirs });
-        }
-    }
-    matches
-}
-
-async fn measure(arguments: &Arguments, contenders: &[Contender]) -> anyhow::Result<Vec<Side>> {
-    let mut sides: Vec<Side> = contenders
-        .iter()
-        .map(|contender| Side {
-            who: contender.who,
-            closed: Vec::new(),
-            open: None,
-            paced: None,
-        })
-        .collect();
+/// Runs both loads. What is finished when something fails is in `sides`.
+async fn measure(
+    arguments: &Arguments,
+    contenders: &[Contender],
+    sides: &mut [Side],
+) -> anyhow::Result<()> {
     for round in 0..arguments.rounds {
-        for (contender, side) in contenders.iter().zip(&mut sides) {
+        for (contender, side) in contenders.iter().zip(&mut *sides) {
             eprintln!("round {}, {} …", round + 1, contender.who.name());
             let arrivals = Arrivals::Closed {
                 clients: arguments.clients,
@@ -299,10 +222,13 @@ async fn measure(arguments: &Arguments, contenders: &[Contender]) -> anyhow::Res
         }
     }
     if arguments.open_requests == 0 {
-        return Ok(sides);
+        return Ok(());
     }
     let seed = arguments.seed.wrapping_add(u64::from(arguments.rounds));
-    let pace = |side: &Side| arguments.share * side.median(|figures| figures.requests);
+    let pace = |side: &Side| {
+        let capacity = side.median(|figures| figures.requests);
+        arguments.share * capacity.unwrap_or_default()
+    };
     let open = async |rate: f64, contender: &Contender| {
         eprintln!("{rate:.2} requests a second, {} …", contender.who.name());
         let arrivals = Arrivals::Open { rate, burst: 1 };
@@ -310,10 +236,10 @@ async fn measure(arguments: &Arguments, contenders: &[Contender]) -> anyhow::Res
         turn(arguments, contender, arrivals, requests, seed).await
     };
     let rate = pace(&sides[0]);
-    for (contender, side) in contenders.iter().zip(&mut sides) {
+    for (contender, side) in contenders.iter().zip(&mut *sides) {
         side.open = Some(open(rate, contender).await?);
     }
-    for (contender, side) in contenders.iter().zip(&mut sides) {
+    for (contender, side) in contenders.iter().zip(&mut *sides) {
         let peer = !matches!(contender.who, Who::Quire | Who::QuireSame);
         if peer && arguments.peer_pace {
             let rate = pace(side);
@@ -321,7 +247,7 @@ async fn measure(arguments: &Arguments, contenders: &[Contender]) -> anyhow::Res
             side.paced = Some([theirs, open(rate, &contenders[0]).await?]);
         }
     }
-    Ok(sides)
+    Ok(())
 }
 
 /// Starts a server, puts the load on it, ends it.
@@ -369,26 +295,22 @@ async fn turn(
     let measured = load::run(client, asked, load)
         .await
         .with_context(|| format!("{name}; its log is {}", log.display()))?;
-    let figures = figures(&measured, &server)
-        .with_context(|| format!("{name} answered nothing; its log is {}", log.display()))?;
-    drop(server);
-    // Kept where something failed.
-    let _ = std::fs::remove_file(log);
-    Ok(figures)
-}
-
-fn figures(measured: &Measured, server: &Server) -> Option<Figures> {
-    let both = |latency: &Latency| {
-        let summary = latency.summary()?;
-        Some((summary.p50_ms, summary.p99_ms))
+    let Some(figures) = Figures::of(&measured, &server) else {
+        let failures = failures(&measured.failures).collect::<Vec<_>>().join("; ");
+        anyhow::bail!(
+            "{name} answered nothing ({failures}); its log is {}",
+            log.display()
+        );
     };
-    Some(Figures {
-        output: measured.per_second(measured.completion_tokens),
-        requests: measured.per_second(measured.completed),
-        ttft: both(&measured.ttft)?,
-        inter_token: both(&measured.inter_token)?,
-        failed: measured.failed(),
-        start: server.start.as_secs_f64(),
-        memory: server.memory(),
-    })
+    drop(server);
+    if figures.failed > 0 {
+        eprintln!(
+            "{name}: {} requests failed; its log is {}",
+            figures.failed,
+            log.display()
+        );
+    } else {
+        let _ = std::fs::remove_file(log);
+    }
+    Ok(figures)
 }

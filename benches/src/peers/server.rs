@@ -15,10 +15,13 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use sysinfo::{Pid, ProcessRefreshKind, ProcessesToUpdate, Signal, System};
 
+use super::child::ends_with_us;
 use super::program;
 
 /// Between two questions whether it is ready.
 const ASK: Duration = Duration::from_millis(200);
+/// How long it may take to say whether it is.
+const ANSWER: Duration = Duration::from_secs(5);
 /// How long it may take to end when it is asked to; then it is killed.
 const END: Duration = Duration::from_secs(15);
 
@@ -56,7 +59,7 @@ impl Server {
         let file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
         let program = command.get_program().to_string_lossy().into_owned();
         let began = Instant::now();
-        let child = command
+        let child = ends_with_us(&mut command)
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
             .stderr(file)
@@ -72,7 +75,9 @@ impl Server {
             if let Some(status) = server.child.try_wait()? {
                 anyhow::bail!("{program} ended with {status}:\n{}", server.last_words());
             }
-            if server.is_ready(port).await {
+            let left = patience.saturating_sub(began.elapsed());
+            let ready = tokio::time::timeout(left.min(ANSWER), server.is_ready(port));
+            if ready.await.unwrap_or(false) {
                 server.start = began.elapsed();
                 return Ok(server);
             }
@@ -189,6 +194,20 @@ mod tests {
             error.contains("ended with exit status: 3") && error.contains("no such model"),
             "{error}"
         );
+        std::fs::remove_file(log).unwrap();
+    }
+
+    #[tokio::test]
+    async fn patience_ends_with_a_server_that_never_answers() {
+        // It accepts, as the system does for it, and says nothing.
+        let mute = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = mute.local_addr().unwrap().port();
+        let log = std::env::temp_dir().join(format!("quire-bench-{port}.log"));
+        let patience = Duration::from_millis(300);
+        let started = Server::start(shell("exec sleep 600"), port, &log, patience);
+        let started = tokio::time::timeout(Duration::from_secs(60), started).await;
+        let error = started.expect("it gives up").unwrap_err().to_string();
+        assert!(error.contains("was not ready after 300ms"), "{error}");
         std::fs::remove_file(log).unwrap();
     }
 }

@@ -10,14 +10,14 @@ use plotters::prelude::*;
 pub struct Point {
     /// Output tokens a second.
     pub throughput: f64,
-    /// TTFT in milliseconds, half and 99 of 100 were no longer.
-    pub ttft: (f64, f64),
-    /// Time between tokens in milliseconds, likewise.
-    pub inter_token: (f64, f64),
+    /// TTFT in milliseconds, half and 99 of 100 were no longer; `None`: nothing came.
+    pub ttft: Option<(f64, f64)>,
+    /// Time between tokens in milliseconds, likewise; `None`: every answer came in one piece.
+    pub inter_token: Option<(f64, f64)>,
 }
 
 /// A latency's percentiles.
-type Of = fn(&Point) -> (f64, f64);
+type Of = fn(&Point) -> Option<(f64, f64)>;
 
 const P50: RGBColor = RGBColor(69, 117, 180);
 const P99: RGBColor = RGBColor(215, 48, 39);
@@ -43,7 +43,7 @@ fn svg(title: &str, points: &[Point]) -> anyhow::Result<String> {
             ("between tokens, ms", |point| point.inter_token),
         ];
         for (area, (name, latency)) in root.split_evenly((1, 2)).iter().zip(of) {
-            let values = points.iter().map(latency);
+            let values = points.iter().filter_map(latency);
             // A logarithmic axis has no 0.
             let (least, highest) = values
                 .fold((f64::MAX, 0.01_f64), |(least, most), (p50, p99)| {
@@ -73,10 +73,10 @@ fn svg(title: &str, points: &[Point]) -> anyhow::Result<String> {
             for (label, color) in [("p50", P50), ("p99", P99)] {
                 let line: Vec<(f64, f64)> = points
                     .iter()
-                    .map(|point| {
-                        let (p50, p99) = latency(point);
+                    .filter_map(|point| {
+                        let (p50, p99) = latency(point)?;
                         let ms = if label == "p50" { p50 } else { p99 };
-                        (point.throughput, ms.max(0.01))
+                        Some((point.throughput, ms.max(0.01)))
                     })
                     .collect();
                 chart
@@ -109,13 +109,13 @@ mod tests {
         let points = [
             Point {
                 throughput: 100.0,
-                ttft: (20.0, 50.0),
-                inter_token: (5.0, 9.0),
+                ttft: Some((20.0, 50.0)),
+                inter_token: Some((5.0, 9.0)),
             },
             Point {
                 throughput: 180.0,
-                ttft: (90.0, 1500.0),
-                inter_token: (8.0, 40.0),
+                ttft: Some((90.0, 1500.0)),
+                inter_token: Some((8.0, 40.0)),
             },
         ];
         let picture = svg("a sweep", &points).unwrap();
@@ -129,6 +129,18 @@ mod tests {
                 .filter(|line| line.starts_with("<polyline") && line.contains(color));
             assert_eq!(lines.count(), 4, "{color} in\n{picture}");
         }
+    }
+
+    #[test]
+    fn a_rate_whose_answers_came_in_one_piece_keeps_its_first() {
+        let points = [50.0, 100.0].map(|throughput| Point {
+            throughput,
+            ttft: Some((20.0, 50.0)),
+            inter_token: None,
+        });
+        let picture = svg("a sweep", &points).unwrap();
+        // A point is a circle: two of each percentile.
+        assert_eq!(picture.matches("<circle").count(), 4, "{picture}");
     }
 
     #[test]

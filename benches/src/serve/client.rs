@@ -16,10 +16,12 @@ pub enum Client {
 }
 
 /// An answer.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
     /// When each piece of it arrived, in order.
     pub pieces: Vec<Instant>,
+    /// When the last of it arrived.
+    pub ended: Instant,
     /// What it says.
     pub text: String,
     /// Tokens of the prompt, by the server's count.
@@ -28,6 +30,20 @@ pub struct Answer {
     pub completion_tokens: u64,
     /// Prompt tokens the server found in its prefix cache, if it says so.
     pub cached_tokens: u64,
+}
+
+impl Answer {
+    /// One of which nothing has arrived.
+    pub fn begun() -> Self {
+        Self {
+            pieces: Vec::new(),
+            ended: Instant::now(),
+            text: String::new(),
+            prompt_tokens: 0,
+            completion_tokens: 0,
+            cached_tokens: 0,
+        }
+    }
 }
 
 /// Why there is no answer.
@@ -46,6 +62,13 @@ impl Failure {
             kind: kind.into(),
             message: message.to_string(),
         }
+    }
+
+    /// The connection broke. What caused an error is said, too: hyper's own first line rarely says what happened.
+    pub fn connection(error: &dyn std::error::Error) -> Self {
+        let causes = std::iter::successors(Some(error), |error| error.source());
+        let causes: Vec<_> = causes.map(ToString::to_string).collect();
+        Self::new("connection", causes.join(": "))
     }
 }
 
@@ -71,6 +94,15 @@ impl Client {
         match self {
             Self::Http(client) => client.description(),
             Self::Grpc(client) => client.description(),
+        }
+    }
+
+    /// Requests that were sent again because the server had closed the connection kept for them.
+    pub fn resent(&self) -> u64 {
+        match self {
+            Self::Http(client) => client.resent(),
+            // All requests of a channel share a connection that HTTP/2 says is being closed.
+            Self::Grpc(_) => 0,
         }
     }
 

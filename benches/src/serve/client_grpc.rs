@@ -8,7 +8,8 @@ use quire_proto::v1::generate_event::Event;
 use quire_proto::v1::generate_request::Prompt as Wire;
 use quire_proto::v1::generation_client::GenerationClient;
 use quire_proto::v1::{
-    Chat, ChatMessage, GenerateRequest, GetModelRequest, SamplingParams, StopConditions, TokenIds,
+    Chat, ChatMessage, FinishReason, GenerateRequest, GetModelRequest, SamplingParams,
+    StopConditions, TokenIds,
 };
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
@@ -110,18 +111,21 @@ impl GrpcClient {
             .await
             .map_err(|status| failure(&status))?
             .into_inner();
-        let mut answer = Answer::default();
-        let mut usage = None;
+        let mut answer = Answer::begun();
+        let (mut usage, mut finish) = (None, None);
         while let Some(event) = stream.message().await.map_err(|status| failure(&status))? {
+            answer.ended = Instant::now();
             match event.event {
                 Some(Event::Chunk(chunk)) if !chunk.tokens.is_empty() => {
-                    answer.pieces.push(Instant::now());
+                    answer.pieces.push(answer.ended);
                     answer.text.push_str(&chunk.text);
                 }
+                Some(Event::Finish(last)) => finish = Some(last.reason()),
                 Some(Event::Usage(last)) => usage = Some(last),
                 _ => {}
             }
         }
+        whole(finish)?;
         let usage =
             usage.ok_or_else(|| Failure::new("broken stream", "it ended without its usage"))?;
         answer.prompt_tokens = usage.prompt_tokens.into();
@@ -131,6 +135,33 @@ impl GrpcClient {
     }
 }
 
+/// Whether an answer ended as one should.
+fn whole(finish: Option<FinishReason>) -> Result<(), Failure> {
+    match finish {
+        Some(FinishReason::Stop | FinishReason::Length) => Ok(()),
+        other => Err(Failure::new(
+            "broken stream",
+            other.map_or("it ended without a finish".to_owned(), |reason| {
+                format!("it ended with {}", reason.as_str_name())
+            }),
+        )),
+    }
+}
+
 fn failure(status: &Status) -> Failure {
     Failure::new(format!("gRPC {:?}", status.code()), status.message())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_whole_when_it_stopped_or_was_long_enough() {
+        assert_eq!(whole(Some(FinishReason::Length)), Ok(()));
+        assert_eq!(whole(Some(FinishReason::Stop)), Ok(()));
+        for broken in [None, Some(FinishReason::Aborted)] {
+            assert_eq!(whole(broken).unwrap_err().kind, "broken stream");
+        }
+    }
 }

@@ -1,28 +1,32 @@
 //! The OpenAI completions and chat completions APIs, streamed, as far as a load needs them.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper::{Method, Request, Response, StatusCode, Uri, header};
-use hyper_util::client::legacy::Client as Connections;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
+use hyper::http::request;
+use hyper::{Request, Response, StatusCode, Uri, header};
 use serde::Deserialize;
 use serde_json::json;
 
 use super::ask::{Ask, Prompt};
 use super::client::{Answer, Failure};
+use super::connections::Connections;
 use super::sse;
+
+/// How long the end of a stream may take to follow its last event. Its connection is kept only if it came, but nobody is made to wait for it.
+const GRACE: Duration = Duration::from_millis(100);
 
 /// A client of one server.
 #[derive(Debug)]
 pub struct HttpClient {
-    connections: Connections<HttpConnector, Full<Bytes>>,
-    completions: Uri,
-    chat: Uri,
+    connections: Connections,
+    /// `HOST:PORT`, as requests are to say it.
+    host: String,
+    /// What stands before `/v1/` in every path.
+    folder: String,
     model: String,
     description: String,
 }
@@ -97,41 +101,46 @@ impl HttpClient {
     /// # Errors
     /// The URL is not one, or nobody answers there.
     pub async fn connect(url: &str, model: Option<&str>) -> anyhow::Result<Self> {
-        let base: Uri = url.parse().with_context(|| format!("--url {url}"))?;
-        anyhow::ensure!(
-            base.scheme_str() == Some("http") && base.authority().is_some(),
-            "--url {url}: expected http://HOST:PORT"
-        );
-        let base = url.trim_end_matches('/').trim_end_matches("/v1");
-        let completions = format!("{base}/v1/completions").parse()?;
-        let chat = format!("{base}/v1/chat/completions").parse()?;
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        let connections = Connections::builder(TokioExecutor::new()).build(connector);
+        let uri: Uri = url.parse().with_context(|| format!("--url {url}"))?;
+        let expected = || format!("--url {url}: expected http://HOST:PORT");
+        anyhow::ensure!(uri.scheme_str() == Some("http"), expected());
+        let host = uri.host().with_context(expected)?;
+        let host = format!("{host}:{}", uri.port_u16().unwrap_or(80));
+        let folder = uri.path().trim_end_matches('/').trim_end_matches("/v1");
+        let base = format!("http://{host}{folder}");
         let mut client = Self {
-            connections,
-            completions,
-            chat,
+            connections: Connections::to(host.clone()),
+            host,
+            folder: folder.to_owned(),
             model: String::new(),
             description: String::new(),
         };
         client.model = match model {
             Some(model) => model.to_owned(),
-            None => client.first_model(base).await?,
+            None => client.first_model().await.with_context(|| {
+                format!("cannot ask {base}/v1/models which model is served; name it with --model")
+            })?,
         };
         client.description = format!("{base}, model {}", client.model);
         Ok(client)
     }
 
-    async fn first_model(&self, base: &str) -> anyhow::Result<String> {
-        let address = format!("{base}/v1/models");
-        let ask = || format!("cannot ask {address} which model is served; name it with --model");
-        let request = Request::get(&address).body(Full::default())?;
-        let response = self.connections.request(request).await.with_context(ask)?;
-        let body = response.into_body().collect().await.with_context(ask)?;
-        let models: Models = serde_json::from_slice(&body.to_bytes()).with_context(ask)?;
-        let first = models.data.into_iter().next().with_context(ask)?;
-        Ok(first.id)
+    /// A request for one of the server's paths.
+    fn request(&self, path: &str) -> request::Builder {
+        Request::builder()
+            .uri(format!("{}{path}", self.folder))
+            .header(header::HOST, &self.host)
+    }
+
+    async fn first_model(&self) -> anyhow::Result<String> {
+        let request = self.request("/v1/models").body(Full::default())?;
+        let sent = self.connections.send(request).await;
+        let (response, connection) = sent.map_err(|failure| anyhow::anyhow!(failure.message))?;
+        let body = response.into_body().collect().await?;
+        self.connections.keep(connection);
+        let models: Models = serde_json::from_slice(&body.to_bytes())?;
+        let first = models.data.into_iter().next();
+        Ok(first.context("it lists none")?.id)
     }
 
     /// One line about the server.
@@ -139,15 +148,20 @@ impl HttpClient {
         &self.description
     }
 
+    /// Requests that were sent again because the server had closed the connection kept for them.
+    pub fn resent(&self) -> u64 {
+        self.connections.resent()
+    }
+
     /// Sends a request and reads the answer to its end.
     ///
     /// # Errors
     /// The server refused it, or the answer broke off.
     pub async fn complete(&self, ask: Ask) -> Result<Answer, Failure> {
-        let (uri, field, prompt) = match ask.prompt {
-            Prompt::Text(text) => (&self.completions, "prompt", json!(text)),
-            Prompt::Ids(ids) => (&self.completions, "prompt", json!(ids)),
-            Prompt::Chat(messages) => (&self.chat, "messages", json!(messages)),
+        let (path, field, prompt) = match ask.prompt {
+            Prompt::Text(text) => ("/v1/completions", "prompt", json!(text)),
+            Prompt::Ids(ids) => ("/v1/completions", "prompt", json!(ids)),
+            Prompt::Chat(messages) => ("/v1/chat/completions", "messages", json!(messages)),
         };
         let mut body = json!({
             "model": self.model,
@@ -159,23 +173,25 @@ impl HttpClient {
             "ignore_eos": true,
         });
         body[field] = prompt;
-        let request = Request::builder()
-            .method(Method::POST)
-            .uri(uri.clone())
+        let request = self
+            .request(path)
+            .method("POST")
             .header(header::CONTENT_TYPE, "application/json")
-            .body(Full::from(body.to_string()))
+            .body(Full::<Bytes>::from(body.to_string()))
             .map_err(|error| Failure::new("bad request", error))?;
-        let response = match self.connections.request(request.clone()).await {
-            // A server may close a connection that it kept, just as the next request is sent on it: clients send that again, and so does this one.
-            Err(error) if closed_unanswered(&error) => self.connections.request(request).await,
-            response => response,
-        };
-        let response = response.map_err(|error| Failure::new("connection", chain(&error)))?;
-        if response.status() == StatusCode::OK {
-            read(response).await
-        } else {
-            Err(refused(response).await)
+        let (response, connection) = self.connections.send(request).await?;
+        if response.status() != StatusCode::OK {
+            let refused = refused(response).await;
+            self.connections.keep(connection);
+            return Err(refused);
         }
+        let mut body = response.into_body();
+        let answer = read(&mut body).await?;
+        let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+        if tokio::time::timeout(GRACE, rest).await.is_ok() {
+            self.connections.keep(connection);
+        }
+        Ok(answer)
     }
 }
 
@@ -183,27 +199,29 @@ async fn refused(response: Response<Incoming>) -> Failure {
     let status = response.status();
     let body = match response.into_body().collect().await {
         Ok(body) => String::from_utf8_lossy(&body.to_bytes()).into_owned(),
-        Err(error) => chain(&error),
+        Err(error) => error.to_string(),
     };
     Failure::new(format!("HTTP {}", status.as_u16()), body)
 }
 
-async fn read(response: Response<Incoming>) -> Result<Answer, Failure> {
-    let mut body = response.into_body();
+/// Reads an answer to its last event.
+async fn read(body: &mut Incoming) -> Result<Answer, Failure> {
     let mut parser = sse::Parser::default();
-    let mut answer = Answer::default();
+    let mut answer = Answer::begun();
     let mut events = Vec::new();
-    let mut usage = None;
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|error| Failure::new("connection", chain(&error)))?;
-        let now = Instant::now();
+    let (mut usage, mut finish) = (None, None);
+    let mut done = false;
+    while !done && let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| Failure::connection(&error))?;
+        answer.ended = Instant::now();
         let Some(bytes) = frame.data_ref() else {
             continue;
         };
         parser.push(bytes, |event| events.push(event));
         for event in events.drain(..) {
             if event == "[DONE]" {
-                continue;
+                done = true;
+                break;
             }
             let event: Event = serde_json::from_str(&event)
                 .map_err(|error| Failure::new("bad event", format!("{error}: {event}")))?;
@@ -212,19 +230,26 @@ async fn read(response: Response<Incoming>) -> Result<Answer, Failure> {
             }
             usage = event.usage.or(usage);
             if event.choices.iter().any(Choice::is_piece) {
-                answer.pieces.push(now);
+                answer.pieces.push(answer.ended);
             }
-            for choice in &event.choices {
+            for choice in event.choices {
                 answer.text.push_str(choice.text());
+                finish = choice.finish_reason.or(finish);
             }
         }
     }
-    let usage = usage.ok_or_else(|| {
-        Failure::new(
-            "broken stream",
-            "it ended without usage, which stream_options.include_usage asks for",
-        )
-    })?;
+    let broken = |what: &str| Failure::new("broken stream", what);
+    // Some servers send usage with every event: it does not say that the answer is whole.
+    match finish.as_deref() {
+        Some("stop" | "length") => {}
+        None => return Err(broken("it ended without a finish_reason")),
+        Some(other) => {
+            let what = format!("it ended with finish_reason `{other}`, not stop or length");
+            return Err(broken(&what));
+        }
+    }
+    let without = "it ended without usage, which stream_options.include_usage asks for";
+    let usage = usage.ok_or_else(|| broken(without))?;
     answer.prompt_tokens = usage.prompt_tokens;
     answer.completion_tokens = usage.completion_tokens;
     answer.cached_tokens = usage
@@ -234,25 +259,56 @@ async fn read(response: Response<Incoming>) -> Result<Answer, Failure> {
     Ok(answer)
 }
 
-/// Whether the connection ended before there was anything of an answer.
-fn closed_unanswered(error: &hyper_util::client::legacy::Error) -> bool {
-    let cause = std::error::Error::source(error);
-    cause
-        .and_then(|cause| cause.downcast_ref::<hyper::Error>())
-        .is_some_and(hyper::Error::is_incomplete_message)
-}
-
-/// An error and what caused it; hyper's own first line rarely says what happened.
-fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(Some(error), |error| error.source())
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join(": ")
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::ask::Sampling;
+    use super::super::mock::{Mock, Reply, STREAM, end, event, piece};
     use super::*;
+
+    /// What a client makes of a server that answers so.
+    async fn answered(
+        reply: impl Fn() -> Reply + Send + Sync + 'static,
+    ) -> Result<Answer, Failure> {
+        let server = Mock::start(move |_, _| reply());
+        let client = HttpClient::connect(&server.url, Some("m")).await.unwrap();
+        let ask = Ask {
+            prompt: Prompt::Text("a b c".to_owned()),
+            max_tokens: 2,
+            sampling: Sampling::GREEDY,
+        };
+        let answer = tokio::time::timeout(Duration::from_secs(60), client.complete(ask));
+        answer.await.expect("it ends")
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_cut_off_or_given_up_is_a_broken_stream() {
+        let usage = json!({"prompt_tokens": 3, "completion_tokens": 1});
+        let counted = event(&json!({"choices": [{"text": "a"}], "usage": usage}));
+        let cut = answered(move || Reply::close(STREAM.to_owned() + &counted)).await;
+        let failure = cut.unwrap_err();
+        assert_eq!(failure.kind, "broken stream");
+        assert!(
+            failure.message.contains("without a finish_reason"),
+            "{failure:?}"
+        );
+        for reason in ["abort", "error"] {
+            let given_up = move || Reply::close(STREAM.to_owned() + &piece() + &end(reason, 1));
+            let failure = answered(given_up).await.unwrap_err();
+            assert_eq!(failure.kind, "broken stream");
+            assert!(failure.message.contains(reason), "{failure:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_ends_with_its_last_event_whatever_the_connection_does() {
+        let whole = || Reply::hold(STREAM.to_owned() + &piece() + &end("stop", 1));
+        let answer = answered(whole).await.unwrap();
+        assert_eq!((answer.pieces.len(), answer.completion_tokens), (1, 1));
+        assert!(
+            answer.ended.elapsed() >= GRACE,
+            "what was waited for afterwards is not its own"
+        );
+    }
 
     #[test]
     fn pieces_are_what_has_text_or_a_token_without_any() {

@@ -83,7 +83,9 @@ impl Sender {
         Outcome {
             meant,
             sent: Some(sent),
-            ended: Instant::now(),
+            ended: result
+                .as_ref()
+                .map_or_else(|_| Instant::now(), |answer| answer.ended),
             asked,
             result,
         }
@@ -132,7 +134,7 @@ pub async fn run(client: Arc<Client>, requests: Requests, load: Load) -> anyhow:
     let in_flight = Arc::new(AtomicU32::new(0));
     let turns = requests.turns;
     let sender = Arc::new(Sender {
-        client,
+        client: Arc::clone(&client),
         requests,
         load: load.clone(),
         outcomes,
@@ -142,13 +144,15 @@ pub async fn run(client: Arc<Client>, requests: Requests, load: Load) -> anyhow:
     for n in 0..load.warmup {
         // Prompts of their own: what is measured is not in the prefix cache because of them.
         let n = u64::from(load.requests) + u64::from(n);
-        let outcome = sender.send(sender.requests.nth(n), Instant::now()).await;
+        let outcome = sender.send(sender.requests.warmup(n), Instant::now());
+        let outcome = outcome.await;
         outcome
             .result
             .map_err(|failure| anyhow::anyhow!("{}: {}", failure.kind, failure.message))
             .context("the first request failed")?;
     }
 
+    let resent = client.resent();
     let progress = Progress::new(u64::from(load.requests) * u64::from(turns));
     let began = Instant::now();
     let sending = tokio::spawn(async move {
@@ -170,6 +174,7 @@ pub async fn run(client: Arc<Client>, requests: Requests, load: Load) -> anyhow:
     }
     progress.finish();
     sending.await.context("the harness failed")?;
+    measured.resent = client.resent() - resent;
     Ok(measured)
 }
 
@@ -271,7 +276,7 @@ mod tests {
         let kinds: Vec<_> = measured
             .failures
             .iter()
-            .map(|(kind, (count, _))| (kind.as_str(), *count))
+            .map(|(kind, failed)| (kind.as_str(), failed.count))
             .collect();
         assert_eq!(kinds, [("connection", 2), ("not sent", 4)]);
         assert_eq!(measured.lateness.summary().unwrap().count, 2);

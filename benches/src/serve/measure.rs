@@ -74,6 +74,15 @@ pub struct Outcome {
     pub result: Result<Answer, Failure>,
 }
 
+/// Requests that failed alike.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Failed {
+    /// How many.
+    pub count: u64,
+    /// What the first of them said.
+    pub message: String,
+}
+
 /// What a load found.
 #[derive(Debug)]
 pub struct Measured {
@@ -83,8 +92,10 @@ pub struct Measured {
     pub elapsed: Duration,
     /// Requests answered.
     pub completed: u64,
-    /// Requests not answered, by kind, with the first message of each.
-    pub failures: BTreeMap<String, (u64, String)>,
+    /// Requests not answered, by kind.
+    pub failures: BTreeMap<String, Failed>,
+    /// Requests that were sent twice: the first time on a kept connection that the server closed.
+    pub resent: u64,
     /// Answers shorter than asked for.
     pub short: u64,
     /// Prompt tokens of answered requests.
@@ -117,6 +128,7 @@ impl Measured {
             elapsed: Duration::ZERO,
             completed: 0,
             failures: BTreeMap::new(),
+            resent: 0,
             short: 0,
             prompt_tokens: 0,
             cached_tokens: 0,
@@ -147,7 +159,8 @@ impl Measured {
         match result {
             Ok(answer) => self.answered(&answer, asked, meant, ended),
             Err(Failure { kind, message }) => {
-                self.failures.entry(kind).or_insert((0, message)).0 += 1;
+                let first = Failed { count: 0, message };
+                self.failures.entry(kind).or_insert(first).count += 1;
             }
         }
     }
@@ -186,7 +199,7 @@ impl Measured {
 
     /// Requests not answered.
     pub fn failed(&self) -> u64 {
-        self.failures.values().map(|(count, _)| count).sum()
+        self.failures.values().map(|failed| failed.count).sum()
     }
 
     /// Something a second, over the whole load.
@@ -238,6 +251,7 @@ mod tests {
                 asked: 4,
                 result: Ok(Answer {
                     pieces: vec![at(400), at(500), at(700)],
+                    ended: at(1000),
                     text: String::new(),
                     prompt_tokens: 10,
                     completion_tokens: 4,
@@ -273,7 +287,8 @@ mod tests {
             measured.record(outcome, began);
         }
         assert_eq!(measured.failed(), 2);
-        assert_eq!(measured.failures["HTTP 429"], (2, "full".to_owned()));
+        let of = &measured.failures["HTTP 429"];
+        assert_eq!((of.count, of.message.as_str()), (2, "full"));
         assert_eq!(measured.ttft.summary(), None);
     }
 }

@@ -10,15 +10,19 @@ pub mod ask;
 pub mod client;
 mod client_grpc;
 mod client_http;
+mod connections;
 mod dataset;
 pub mod lengths;
 pub mod load;
 pub mod measure;
+#[cfg(test)]
+mod mock;
 pub mod prompt;
-mod report;
+pub mod report;
 pub mod requests;
 mod slo;
 mod sse;
+mod sweep;
 mod trace;
 
 use std::path::PathBuf;
@@ -29,12 +33,11 @@ use anyhow::Context;
 use clap::{ArgGroup, Args};
 use serde::Serialize;
 
-use crate::plot;
+use crate::numbers::{positive, probability, temperature};
 use ask::Sampling;
 use client::Client;
 use lengths::Lengths;
 use load::{Arrivals, Load};
-use measure::Measured;
 use requests::Requests;
 use slo::Slo;
 
@@ -58,6 +61,7 @@ use slo::Slo;
 #[derive(Debug, Clone, Args, Serialize)]
 #[command(verbatim_doc_comment, after_help = EXAMPLES)]
 #[command(group(ArgGroup::new("target").required(true).args(["url", "grpc"])))]
+#[command(group(ArgGroup::new("poisson").multiple(true).args(["rate", "sweep"])))]
 #[command(group(ArgGroup::new("arrivals").args(["clients", "rate", "trace", "sweep"])))]
 pub struct Arguments {
     /// An OpenAI-compatible server, for example http://127.0.0.1:8000
@@ -81,7 +85,7 @@ pub struct Arguments {
     rate: Option<f64>,
 
     /// Open load: with --rate or --sweep, this many requests arrive at each of the moments
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000), requires = "poisson")]
     burst: u32,
 
     /// Open load: arrivals and lengths of a trace, CSV (TIMESTAMP,ContextTokens,GeneratedTokens) or lines of JSON (timestamp, input_length, output_length)
@@ -96,7 +100,7 @@ pub struct Arguments {
     #[arg(long, value_name = "RATE,…", value_delimiter = ',', value_parser = positive)]
     sweep: Vec<f64>,
 
-    /// Requests to measure, of a sweep for each rate [default: 64, with --trace all of it]
+    /// Requests to measure, of a sweep for each rate [default: 64, or as many as --clients; with --trace all of it]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 30))]
     requests: Option<u32>,
 
@@ -129,11 +133,11 @@ pub struct Arguments {
     max_tokens: Lengths,
 
     /// 0 chooses the likeliest token, always
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
     temperature: f32,
 
     /// Only the likeliest tokens that add up to this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability)]
     top_p: f32,
 
     /// What users were promised, in milliseconds, to count the requests that got it: ttft=MS, itl=MS (longest gap), tpot=MS (by token), e2e=MS
@@ -175,12 +179,10 @@ Examples:
     quire-bench serve --url URL --clients 8 --seed 1 --json ours.json
     quire-bench serve --url OTHER_URL --clients 8 --seed 1 --json theirs.json";
 
-fn positive(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(value) if value > 0.0 && value <= 1e6 => Ok(value),
-        _ => Err("expected a number above 0, at most 1000000".to_owned()),
-    }
-}
+/// Seconds into a load at which a request may come: 30 years, which every clock can add.
+const LATEST: f64 = 1e9;
+/// Requests of a load unless their number is said.
+const REQUESTS: u32 = 64;
 
 /// Runs the load and prints what it found.
 ///
@@ -196,6 +198,33 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
 }
 
 async fn measure(arguments: &Arguments) -> anyhow::Result<()> {
+    check(arguments)?;
+    let requests = requests(arguments)?;
+    let loads = arguments.sweep.len().max(1) as u64;
+    let asked = loads * u64::from(load(arguments, &requests).requests);
+    if let Some(warning) = repeats(requests.dataset.len(), asked) {
+        eprintln!("{warning}");
+    }
+    let model = arguments.model.as_deref();
+    let client = match (&arguments.url, &arguments.grpc) {
+        (Some(url), _) => Client::http(url, model).await?,
+        (None, Some(address)) => Client::grpc(address, model).await?,
+        (None, None) => anyhow::bail!("name a server with --url or --grpc"),
+    };
+    let client = Arc::new(client);
+    if !arguments.sweep.is_empty() {
+        return sweep::run(arguments, &client, &requests).await;
+    }
+    let load = load(arguments, &requests);
+    let measured = load::run(client, requests, load).await?;
+    println!("{}", report::table(&measured));
+    write(arguments, &report::json(arguments, &measured))?;
+    anyhow::ensure!(measured.completed > 0, "no request was answered");
+    Ok(())
+}
+
+/// What the command line alone cannot tell.
+fn check(arguments: &Arguments) -> anyhow::Result<()> {
     if let Some(most) = arguments.prompt_tokens.most() {
         anyhow::ensure!(
             arguments.shared_prefix <= most,
@@ -204,49 +233,20 @@ async fn measure(arguments: &Arguments) -> anyhow::Result<()> {
             arguments.prompt_tokens
         );
     }
-    let requests = requests(arguments)?;
-    let model = arguments.model.as_deref();
-    let client = match (&arguments.url, &arguments.grpc) {
-        (Some(url), _) => Client::http(url, model).await?,
-        (None, Some(address)) => Client::grpc(address, model).await?,
-        (None, None) => anyhow::bail!("name a server with --url or --grpc"),
-    };
-    let client = Arc::new(client);
-    if arguments.sweep.is_empty() {
-        let load = load(arguments, &requests);
-        let measured = load::run(client, requests, load).await?;
-        println!("{}", report::table(&measured));
-        write(arguments, &report::json(arguments, &measured))?;
-        anyhow::ensure!(measured.completed > 0, "no request was answered");
-        return Ok(());
-    }
-    let mut runs: Vec<(f64, Measured)> = Vec::new();
-    for (n, &rate) in (0..).zip(&arguments.sweep) {
-        let mut requests = requests.clone();
-        // Prompts of their own: none is in the prefix cache because of the rate before.
-        requests.prompts.seed = requests.prompts.seed.wrapping_add(n);
-        let load = Load {
-            arrivals: Arrivals::Open {
-                rate,
-                burst: arguments.burst,
-            },
-            ..load(arguments, &requests)
-        };
-        eprintln!("{rate} requests a second …");
-        runs.push((rate, load::run(Arc::clone(&client), requests, load).await?));
-    }
-    println!("{}\n{}", client.description(), report::sweep(&runs));
-    let json: Vec<_> = runs
-        .iter()
-        .map(|(rate, measured)| {
-            serde_json::json!({"rate": rate, "result": report::json(arguments, measured)})
-        })
-        .collect();
-    write(arguments, &json.into())?;
-    if let Some(path) = &arguments.plot {
-        plot::sweep(path, client.description(), &points(&runs))?;
+    if let (Some(clients), Some(requests)) = (arguments.clients, arguments.requests) {
+        anyhow::ensure!(
+            clients <= requests,
+            "--requests {requests} are fewer than --clients {clients}, some of which would have nothing to send: expected at least as many"
+        );
     }
     Ok(())
+}
+
+/// What to tell who asks for more prompts than a dataset of so many entries has; one of none is no dataset.
+fn repeats(entries: usize, asked: u64) -> Option<String> {
+    (entries > 0 && asked > entries as u64).then(|| {
+        format!("{asked} prompts are asked for and the dataset has {entries}: they repeat, and a server may find them in its prefix cache")
+    })
 }
 
 /// What is asked for.
@@ -256,7 +256,13 @@ fn requests(arguments: &Arguments) -> anyhow::Result<Requests> {
         None => Vec::new(),
     };
     for arrival in &mut trace {
-        arrival.at = arrival.at.div_f64(arguments.speed);
+        let at = arrival.at.as_secs_f64() / arguments.speed;
+        anyhow::ensure!(
+            at <= LATEST,
+            "at --speed {} a request of the trace comes after {at:.0} seconds: expected at most {LATEST:.0}",
+            arguments.speed
+        );
+        arrival.at = Duration::from_secs_f64(at);
     }
     Ok(Requests {
         prompts: prompt::Prompts {
@@ -294,7 +300,11 @@ fn load(arguments: &Arguments, requests: &Requests) -> Load {
             clients: arguments.clients.unwrap_or(1),
         },
     };
-    let asked = arguments.requests.unwrap_or(if all > 0 { all } else { 64 });
+    let default = match (all, arguments.clients) {
+        (0, clients) => REQUESTS.max(clients.unwrap_or(0)),
+        (all, _) => all,
+    };
+    let asked = arguments.requests.unwrap_or(default);
     Load {
         arrivals,
         requests: if all > 0 { asked.min(all) } else { asked },
@@ -305,26 +315,65 @@ fn load(arguments: &Arguments, requests: &Requests) -> Load {
     }
 }
 
-fn points(runs: &[(f64, Measured)]) -> Vec<plot::Point> {
-    let both = |latency: &measure::Latency| {
-        let summary = latency.summary()?;
-        Some((summary.p50_ms, summary.p99_ms))
-    };
-    runs.iter()
-        .filter_map(|(_, measured)| {
-            Some(plot::Point {
-                throughput: measured.per_second(measured.completion_tokens),
-                ttft: both(&measured.ttft)?,
-                inter_token: both(&measured.inter_token)?,
-            })
-        })
-        .collect()
-}
-
 fn write(arguments: &Arguments, json: &serde_json::Value) -> anyhow::Result<()> {
     if let Some(path) = &arguments.json {
         std::fs::write(path, serde_json::to_string_pretty(json)? + "\n")
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
+}
+
+/// The arguments that these words make.
+#[cfg(test)]
+fn parse(words: &[&str]) -> Result<Arguments, clap::Error> {
+    use clap::FromArgMatches;
+    let command = Arguments::augment_args(clap::Command::new("serve").no_binary_name(true));
+    Arguments::from_arg_matches(&command.try_get_matches_from(words)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checked(words: &[&str]) -> anyhow::Result<Load> {
+        let words = [&["--url", "http://127.0.0.1:1"], words].concat();
+        let arguments = parse(&words)?;
+        check(&arguments)?;
+        Ok(load(&arguments, &requests(&arguments)?))
+    }
+
+    #[test]
+    fn every_client_has_a_request_to_send() {
+        assert_eq!(checked(&["--clients", "100"]).unwrap().requests, 100);
+        assert_eq!(checked(&["--clients", "8"]).unwrap().requests, 64);
+        let error = checked(&["--clients", "8", "--requests", "7"]).unwrap_err();
+        assert!(
+            error.to_string().contains("--requests 7 are fewer"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn bursts_are_of_random_moments() {
+        assert!(checked(&["--burst", "4", "--rate", "2"]).is_ok());
+        assert!(checked(&["--burst", "4", "--sweep", "2,3"]).is_ok());
+        assert!(checked(&["--burst", "4", "--clients", "2"]).is_err());
+    }
+
+    #[test]
+    fn a_dataset_that_is_too_short_is_said_to_repeat() {
+        assert_eq!(repeats(0, 64), None);
+        assert_eq!(repeats(64, 64), None);
+        assert!(repeats(63, 64).unwrap().contains("has 63"));
+    }
+
+    #[test]
+    fn a_trace_may_not_be_slowed_down_beyond_the_clock() {
+        let path = std::env::temp_dir().join(format!("quire-bench-{}.csv", std::process::id()));
+        std::fs::write(&path, "0,1,1\n1e15,1,1\n").unwrap();
+        let words = ["--trace", path.to_str().unwrap(), "--speed", "0.00001"];
+        let error = checked(&words).unwrap_err().to_string();
+        assert!(error.contains("at --speed 0.00001 a request"), "{error}");
+        std::fs::remove_file(path).unwrap();
+    }
 }

@@ -1,10 +1,13 @@
 //! What a load found, for people and for comparisons.
 
+use std::collections::BTreeMap;
+
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::measure::{Latency, Measured};
+use super::measure::{Failed, Latency, Measured};
+use super::sweep::Run;
 
 fn latencies(measured: &Measured) -> [(&'static str, &'static str, &Latency); 5] {
     [
@@ -63,20 +66,37 @@ pub fn table(measured: &Measured) -> String {
             100.0 * measured.good as f64 / all.max(1) as f64
         ));
     }
+    lines.extend(remarks(measured));
+    lines.join("\n")
+}
+
+/// What is not as it should be, a line each.
+fn remarks(measured: &Measured) -> Vec<String> {
+    let mut lines = Vec::new();
     if measured.short > 0 {
         lines.push(format!(
             "{} answers ended before --max-tokens: the server does not ignore its end-of-sequence token",
             measured.short
         ));
     }
-    for (kind, (count, message)) in &measured.failures {
-        lines.push(format!("{count} × {kind}: {}", message.trim()));
+    if measured.resent > 0 {
+        lines.push(format!(
+            "{} requests were sent again: the server closed the connection it had kept for them",
+            measured.resent
+        ));
     }
-    lines.join("\n")
+    lines.extend(failures(&measured.failures));
+    lines
 }
 
-/// A line for each rate of a sweep.
-pub fn sweep(runs: &[(f64, Measured)]) -> String {
+/// A line for each kind of failure.
+pub fn failures(of: &BTreeMap<String, Failed>) -> impl Iterator<Item = String> {
+    of.iter()
+        .map(|(kind, failed)| format!("{} × {kind}: {}", failed.count, failed.message.trim()))
+}
+
+/// A line for each rate of a sweep, and below them what is not as it should be.
+pub fn sweep(runs: &[Run]) -> String {
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN);
     table.set_header([
@@ -90,7 +110,7 @@ pub fn sweep(runs: &[(f64, Measured)]) -> String {
         "good",
         "failed",
     ]);
-    for (rate, measured) in runs {
+    for Run { rate, measured, .. } in runs {
         let both = |latency: &Latency| match latency.summary() {
             Some(s) => [s.p50_ms, s.p99_ms].map(|ms| format!("{ms:.1}")),
             None => ["–", "–"].map(str::to_owned),
@@ -114,7 +134,12 @@ pub fn sweep(runs: &[(f64, Measured)]) -> String {
     for column in table.column_iter_mut() {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    table.to_string()
+    let mut lines = vec![table.to_string()];
+    for Run { rate, measured, .. } in runs {
+        let remarks = remarks(measured).into_iter();
+        lines.extend(remarks.map(|line| format!("at {rate}/s: {line}")));
+    }
+    lines.join("\n")
 }
 
 /// Parameters and results.
@@ -123,11 +148,6 @@ pub fn json(arguments: &impl Serialize, measured: &Measured) -> Value {
         .into_iter()
         .map(|(_, key, latency)| (key.to_owned(), json!(latency.summary())))
         .collect();
-    let failures: serde_json::Map<String, Value> = measured
-        .failures
-        .iter()
-        .map(|(kind, (count, message))| (kind.clone(), json!({"count": count, "message": message})))
-        .collect();
     let total = measured.prompt_tokens + measured.completion_tokens;
     json!({
         "parameters": arguments,
@@ -135,7 +155,8 @@ pub fn json(arguments: &impl Serialize, measured: &Measured) -> Value {
         "seconds": measured.elapsed.as_secs_f64(),
         "completed": measured.completed,
         "failed": measured.failed(),
-        "failures": failures,
+        "failures": measured.failures,
+        "resent": measured.resent,
         "short_answers": measured.short,
         "prompt_tokens": measured.prompt_tokens,
         "cached_tokens": measured.cached_tokens,
@@ -166,6 +187,7 @@ mod tests {
         let mut measured = Measured::new("a server".to_owned(), Some(slo));
         let answer = Answer {
             pieces: vec![at(250), at(350), at(450)],
+            ended: at(500),
             text: String::new(),
             prompt_tokens: 7,
             completion_tokens: 3,
@@ -195,6 +217,12 @@ mod tests {
         ] {
             assert!(page.contains(part), "{part:?} is not in\n{page}");
         }
+        let swept = sweep(&[Run {
+            rate: 4.0,
+            seed: 1,
+            measured,
+        }]);
+        assert!(swept.ends_with("at 4/s: 1 × HTTP 429: full"), "{swept}");
         let row = |name: &str| -> Vec<f64> {
             let line = page.lines().find(|line| line.contains(name)).expect(name);
             line.split_whitespace()

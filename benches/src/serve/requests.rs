@@ -33,27 +33,42 @@ const TURNS: u64 = 0x7042_0115;
 impl Requests {
     /// The first request of the `n`th conversation: where there is one turn, the `n`th request.
     pub fn nth(&self, n: u64) -> Ask {
-        let mut lengths = Random::nth(self.prompts.seed ^ LENGTHS, n);
-        let mut prompt_tokens = self.prompt_tokens.draw(&mut lengths);
-        let mut max_tokens = self.max_tokens.draw(&mut lengths);
-        let take = |len: usize| (len > 0).then(|| (n % len as u64) as usize);
-        if let Some(at) = take(self.trace.len()) {
-            prompt_tokens = self.trace[at].prompt_tokens;
-            max_tokens = self.trace[at].max_tokens;
-        }
-        let prompt = match take(self.dataset.len()) {
-            Some(at) => {
-                max_tokens = self.dataset[at].max_tokens.unwrap_or(max_tokens);
-                self.dataset[at].prompt.clone()
+        let (prompt_tokens, max_tokens) = self.lengths(n);
+        let chat = self.turns > 1;
+        match taken(&self.dataset, n) {
+            Some(entry) => {
+                let max_tokens = entry.max_tokens.unwrap_or(max_tokens);
+                self.ask(entry.prompt.clone(), max_tokens, chat)
             }
-            None => self.prompts.nth(n, prompt_tokens),
-        };
-        let prompt = match prompt {
-            Prompt::Text(text) if self.turns > 1 => Prompt::Chat(vec![Message::user(text)]),
-            prompt => prompt,
-        };
+            None => self.ask(self.prompts.nth(n, prompt_tokens), max_tokens, chat),
+        }
+    }
+
+    /// The `n`th request to warm a server up: random words also where there is a dataset, all of which may be measured. Sent as its prompts are.
+    pub fn warmup(&self, n: u64) -> Ask {
+        let (prompt_tokens, max_tokens) = self.lengths(n);
+        let first = self.dataset.first().map(|entry| &entry.prompt);
+        let chat = self.turns > 1 || matches!(first, Some(Prompt::Chat(_)));
+        self.ask(self.prompts.nth(n, prompt_tokens), max_tokens, chat)
+    }
+
+    /// Tokens of the `n`th prompt, and of its answer.
+    fn lengths(&self, n: u64) -> (u32, u32) {
+        let mut lengths = Random::nth(self.prompts.seed ^ LENGTHS, n);
+        let drawn = (
+            self.prompt_tokens.draw(&mut lengths),
+            self.max_tokens.draw(&mut lengths),
+        );
+        taken(&self.trace, n).map_or(drawn, |seen| (seen.prompt_tokens, seen.max_tokens))
+    }
+
+    /// `chat`: a text is what a user says.
+    fn ask(&self, prompt: Prompt, max_tokens: u32, chat: bool) -> Ask {
         Ask {
-            prompt,
+            prompt: match prompt {
+                Prompt::Text(text) if chat => Prompt::Chat(vec![Message::user(text)]),
+                prompt => prompt,
+            },
             max_tokens,
             sampling: self.sampling,
         }
@@ -84,6 +99,12 @@ impl Requests {
             sampling: self.sampling,
         }
     }
+}
+
+/// The `n`th of them, taken in turn; `None`: there are none.
+fn taken<T>(from: &[T], n: u64) -> Option<&T> {
+    let at = n.checked_rem(from.len() as u64)?;
+    from.get(at as usize)
 }
 
 #[cfg(test)]
@@ -179,5 +200,29 @@ mod tests {
         assert_eq!(roles, ["user", "assistant", "user"]);
         assert_eq!(second[1].content, "An answer.");
         assert_ne!(second[2].content, second[0].content);
+    }
+
+    #[test]
+    fn a_server_is_warmed_up_with_nothing_that_is_measured() {
+        let hello = vec![Message::user("Hello there".to_owned())];
+        for prompt in [
+            Prompt::Text("Hello there".to_owned()),
+            Prompt::Chat(hello.clone()),
+        ] {
+            let entry = Entry {
+                prompt: prompt.clone(),
+                max_tokens: None,
+            };
+            let said = Requests {
+                dataset: vec![entry],
+                ..requests()
+            };
+            let warm = said.warmup(3).prompt;
+            assert_ne!(warm, prompt);
+            assert_eq!(
+                matches!(warm, Prompt::Chat(_)),
+                matches!(prompt, Prompt::Chat(_))
+            );
+        }
     }
 }

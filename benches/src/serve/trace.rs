@@ -1,6 +1,6 @@
 //! Traces: when requests came to somebody's server, and how long they were. Only the times and the lengths: nobody publishes the words.
 //!
-//! Two forms are read. CSV with a heading, as the Azure LLM inference traces have it (`TIMESTAMP,ContextTokens,GeneratedTokens`; a timestamp is a date and time, or
+//! Two forms are read. CSV with a heading or without, as the Azure LLM inference traces have it (`TIMESTAMP,ContextTokens,GeneratedTokens`; a timestamp is a date and time, or
 //! seconds), and lines of JSON, as the Mooncake traces have them (`{"timestamp": 27482, "input_length": 6955, "output_length": 52}`, in milliseconds).
 
 use std::path::Path;
@@ -36,7 +36,7 @@ type Raw = (f64, u32, u32);
 /// Reads a trace from a file.
 ///
 /// # Errors
-/// It cannot be read, or a line of it is broken; the message names the line.
+/// It cannot be read, has no request, or a line of it is broken; the message names the line.
 pub fn read(path: &Path) -> anyhow::Result<Vec<Arrival>> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -56,16 +56,21 @@ fn parse(text: &str) -> anyhow::Result<Vec<Arrival>> {
             .map(|(n, line)| Ok((n, json(line).with_context(|| format!("line {n}: {line}"))?)))
             .collect::<anyhow::Result<_>>()?
     } else {
-        // The heading; columns come in the order of the published files.
-        let heading = lines.next().map_or("", |(_, line)| line);
-        ensure!(
-            heading.split(',').count() >= 3,
-            "line 1: {heading}\nexpected TIMESTAMP,ContextTokens,GeneratedTokens, or lines of JSON"
-        );
+        // Columns come in the order of the published files, with a heading or without.
+        if let Some((n, heading)) = lines.next_if(|(_, line)| csv(line).is_err()) {
+            ensure!(
+                heading.split(',').count() >= 3,
+                "line {n}: {heading}\nexpected TIMESTAMP,ContextTokens,GeneratedTokens, or lines of JSON"
+            );
+        }
         lines
             .map(|(n, line)| Ok((n, csv(line).with_context(|| format!("line {n}: {line}"))?)))
             .collect::<anyhow::Result<_>>()?
     };
+    ensure!(
+        !raw.is_empty(),
+        "it has no requests: expected TIMESTAMP,ContextTokens,GeneratedTokens and a line for each, or lines of JSON"
+    );
     let first = raw.first().map_or(0.0, |(_, (seconds, ..))| *seconds);
     let mut last = first;
     raw.into_iter()
@@ -163,6 +168,8 @@ mod tests {
             parse(seconds).unwrap(),
             [arrival(0, 10, 20), arrival(500, 11, 21)]
         );
+        let (_, without_heading) = seconds.split_once('\n').unwrap();
+        assert_eq!(parse(without_heading).unwrap(), parse(seconds).unwrap());
     }
 
     #[test]
@@ -175,7 +182,8 @@ mod tests {
             ("a,b,c\n1,1,9999999\n", "line 2: 9999999 tokens of ans"),
             ("a,b,c\n0,1,1\ninf,1,1\n", "line 3: a time of inf"),
             ("words\n", "line 1: words"),
-            ("", "expected TIMESTAMP"),
+            ("", "it has no requests"),
+            ("a,b,c\n", "it has no requests"),
             (
                 "{\"timestamp\": 1}\n",
                 "line 1: {\"timestamp\": 1}: missing",

@@ -1,0 +1,158 @@
+//! [`Side`]: what was measured of a server under each load, and [`Match`]: which of them are held against each other.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::contender::Who;
+use super::ratio::Pair;
+use super::server::Server;
+use crate::median::median;
+use crate::serve::measure::{Failed, Latency, Measured};
+
+/// One server under one load. Latencies in milliseconds.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Figures {
+    /// Output tokens a second.
+    pub output: f64,
+    /// Requests a second.
+    pub requests: f64,
+    /// TTFT: p50, p99.
+    pub ttft: (f64, f64),
+    /// Between tokens: p50, p99.
+    pub inter_token: (f64, f64),
+    /// Requests not answered.
+    pub failed: u64,
+    /// Those by kind.
+    pub failures: BTreeMap<String, Failed>,
+    /// Seconds from its start until it was ready.
+    pub start: f64,
+    /// Resident bytes after the load.
+    pub memory: u64,
+}
+
+impl Figures {
+    /// `None`: nothing was answered.
+    pub fn of(measured: &Measured, server: &Server) -> Option<Self> {
+        let both = |latency: &Latency| {
+            let summary = latency.summary()?;
+            Some((summary.p50_ms, summary.p99_ms))
+        };
+        Some(Self {
+            output: measured.per_second(measured.completion_tokens),
+            requests: measured.per_second(measured.completed),
+            ttft: both(&measured.ttft)?,
+            inter_token: both(&measured.inter_token)?,
+            failed: measured.failed(),
+            failures: measured.failures.clone(),
+            start: server.start.as_secs_f64(),
+            memory: server.memory(),
+        })
+    }
+}
+
+/// All of a server.
+#[derive(Debug, Clone, Serialize)]
+pub struct Side {
+    /// Whose.
+    pub who: Who,
+    /// Of the closed load, by round.
+    pub closed: Vec<Figures>,
+    /// Of the open load.
+    pub open: Option<Figures>,
+    /// Of a peer under an open load it can bear, and ours under the same.
+    pub paced: Option<[Figures; 2]>,
+}
+
+impl Side {
+    /// Nothing yet.
+    pub fn new(who: Who) -> Self {
+        Self {
+            who,
+            closed: Vec::new(),
+            open: None,
+            paced: None,
+        }
+    }
+
+    /// The median of a figure over the rounds of the closed load; `None`: there were none.
+    pub fn median(&self, of: impl Fn(&Figures) -> f64) -> Option<f64> {
+        let values: Vec<f64> = self.closed.iter().map(of).collect();
+        median(&values)
+    }
+
+    /// Requests of the closed load that were not answered.
+    pub fn failed(&self) -> u64 {
+        self.closed.iter().map(|figures| figures.failed).sum()
+    }
+}
+
+/// All loads a server was under, by name. Ours was under those of each peer's pace, too, which stand beside the peer's.
+pub fn loads(sides: &[Side], who: Who) -> Vec<(String, &Figures)> {
+    let mut loads = Vec::new();
+    for side in sides {
+        if side.who == who {
+            let rounds = (1..).zip(&side.closed);
+            loads.extend(rounds.map(|(n, figures)| (format!("round {n}"), figures)));
+            loads.extend(side.open.iter().map(|open| ("open load".to_owned(), open)));
+        }
+        if let Some([theirs, ours]) = &side.paced {
+            let name = format!("open load that {} can bear", side.who.name());
+            if side.who == who {
+                loads.push((name, theirs));
+            } else if who == Who::Quire {
+                loads.push((name, ours));
+            }
+        }
+    }
+    loads
+}
+
+/// Ours and a peer, each as it was measured.
+#[derive(Debug, Clone, Copy)]
+pub struct Match<'a> {
+    /// Ours.
+    pub ours: &'a Side,
+    /// The peer.
+    pub theirs: &'a Side,
+}
+
+impl Match<'_> {
+    /// The peer's name, and whose checkpoint both read if that was not the file given.
+    pub fn name(&self) -> String {
+        let same = match self.ours.who {
+            Who::QuireSame => " (same checkpoint)",
+            _ => "",
+        };
+        format!("{}{same}", self.theirs.who.name())
+    }
+
+    /// Output tokens a second of both. The bar is the one for the file that ours is best with.
+    pub fn output(&self) -> Pair {
+        let output = |side: &Side| side.closed.iter().map(|f| f.output).collect();
+        Pair {
+            ours: output(self.ours),
+            theirs: output(self.theirs),
+            bar: match self.ours.who {
+                Who::QuireSame => None,
+                _ => self.theirs.who.bar(),
+            },
+        }
+    }
+}
+
+/// Ours beside each peer, and with vLLM's checkpoint beside vLLM.
+pub fn matches(sides: &[Side]) -> Vec<Match<'_>> {
+    let of = |who: Who| sides.iter().find(move |side| side.who == who);
+    let mut matches = Vec::new();
+    for (ours, theirs) in [
+        (Who::Quire, Who::LlamaServer),
+        (Who::Quire, Who::Vllm),
+        (Who::QuireSame, Who::Vllm),
+    ] {
+        if let (Some(ours), Some(theirs)) = (of(ours), of(theirs)) {
+            matches.push(Match { ours, theirs });
+        }
+    }
+    matches
+}
