@@ -9,24 +9,15 @@ use std::process::Command;
 pub fn ends_with_us(command: &mut Command) -> &mut Command {
     #[cfg(target_os = "linux")]
     {
-        use std::ffi::{c_int, c_ulong};
         use std::io::{Error, ErrorKind};
         use std::os::unix::process::{CommandExt, parent_id};
 
-        /// `<linux/prctl.h>` and `<signal.h>`.
-        const PR_SET_PDEATHSIG: c_int = 1;
-        const SIGTERM: c_ulong = 15;
-
-        unsafe extern "C" {
-            /// prctl(2). Of the C library that the standard library uses; no other call of it is needed here.
-            fn prctl(option: c_int, ...) -> c_int;
-        }
-
+        let signal = libc::c_ulong::from(libc::SIGTERM.unsigned_abs());
         let parent = std::process::id();
         // SAFETY: what runs between fork and exec makes two system calls, allocates nothing and takes no lock.
         unsafe {
             command.pre_exec(move || {
-                if prctl(PR_SET_PDEATHSIG, SIGTERM) != 0 {
+                if libc::prctl(libc::PR_SET_PDEATHSIG, signal) != 0 {
                     return Err(Error::last_os_error());
                 }
                 // Ended before it could be asked for.
