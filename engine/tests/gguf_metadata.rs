@@ -151,21 +151,27 @@ fn a_factor_without_a_rule_divides_positions() {
 
 #[test]
 fn the_divisors_of_longrope_are_tensors() {
-    let long_rope = |tensors: &[&str]| {
+    let long_rope = |original: u32, tensors: &[&str]| {
         open("phi3", |file| {
             file.number("phi3.block_count", 1)
                 .text("phi3.rope.scaling.type", "longrope")
-                .number("phi3.rope.scaling.original_context_length", 4096);
+                .number("phi3.rope.scaling.original_context_length", original);
             for tensor in tensors {
                 vector(file, tensor, &[8]);
             }
         })
     };
     let (long, short) = ("rope_factors_long.weight", "rope_factors_short.weight");
-    let config = long_rope(&[long, short]).unwrap().config;
+    let config = long_rope(4096, &[long, short]).unwrap().config;
     assert_eq!(config.rope_switch(), Some(4096));
+    // Its logarithm is divided by.
+    let error = long_rope(1, &[long, short]).unwrap_err().to_string();
+    assert!(
+        error.contains("`phi3.rope.scaling.original_context_length` is 1"),
+        "{error}"
+    );
     for (there, missing) in [(long, short), (short, long)] {
-        let error = long_rope(&[there]).unwrap_err().to_string();
+        let error = long_rope(4096, &[there]).unwrap_err().to_string();
         assert!(
             error.contains(&format!("`{missing}` is missing")),
             "{error}"

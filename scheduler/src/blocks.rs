@@ -5,6 +5,11 @@ use crate::pool::{Pool, Worth};
 use crate::prefix_cache::{Link, PrefixCache};
 use crate::{BlockId, Config, TokenId};
 
+/// Memory the scheduler takes for each block of the KV cache, at most: of a model whose blocks are small it is more than they are.
+pub fn bytes_per_block(block_size: u32, groups: &[PageGroup]) -> usize {
+    Pool::<BlockId>::BYTES + PrefixCache::bytes_per_block(block_size, groups)
+}
+
 /// The blocks of the KV cache: who holds them, and which can be found.
 #[derive(Debug)]
 pub(crate) struct Blocks {

@@ -27,6 +27,7 @@ mod sequence;
 mod step;
 
 pub use batch::{Batch, BlockCopy, Sampled, Scheduled};
+pub use blocks::bytes_per_block;
 pub use config::{AddError, Config, ConfigError, Pace, Policy};
 pub use events::KvEvent;
 pub use groups::{PageGroup, blocks_needed};

@@ -32,6 +32,9 @@ pub(crate) struct NodeIndex<T> {
 }
 
 impl<T: Clone> NodeIndex<T> {
+    /// Memory for each node, at most: its entry, and two buckets.
+    pub const BYTES: usize = size_of::<Entry<T>>() + 2 * size_of::<u32>();
+
     /// An empty index of nodes `0..nodes`.
     pub fn new(nodes: u32) -> Self {
         let bits = (u64::from(nodes) + 1).next_power_of_two().ilog2().max(1);

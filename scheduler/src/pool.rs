@@ -47,6 +47,9 @@ pub(crate) struct Pool<Id> {
 }
 
 impl<Id: Numbered> Pool<Id> {
+    /// Memory for each.
+    pub const BYTES: usize = size_of::<Entry>();
+
     pub fn new(len: u32) -> Self {
         let entry = Entry {
             references: 0,

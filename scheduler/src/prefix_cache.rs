@@ -135,6 +135,19 @@ impl PrefixCache {
         }
     }
 
+    /// Memory for each block of a cache, at most.
+    pub fn bytes_per_block(block_size: u32, groups: &[PageGroup]) -> usize {
+        let (nodes, of_its_own) = if groups.iter().any(|group| group.is_full()) {
+            (1, 0)
+        } else {
+            (OUTLIVING as usize, Pool::<NodeId>::BYTES)
+        };
+        let tokens = block_size as usize * size_of::<TokenId>();
+        let blocks = groups.len() * size_of::<BlockId>();
+        let node = NodeIndex::<Node>::BYTES + of_its_own + blocks + tokens + size_of::<u64>();
+        nodes * node + size_of::<NodeId>()
+    }
+
     /// From now on changes are recorded.
     pub fn record_events(&mut self) {
         self.events.get_or_insert_default();

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use quire_scheduler::{
     Config, NewSequence, PageGroup, Policy, Sampled, Scheduler, Time, TokenId, blocks_needed,
+    bytes_per_block,
 };
 
 /// The system's allocator, counting what threads allocate that have said so: the test harness has threads of its own.
@@ -16,12 +17,14 @@ thread_local! {
 }
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+static BYTES: AtomicUsize = AtomicUsize::new(0);
 
 // SAFETY: every call is passed on to `System` unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if COUNTED.get() {
             ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+            BYTES.fetch_add(layout.size(), Ordering::Relaxed);
         }
         // SAFETY: the caller's promise.
         unsafe { System.alloc(layout) }
@@ -52,8 +55,40 @@ fn steps_of_running_sequences_allocate_nothing() {
         vec![PageGroup::FULL, window(40), window(200)],
         vec![window(40)],
     ] {
+        takes_what_it_says(groups.clone());
         run(groups);
     }
+}
+
+fn config(groups: Vec<PageGroup>, num_blocks: u32, max_model_len: u32) -> Config {
+    Config {
+        block_size: 16,
+        num_blocks,
+        groups,
+        max_batch_tokens: 4096,
+        max_chunk_tokens: 4096,
+        max_prompt_logits: 32,
+        max_seqs: SEQUENCES + 1,
+        max_model_len,
+        recompute_beyond: None,
+        max_waiting: SEQUENCES + 1,
+        prefix_cache: true,
+        policy: Policy::Priority,
+        priority_aging: 1000,
+        kv_events: false,
+    }
+}
+
+/// What a block costs beside its keys and values is what caches are sized by.
+fn takes_what_it_says(groups: Vec<PageGroup>) {
+    const BLOCKS: u32 = 100_000;
+    let said = bytes_per_block(16, &groups) * BLOCKS as usize;
+    let before = BYTES.load(Ordering::Relaxed);
+    let scheduler = Scheduler::new(config(groups, BLOCKS, 1000)).expect("a valid configuration");
+    let took = BYTES.load(Ordering::Relaxed) - before;
+    assert!(took <= said + (64 << 10), "{took} of {said} bytes");
+    assert!(took >= said / 10 * 8, "{took} of {said} bytes");
+    drop(scheduler);
 }
 
 fn run(groups: Vec<PageGroup>) {
@@ -63,22 +98,7 @@ fn run(groups: Vec<PageGroup>) {
     let longest = (0..1 << 16)
         .rfind(|&tokens| blocks_needed(&groups, 16, 4096, tokens, 1) <= u64::from(num_blocks))
         .expect("there is room for a short one");
-    let config = Config {
-        block_size: 16,
-        num_blocks,
-        groups,
-        max_batch_tokens: 4096,
-        max_chunk_tokens: 4096,
-        max_prompt_logits: 32,
-        max_seqs: SEQUENCES + 1,
-        max_model_len: longest,
-        recompute_beyond: None,
-        max_waiting: SEQUENCES + 1,
-        prefix_cache: true,
-        policy: Policy::Priority,
-        priority_aging: 1000,
-        kv_events: false,
-    };
+    let config = config(groups, num_blocks, longest);
     let mut scheduler = Scheduler::new(config).expect("a valid configuration");
     let lengths = [(PROMPT, GENERATED); SEQUENCES as usize];
     let lengths = lengths.into_iter().chain([(longest - 1, 1)]);

@@ -131,7 +131,7 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     // The weights are packed; their mapping need not stay.
     drop(checkpoint);
 
-    runtime.block_on(async {
+    let served = runtime.block_on(async {
         // The model is there: from now on a signal begins a drain. Whoever is told so listens as long as this process lives.
         let _ = ready.send(());
         let mut signals = signals.await.context("the task of the signals panicked")?;
@@ -157,7 +157,10 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
             .await?;
         tracing::info!("everything accepted is finished; goodbye");
         Ok(ExitCode::SUCCESS)
-    })
+    });
+    // Dropping it would wait for threads that may block: work nobody waits for any more must not keep a drained server.
+    runtime.shutdown_background();
+    served
 }
 
 /// The signals that ask a server to end.

@@ -1,7 +1,7 @@
 //! How large the KV cache is: from what was asked for, or from the memory that is left.
 
 use quire_kernels::DeviceMemory;
-use quire_scheduler::{PageGroup, blocks_needed};
+use quire_scheduler::{PageGroup, blocks_needed, bytes_per_block};
 use sysinfo::System;
 
 use super::config::{EngineConfig, StartError};
@@ -161,7 +161,11 @@ pub(super) fn sizes(
         });
     }
     let bytes = config.kv_cache_memory.unwrap_or(room.spare);
-    let fitting = bytes / block_bytes as u64;
+    let fitting = match config.kv_cache_memory {
+        Some(asked) => asked / block_bytes as u64,
+        // What the scheduler knows of a block can be more than the block itself.
+        None => bytes / (block_bytes + bytes_per_block(config.block_size, groups)) as u64,
+    };
     // By the rule the scheduler refuses requests by.
     let needed = |tokens| {
         let chunk = config.max_batch_tokens;
@@ -229,7 +233,8 @@ mod tests {
 
     #[test]
     fn by_default_the_cache_takes_what_is_to_spare() {
-        let sizes = sizes(&config(None, None), FULL, 2048, 1000, room(100_000)).unwrap();
+        let each = 1000 + bytes_per_block(16, FULL) as u64;
+        let sizes = sizes(&config(None, None), FULL, 2048, 1000, room(100 * each)).unwrap();
         assert_eq!(sizes.blocks, 100);
         assert_eq!(
             sizes.max_model_len, 1600,
@@ -288,10 +293,12 @@ mod tests {
         let all = sizes(&config, &groups, 1 << 16, 1000, room(1 << 40)).unwrap();
         assert_eq!(all.max_model_len, 1 << 16);
         assert_eq!(all.blocks, 4096 + 16 + 32 + 1);
-        let half = sizes(&config, &groups, 1 << 16, 1000, room(2_097_000)).unwrap();
+        let each = 1000 + bytes_per_block(16, &groups) as u64;
+        let half = sizes(&config, &groups, 1 << 16, 1000, room(2097 * each)).unwrap();
         assert_eq!(half.blocks, 2097);
         assert_eq!(half.max_model_len, (2097 - 49) * 16);
-        let windowed = sizes(&config, &[window], 1 << 16, 1000, room(50_000)).unwrap();
+        let each = 1000 + bytes_per_block(16, &[window]) as u64;
+        let windowed = sizes(&config, &[window], 1 << 16, 1000, room(50 * each)).unwrap();
         assert_eq!(windowed.max_model_len, 1 << 16, "it runs in a fixed space");
     }
 

@@ -5,11 +5,14 @@
 
 mod bytes;
 mod detokenizer;
+mod limits;
 mod template;
 mod vocabulary;
 
+use std::cell::Cell;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::{Arc, Once};
 
 use quire_scheduler::TokenId;
 
@@ -74,6 +77,7 @@ impl Tokenizer {
         // Read as plain JSON first: what is not even that, the library would take for a broken promise.
         let file: serde_json::Value = serde_json::from_slice(json)
             .map_err(|error| TokenizerError::Invalid(error.to_string()))?;
+        limits::check(&file)?;
         let mut inner =
             caught(|| tokenizers::Tokenizer::from_bytes(json)).map_err(TokenizerError::Invalid)?;
         // Truncation or padding left over from training would silently change prompts.
@@ -83,6 +87,11 @@ impl Tokenizer {
         inner.with_padding(None);
         let spelling = Spelling::of(&file["decoder"])
             .ok_or_else(|| TokenizerError::Decoder(file["decoder"]["type"].to_string()))?;
+        // What the library does not bear shows with the first text: now, and not when a client sends it. (It may have no token for it.)
+        for probe in ["", "a", " a b"] {
+            let encoded = without_panic(|| inner.encode_fast(probe, true).map(drop));
+            encoded.map(drop).map_err(TokenizerError::Invalid)?;
+        }
         let bytes = TokenBytes::new(&inner, spelling);
         Ok(Self { inner, bytes })
     }
@@ -99,6 +108,9 @@ impl Tokenizer {
         let new: Vec<(u32, AddedToken)> = tokens.into_iter().filter(is_new).collect();
         if new.is_empty() {
             return Ok(());
+        }
+        for (_, token) in &new {
+            limits::check_added(&token.content)?;
         }
         let tokens: Vec<AddedToken> = new.iter().map(|(_, token)| token.clone()).collect();
         caught(|| self.inner.add_tokens(tokens)).map_err(TokenizerError::Invalid)?;
@@ -204,8 +216,32 @@ impl Tokenizer {
 /// It has `expect`s that a file can reach — a precompiled normaliser that does not parse, a replacement that is no expression — and a file
 /// comes from outside: what would end the process is an error here.
 fn caught<T>(make: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
-    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(make)) {
-        Ok(made) => made.map_err(|error| error.to_string()),
-        Err(_) => Err("the tokenizers library cannot cope with it".to_owned()),
+    without_panic(make)?.map_err(|error| error.to_string())
+}
+
+/// What `make` returns, or what it panicked with, of which nothing is printed.
+fn without_panic<T>(make: impl FnOnce() -> T) -> Result<T, String> {
+    static HOOK: Once = Once::new();
+    thread_local! {
+        static QUIET: Cell<bool> = const { Cell::new(false) };
     }
+    HOOK.call_once(|| {
+        let before = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !QUIET.get() {
+                before(info);
+            }
+        }));
+    });
+    QUIET.set(true);
+    let made = panic::catch_unwind(AssertUnwindSafe(make));
+    QUIET.set(false);
+    made.map_err(|with| {
+        let said = with.downcast_ref::<String>().map(String::as_str);
+        let said = said.or(with.downcast_ref::<&str>().copied());
+        format!(
+            "the tokenizers library cannot cope with it ({})",
+            said.unwrap_or("it panicked")
+        )
+    })
 }

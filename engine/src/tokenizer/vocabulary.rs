@@ -12,8 +12,8 @@ use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, PostProcessorWrapper, SplitDelimiterBehavior};
 
-use super::TokenizerError;
 use super::bytes::Spelling;
+use super::{TokenizerError, limits};
 
 /// Longer pieces are not taken apart: no SentencePiece vocabulary has them, and looking would take the square of their length.
 const LONGEST_PIECE: usize = 512;
@@ -329,6 +329,10 @@ impl Vocabulary {
                 ..AddedToken::default()
             })
         });
+        let added: Vec<AddedToken> = added.collect();
+        for token in &added {
+            limits::check_added(&token.content)?;
+        }
         tokenizer.add_tokens(added).map_err(invalid)?;
         if self.bos.is_some() || self.eos.is_some() {
             tokenizer.with_post_processor(Some(self.frame()?));

@@ -151,6 +151,11 @@ impl Gguf {
         config.norm_offset = 0.0;
         let attention_factor = self.rope_number("scaling.attn_factor");
         let original = self.rope_number("scaling.original_context_length");
+        let original_key = format!(
+            "{}.rope.scaling.original_context_length",
+            self.architecture()
+        );
+        let file = self.file().to_owned();
         let scaling = self.string(&format!("{}.rope.scaling.type", self.architecture()))?;
         let long_rope = scaling == Some("longrope");
         let name = model_name(self.file());
@@ -167,6 +172,14 @@ impl Gguf {
         let short = factors("rope_factors_short.weight")?;
         if let (Some(long), Some(short)) = (long, short) {
             let original = original.unwrap_or(config.max_position as f64);
+            if original.fract() != 0.0 || original < 2.0 {
+                return Err(CheckpointError::Field {
+                    file: file.into(),
+                    field: original_key,
+                    value: original.to_string(),
+                    expected: "a whole number of tokens, at least 2".to_owned(),
+                });
+            }
             config.ropes[0].scaling = RopeScaling::LongRope {
                 short,
                 long,
