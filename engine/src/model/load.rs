@@ -449,8 +449,8 @@ fn widen(name: &str, view: &TensorView<'_>, out: &mut Vec<f32>) -> Result<(), Lo
         return Err(LoadError::Device {
             what: name.to_owned(),
             reason: quire_kernels::Error::Shape(format!(
-                "a vector of parameters is stored as {:?}, expected f32, f16 or bf16",
-                view.format
+                "a vector of parameters is stored as {}, expected f32, f16 or bf16",
+                view.format.name()
             )),
         });
     }
