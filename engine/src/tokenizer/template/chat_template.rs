@@ -12,6 +12,8 @@ use super::{budget, dialect, python};
 /// that one rendering makes. With the templates we know 8 MiB of content take a fifth of it and 16,384 messages half; two that look through
 /// all messages at each take it all for some more than a thousand.
 const FUEL: u64 = 4_000_000;
+/// Characters of an error's message: a template can make it as long as any text.
+const LONGEST_MESSAGE: usize = 1000;
 const NAME: &str = "chat template";
 
 /// Tells templates the time: given a format, the formatted local time.
@@ -148,10 +150,14 @@ impl ChatTemplate {
 
 /// The message, without the engine's dump of variables.
 fn describe(error: &Error) -> String {
-    let text = match error.detail() {
+    let mut text = match error.detail() {
         Some(detail) => detail.to_owned(),
         None => error.kind().to_string(),
     };
+    if let Some((end, _)) = text.char_indices().nth(LONGEST_MESSAGE) {
+        text.truncate(end);
+        text.push('…');
+    }
     match error.line() {
         Some(line) => format!("{text} (line {line} of the template)"),
         None => text,
@@ -396,6 +402,85 @@ mod tests {
             let error = ChatTemplate::new(&source, &serde_json::Map::new()).unwrap_err();
             assert!(matches!(error, TemplateError::Compile(_)), "{error}");
         }
+    }
+
+    #[test]
+    fn what_is_kept_does_not_remember_what_it_was_made_of() {
+        for (start, next, length) in [
+            ("range(3)", "ns.x[0:]", "3"),
+            ("[1, 2, 3]", "ns.x * 1", "3"),
+            ("[1, 2, 3]", "ns.x | reverse", "3"),
+            ("[[1, 2, 3]]", "[ns.x[0][0:]]", "1"),
+            ("{'a': [1, 2, 3]}", "{'a': ns.x.a[0:]}", "1"),
+        ] {
+            let source = format!(
+                "{{% set ns = namespace(x={start}) %}}{{% for i in range(9999) %}}\
+                 {{% set ns.x = {next} %}}{{% endfor %}}{{{{ ns.x | length }}}}"
+            );
+            let got = template(&source).render(&conversation());
+            assert_eq!(got.expect("it renders"), length, "{source}");
+        }
+        let source = "{% set x = ((1, [2][0:]), {'a': range(5)[1:3]}) %}\
+                      {{ x[0][1][0] }}{{ x[1].a[-1] }}{{ x[1].a is sequence }}{{ x[0] }}";
+        let got = template(source).render(&conversation());
+        assert_eq!(got.expect("it renders"), "22True(1, [2])");
+    }
+
+    #[test]
+    fn comparisons_end() {
+        let endless = |inside: &str| format!("[[[[{inside}] * 9999] * 9999] * 9999]");
+        let (x, y) = (endless("1"), endless("1"));
+        let grow = |compare: &str| {
+            format!(
+                "{{% macro f(x, y, n) %}}{{% if n %}}{{{{ f([x, x], [y, y], n - 1) }}}}\
+                 {{% else %}}{{{{ {compare} }}}}{{% endif %}}{{% endmacro %}}{{{{ f([1], [1], 45) }}}}"
+            )
+        };
+        for source in [
+            format!("{{{{ {x} == {y} }}}}"),
+            format!("{{{{ 1 < 2 == ({x} != {y}) }}}}"),
+            format!("{{% for i in [1] if {x} <= {y} %}}{{% endfor %}}"),
+            format!("{{{{ {x} in [{y}] }}}}"),
+            format!("{{{{ {x} not in [{y}] }}}}"),
+            format!("{{{{ {x} in 'x' }}}}"),
+            format!("{{% set x = {{{x}: 1}} %}}x"),
+            format!("{{% set x = {{({x},): 1}} %}}x"),
+            format!("{{{{ {{'a': 1, 'b': 2}}[{x}] }}}}"),
+            format!("{{{{ {{'a': 1, 'b': 2}}.get({x}) }}}}"),
+            format!("{{{{ {{'a': 1, 'b': 2}} | attr({x}) }}}}"),
+            format!("{{{{ [{x}].index({y}) }}}}"),
+            format!("{{{{ [{x}].count({y}) }}}}"),
+            format!("{{{{ [{x}] | select('eq', {y}) | list | length }}}}"),
+            format!("{{{{ {x} is eq({y}) }}}}"),
+            format!("{{{{ {x} is in([{y}]) }}}}"),
+            format!("{{{{ [{x}, {y}] | sort | length }}}}"),
+            format!("{{{{ [{x}, {y}] | unique | length }}}}"),
+            format!("{{{{ [{x}, {y}] | min | length }}}}"),
+            format!("{{{{ [[{x}, {y}]] | map('max') | list | length }}}}"),
+            format!("{{{{ [{{'a': {x}}}, {{'a': {y}}}] | groupby('a') | length }}}}"),
+            format!("{{{{ {{'a': {x}, 'b': {y}}} | dictsort(by='value') | length }}}}"),
+            format!("{{% for i in [{x}, {y}] %}}{{{{ loop.changed(i) }}}}{{% endfor %}}"),
+            grow("x == y"),
+            grow("x in [y]"),
+            grow("x is ge y"),
+            "{% set x = 'x' * 50000000 %}{% set y = 'x' * 50000000 %}\
+             {% for i in range(99999) %}{{ x == y }}{{ x is eq y }}{% endfor %}"
+                .to_owned(),
+            format!("{{{{ ({}) | tojson }}}}", &x[1..x.len() - 1]),
+        ] {
+            let error = template(&source).render(&conversation()).unwrap_err();
+            assert!(matches!(error, TemplateError::Render(_)), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_error_is_a_short_text() {
+        let error = template("{{ raise_exception('ü' * 1000000) }}")
+            .render(&conversation())
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("üü…"), "{error}");
+        assert!(error.chars().count() < 1200, "{error}");
     }
 
     #[test]

@@ -53,6 +53,7 @@ impl Writer<'_> {
         if depth > DEEPEST {
             return Err(not_json("a value that is nested too deep"));
         }
+        self.state.consume_fuel(1)?;
         match value.kind() {
             ValueKind::None => self.push("null")?,
             ValueKind::Bool => self.push(if value.is_true() { "true" } else { "false" })?,

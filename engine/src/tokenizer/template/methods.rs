@@ -20,6 +20,15 @@ pub(super) fn call(
     name: &str,
     args: &[Value],
 ) -> Result<Value, Error> {
+    if value.kind() != ValueKind::String {
+        // What is looked for: as a key, or among the items.
+        if let Some(wanted) = args.first() {
+            budget::comparison(state, wanted)?;
+        }
+        if let "index" | "count" = name {
+            budget::comparison(state, value)?;
+        }
+    }
     let known = match value.kind() {
         ValueKind::String => string_method(state, value.as_str().unwrap_or_default(), name, args)?,
         ValueKind::Seq => sequence_method(value, name, args)?,

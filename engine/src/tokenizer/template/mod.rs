@@ -5,7 +5,7 @@
 //! not suffice, [`json`] is `json.dumps`.
 //!
 //! **Invariant:** a template comes from outside. Whatever it does ends, in a text or an error, within bounded memory ([`budget`]) and stack, and within as much
-//! time as minijinja charges for: it does not for what is inside of lists that are compared.
+//! time as is charged for, by minijinja or here: not for what a slice skips, nor for slices of slices that no variable keeps.
 
 mod budget;
 mod chat_template;
