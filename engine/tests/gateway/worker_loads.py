@@ -30,10 +30,11 @@ def under_load_all_say_what_runs_and_waits(start) -> None:
     # One thread and many sequences: nothing of it ends while it is looked at.
     server = start("--max-seqs", str(RUNNING), "--threads", "1")
     client = VllmClient(server)
-    prompt = list(range(50))
+    # Each another one: those that compute the same share blocks as soon as they are full, and what is used shrinks.
+    prompts = [list(range(n, n + 50)) for n in range(RUNNING + WAITING)]
     streams = [
         client.stub.Generate(client.request(prompt, stream=True, max_tokens=1900, ignore_eos=True), timeout=60)
-        for _ in range(RUNNING + WAITING)
+        for prompt in prompts
     ]
     readers = [threading.Thread(target=_drain, args=(stream,), daemon=True) for stream in streams]
     for reader in readers:
@@ -54,9 +55,9 @@ def under_load_all_say_what_runs_and_waits(start) -> None:
         low, high = (m.value("vllm:kv_cache_usage_perc") for m in (before, after))
         for usage in (load.token_usage, record.token_usage):
             expect.that(low <= usage <= high, f"usage {usage} between {low} and {high}")
-        expect.equal(load.num_waiting_uncached_tokens, WAITING * len(prompt))
-        expect.equal(record.waiting_uncached_tokens, WAITING * len(prompt))
-        expect.equal(record.prefill_pending_tokens, WAITING * len(prompt), "those that run have tokens")
+        expect.equal(load.num_waiting_uncached_tokens, WAITING * len(prompts[0]))
+        expect.equal(record.waiting_uncached_tokens, WAITING * len(prompts[0]))
+        expect.equal(record.prefill_pending_tokens, WAITING * len(prompts[0]), "those that run have tokens")
         expect.that(record.HasField("engine_silence_ms") and record.engine_silence_ms < 2000, f"silent for {record.engine_silence_ms} ms")
     expect.within(3, lambda: client.load().gen_throughput > 0, "tokens are made")
     for stream in streams:
