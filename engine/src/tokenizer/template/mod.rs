@@ -5,11 +5,12 @@
 //! not suffice, [`json`] is `json.dumps`.
 //!
 //! **Invariant:** a template comes from outside. Whatever it does ends, in a text or an error, within bounded memory ([`budget`]) and stack, and within as much
-//! time as is charged for, by minijinja or here: not for what a slice skips, nor for slices of slices that no variable keeps.
+//! time as is charged for, by minijinja or by [`guards`]: not for what a slice skips, nor for slices of slices that no variable keeps.
 
 mod budget;
 mod chat_template;
 mod dialect;
+mod guards;
 mod json;
 mod methods;
 mod python;
