@@ -16,48 +16,48 @@ use super::{Ahead, LINE, Share, panels_at, store};
 /// Panels multiplied at once when there is a single activation row: enough independent chains to hide an addition's latency.
 pub(super) const SINGLE_PANELS: usize = 4;
 
-/// Multiplies a panel, or two (`$several`), with the rows from `$row` to `$end`: tiles of `$rows` rows come first, what is left over is computed in the
+/// Multiplies a panel, or two (`$several`), with the rows from `$row` to `$end`: tiles of [`Simd::FLOAT_ROWS`] rows come first, what is left over is computed in the
 /// smallest tile that holds it, and rows that are not there are not stored. `$body::<$format, S, P, T>(share, panel, row)` computes `P` panels times
 /// `T` rows.
 macro_rules! rows_of {
-    ($share:ident, $body:ident, $format:ty, $panels:expr, $rows:expr, $several:ident, $panel:ident, $row:expr, $end:ident) => {{
+    ($share:ident, $body:ident, $format:ty, $several:ident, $panel:ident, $row:expr, $end:ident) => {{
         let mut row = $row;
         while row < $end {
             // Conditions of constants rule out what is not to be compiled.
-            match (($end - row).min($rows), $several) {
-                (1, true) if const { $panels > 1 } => {
+            match (($end - row).min(S::FLOAT_ROWS), $several) {
+                (1, true) if const { S::FLOAT_PANELS > 1 } => {
                     $body::<$format, S, 2, 1>($share, $panel, row);
                 }
                 (1, false) => $body::<$format, S, 1, 1>($share, $panel, row),
-                (2, true) if const { $panels > 1 } => {
+                (2, true) if const { S::FLOAT_PANELS > 1 } => {
                     $body::<$format, S, 2, 2>($share, $panel, row);
                 }
                 (2, false) => $body::<$format, S, 1, 2>($share, $panel, row),
-                (3 | 4, true) if const { $panels > 1 } => {
+                (3 | 4, true) if const { S::FLOAT_PANELS > 1 } => {
                     $body::<$format, S, 2, 4>($share, $panel, row);
                 }
                 (3 | 4, false) => $body::<$format, S, 1, 4>($share, $panel, row),
-                (5 | 6, true) if const { $panels > 1 && $rows >= 6 } => {
+                (5 | 6, true) if const { S::FLOAT_PANELS > 1 && S::FLOAT_ROWS >= 6 } => {
                     $body::<$format, S, 2, 6>($share, $panel, row);
                 }
-                (5 | 6, false) if const { $rows >= 6 } => {
+                (5 | 6, false) if const { S::FLOAT_ROWS >= 6 } => {
                     $body::<$format, S, 1, 6>($share, $panel, row);
                 }
-                (7 | 8, true) if const { $panels > 1 && $rows >= 8 } => {
+                (7 | 8, true) if const { S::FLOAT_PANELS > 1 && S::FLOAT_ROWS >= 8 } => {
                     $body::<$format, S, 2, 8>($share, $panel, row);
                 }
-                (7 | 8, false) if const { $rows >= 8 } => {
+                (7 | 8, false) if const { S::FLOAT_ROWS >= 8 } => {
                     $body::<$format, S, 1, 8>($share, $panel, row);
                 }
-                (_, true) if const { $panels > 1 && $rows >= 12 } => {
+                (_, true) if const { S::FLOAT_PANELS > 1 && S::FLOAT_ROWS >= 12 } => {
                     $body::<$format, S, 2, 12>($share, $panel, row);
                 }
-                (_, false) if const { $rows >= 12 } => {
+                (_, false) if const { S::FLOAT_ROWS >= 12 } => {
                     $body::<$format, S, 1, 12>($share, $panel, row);
                 }
                 _ => unreachable!("tiles have 4, 6, 8 or 12 rows"),
             }
-            row += $rows;
+            row += S::FLOAT_ROWS;
         }
     }};
 }
@@ -66,7 +66,7 @@ pub(super) use rows_of;
 
 /// Walks a share: a single row several panels at a time, others in the tiles of [`rows_of`].
 macro_rules! walk {
-    ($share:ident, $body:ident, $format:ident, $bytes:expr, $panels:expr, $rows:expr) => {{
+    ($share:ident, $body:ident, $format:ident, $bytes:expr) => {{
         use $crate::cpu::linear::floats;
         let rows = $share.linear.rows;
         if rows == 1 {
@@ -87,10 +87,8 @@ macro_rules! walk {
             let end = (begin + cached).min(rows);
             let mut panel = $share.first;
             while panel < $share.last {
-                let several = $panels > 1 && panel + 2 <= $share.last;
-                floats::rows_of!(
-                    $share, $body, $format, $panels, $rows, several, panel, begin, end
-                );
+                let several = S::FLOAT_PANELS > 1 && panel + 2 <= $share.last;
+                floats::rows_of!($share, $body, $format, several, panel, begin, end);
                 panel += 1 + usize::from(several);
             }
             begin = end;
@@ -201,17 +199,7 @@ unsafe fn several_tiles<F: FloatFormat, S: Simd>(share: &Share<'_>) {
                 let several = S::FLOAT_PANELS > 1 && panel + 2 <= share.last;
                 if end - begin <= S::FLOAT_ROWS {
                     // What is left of many rows.
-                    rows_of!(
-                        share,
-                        float_tile,
-                        F,
-                        S::FLOAT_PANELS,
-                        S::FLOAT_ROWS,
-                        several,
-                        panel,
-                        begin,
-                        end
-                    );
+                    rows_of!(share, float_tile, F, several, panel, begin, end);
                 } else {
                     if const { S::FLOAT_PANELS > 1 } && several {
                         first_tile::<F, S, 2>(share, panel, begin);
@@ -219,17 +207,7 @@ unsafe fn several_tiles<F: FloatFormat, S: Simd>(share: &Share<'_>) {
                         first_tile::<F, S, 1>(share, panel, begin);
                     }
                     let begin = begin + S::FLOAT_ROWS;
-                    rows_of!(
-                        share,
-                        float_tile,
-                        Kept,
-                        S::FLOAT_PANELS,
-                        S::FLOAT_ROWS,
-                        several,
-                        panel,
-                        begin,
-                        end
-                    );
+                    rows_of!(share, float_tile, Kept, several, panel, begin, end);
                 }
                 panel += 1 + usize::from(several);
             }
@@ -373,7 +351,7 @@ macro_rules! kernels {
                     if $widens && share.linear.rows > S::FLOAT_ROWS {
                         return several_tiles::<$format, S>(share);
                     }
-                    walk!(share, float_tile, $format, bytes, S::FLOAT_PANELS, S::FLOAT_ROWS);
+                    walk!(share, float_tile, $format, bytes);
                 }
             }
             dispatch!(isa, panels(share: &Share<'_>));

@@ -158,7 +158,7 @@ pub(super) fn bf16(share: &Share<'_>, isa: Isa) {
         let bytes = padded(share.linear.matrix.cols) * 2 * M::PRODUCTS;
         // SAFETY: panels hold pairs; the rest is the caller's promise.
         unsafe {
-            walk!(share, pair_tile, M, bytes, S::FLOAT_PANELS, S::FLOAT_ROWS);
+            walk!(share, pair_tile, M, bytes);
         }
     }
     #[inline(always)]
