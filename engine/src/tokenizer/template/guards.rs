@@ -3,8 +3,6 @@
 //! Texts that values become, comparisons, and what variables remember: [`dialect`](super::dialect) sends what operators and statements take through the
 //! filters here, and filters and tests that do the same have a guard in front of them.
 
-use std::collections::HashMap;
-
 use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, Error, State, filters, functions, tests as predicates};
 
@@ -194,21 +192,11 @@ fn plain(state: &State<'_, '_>, value: &Value) -> Result<Value, Error> {
     };
     Ok(match value.kind() {
         ValueKind::Map => {
-            let mut keys = Vec::new();
-            let mut values = HashMap::new();
-            for key in value.try_iter()? {
+            let pairs = value.try_iter()?.map(|key| {
                 budget::comparison(state, &key)?;
-                let plain_key = item(key.clone())?;
-                keys.push(plain_key.clone());
-                values.insert(plain_key, item(value.get_item(&key)?)?);
-            }
-            let map = Value::make_object_map(
-                (keys, values),
-                |(keys, _)| Box::new(keys.iter().cloned()),
-                |(_, values), key| values.get(key).cloned(),
-            );
-            // A copy, which minijinja charges for as for any dict.
-            functions::dict(Some(map), Kwargs::from_iter(Vec::<(String, Value)>::new()))?
+                Ok((item(key.clone())?, item(value.get_item(&key)?)?))
+            });
+            Value::from_pairs(pairs.collect::<Result<Vec<_>, Error>>()?)
         }
         ValueKind::Seq | ValueKind::Iterable => {
             let items = value.try_iter()?.map(item);
