@@ -127,9 +127,9 @@ query=name,driver_version,memory.total,memory.free,clocks.sm
 say "$(timeout 20 nvidia-smi --query-gpu=$query --format=csv,noheader 2>/dev/null || echo 'nvidia-smi is not there, or does not answer')"
 
 # The question comes first, since every part would say the same.
-part serve 30 "$bin/quire" run --device cuda --max-tokens 40 'What does `Vec::push` do?'
-if why=$(grep -E 'no CUDA driver|CUDA driver does not start|there is no GPU' "$out/serve.log"); then
-    say "no GPU found: $why"
+part serve 60 "$bin/quire" run --device cuda --max-tokens 40 'What does `Vec::push` do?'
+if why=$(grep -E 'no CUDA driver|CUDA driver does not start|there is no GPU|loading the kernels|: a context|: a stream' "$out/serve.log"); then
+    say "no GPU to use: $why"
     exit
 fi
 tail -n 3 "$out/serve.log"
@@ -137,6 +137,8 @@ tail -n 3 "$out/serve.log"
 if [ "$what" = everything ] || [ "$what" = quick ]; then
     # One thread: tests share the GPU.
     tests kernels 110 "$bin/test-kernels" --test-threads 1 --skip ranks::
+    # The kernels of who has no cuBLASLt, which does most products of floats otherwise.
+    tests without-library 30 env QUIRE_CUDA_LIBRARY=0 "$bin/test-kernels" --test-threads 1 products::
     tests models 110 env CARGO_MANIFEST_DIR="$PWD/engine" "$bin/test-engine" --test-threads 1 --nocapture --skip several_ranks
     grep -h 'largest error' "$out/models.log" | tee -a "$out/summary.txt"
 
@@ -172,7 +174,7 @@ if command -v compute-sanitizer >/dev/null; then
     for tool in 'memcheck --report-api-errors no' racecheck; do
         # shellcheck disable=SC2086 # An option is a word of its own.
         part "${tool%% *}" 120 compute-sanitizer --tool $tool --error-exitcode 1 "$bin/test-kernels" --test-threads 1 \
-            heads_of_every_size a_product_is_added k_is_divided expanded embeddings logits experts_is_as gates norms rotary copied drawn
+            heads_of_every_size a_product_is_added k_is_divided expanded embeddings logits experts_is_as gates norms rotary copied greedy_tokens_drawn only_one_that_is_left share_a_step
     done
 else
     say "left out  memcheck, racecheck: there is no compute-sanitizer"

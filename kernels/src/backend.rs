@@ -124,7 +124,7 @@ impl KvDtype {
 /// The shape of a paged KV cache: `layers × blocks × kv_heads × (K, V) × block_size × head_dim`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvShape {
-    /// Decoder layers that hold keys and values.
+    /// Layers of a block: those of one page group.
     pub layers: usize,
     /// Pages in the pool; block ids are `0..blocks`.
     pub blocks: usize,
@@ -139,7 +139,7 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    /// Bytes of one block over all layers.
+    /// Bytes of one block.
     pub fn block_bytes(&self) -> usize {
         self.layers * self.kv_heads * self.dtype.head_bytes(self.block_size, self.head_dim)
     }
@@ -655,6 +655,11 @@ pub trait Backend: Send + 'static {
             "{} has no step to be collected",
             self.description()
         )))
+    }
+
+    /// Whether the device works, asked after an operation that failed: it is lost for good by a fault of its own, and not by what it refused to do.
+    fn is_usable(&mut self) -> bool {
+        true
     }
 
     /// The tokens of a step's draws, in their order, once [`Backend::logits`] or [`Backend::collect`] has brought them.

@@ -248,6 +248,10 @@ impl<B: Backend> Backend for Metered<B> {
         self.inner.collect(logits)
     }
 
+    fn is_usable(&mut self) -> bool {
+        self.inner.is_usable()
+    }
+
     fn drawn(&self) -> &[u32] {
         self.inner.drawn()
     }

@@ -61,13 +61,14 @@ pub(super) fn demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     let config = args.model.engine_config();
     let engine = args.model.start(&checkpoint, &config, Some(observer))?;
     let metrics = metrics.with_engine(&engine);
+    let gone = engine.gone();
     let generator = Generator::new(engine, &checkpoint);
     drop(checkpoint);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    runtime.block_on(async {
+    let shown = runtime.block_on(async {
         let here = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let server = Server::listen(generator.clone(), metrics, Addresses::take(here, here)?)?;
         let address = server.grpc_address()?;
@@ -85,7 +86,10 @@ pub(super) fn demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
         drop(end);
         serving.await.context("the server panicked")??;
         Ok(code)
-    })
+    });
+    drop(generator);
+    super::wait_for(&runtime, gone);
+    shown
 }
 
 async fn show(args: &DemoArgs, address: SocketAddr) -> anyhow::Result<ExitCode> {

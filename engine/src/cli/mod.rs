@@ -12,6 +12,7 @@ mod show;
 mod size;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
@@ -60,6 +61,13 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Waits until a device was given back, see [`crate::core::Engine::gone`]; not for ever.
+fn wait_for(runtime: &tokio::runtime::Runtime, gone: impl Future<Output = ()>) {
+    const PATIENCE: Duration = Duration::from_secs(5);
+    // Too late or in time: the process ends.
+    let _ = runtime.block_on(async { tokio::time::timeout(PATIENCE, gone).await });
 }
 
 /// What this process was started with.

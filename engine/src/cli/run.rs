@@ -96,6 +96,7 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let engine = args
         .model
         .start(&checkpoint, &args.model.engine_config(), None)?;
+    let gone = engine.gone();
     let generator = Generator::new(engine, &checkpoint);
     drop(checkpoint);
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -107,12 +108,15 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         chat: generator.has_chat_template() && !args.raw,
         generator,
     };
-    runtime.block_on(async {
+    let answered = runtime.block_on(async {
         match &asked {
             Some(prompt) => session.once(prompt).await,
             None => session.converse().await,
         }
-    })
+    });
+    drop(session);
+    super::wait_for(&runtime, gone);
+    answered
 }
 
 /// What to answer; `None`: a chat.

@@ -127,6 +127,7 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let observer = step_observer(name);
     let engine = model.start(&checkpoint, &config, Some(observer))?;
     let metrics = metrics.with_engine(&engine);
+    let gone = engine.gone();
     let generator = Generator::new(engine, &checkpoint);
     // The weights are packed; their mapping need not stay.
     drop(checkpoint);
@@ -158,6 +159,7 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         tracing::info!("everything accepted is finished; goodbye");
         Ok(ExitCode::SUCCESS)
     });
+    super::wait_for(&runtime, gone);
     // Dropping it would wait for threads that may block: work nobody waits for any more must not keep a drained server.
     runtime.shutdown_background();
     served

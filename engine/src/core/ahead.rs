@@ -259,6 +259,7 @@ impl<B: Backend> EngineLoop<B> {
             self.end_request(key, FinishReason::Failed);
         }
         self.scheduler.complete(&[]);
+        self.check_device();
     }
 
     /// A step failed that was completed ahead. Its tokens will not come, and what it was to compute is believed to be in blocks: of those who hold
@@ -283,5 +284,16 @@ impl<B: Backend> EngineLoop<B> {
             self.end_request(key, FinishReason::Failed);
         }
         self.scheduler.clear_prefix_cache();
+        self.check_device();
+    }
+
+    /// After a step that failed: without a device the engine ends, so that whoever watches the process starts another.
+    fn check_device(&mut self) {
+        if !self.lost && !self.ranks.are_usable() {
+            tracing::error!(
+                "the device has failed for good: the engine ends, and every request with it"
+            );
+            self.lost = true;
+        }
     }
 }

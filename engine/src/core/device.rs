@@ -72,6 +72,12 @@ impl Engine {
                 let expected = format!("cpu or auto: {why}");
                 Err(setting("--device", "cuda".to_owned(), expected))
             }
+            // A GPU that is full, or kept for another process, is no reason to be fifty times slower without a word.
+            (Device::Auto, Err(why)) if has_gpu() => {
+                let expected =
+                    format!("cpu, since the GPU that is there cannot be used now: {why}");
+                Err(setting("--device", "auto".to_owned(), expected))
+            }
             (device, gpus) => {
                 if let (Device::Auto, Err(why)) = (device, gpus) {
                     // News only where there might have been one.
@@ -115,6 +121,15 @@ fn check_size(checkpoint: &Checkpoint, options: DeviceOptions) -> Result<(), Sta
         ));
     }
     Ok(check_ranks(&checkpoint.config, size)?)
+}
+
+/// Whether there is a GPU that the kernels are made for, whatever state it is in.
+fn has_gpu() -> bool {
+    #[cfg(feature = "cuda")]
+    let there = quire_kernels::cuda::has_gpu();
+    #[cfg(not(feature = "cuda"))]
+    let there = false;
+    there
 }
 
 /// The machine's first GPUs, as many as are asked for: the ranks of a group, if they are several.

@@ -38,6 +38,8 @@ pub(super) struct EngineLoop<B: Backend> {
     /// By [`SeqId::slot`].
     pub(super) sequences: Vec<Option<Sequence>>,
     pub(super) ahead: Ahead,
+    /// The device failed for good.
+    pub(super) lost: bool,
     pub(super) rate: StepRate,
     deadlines: Deadlines,
     last_finish: Instant,
@@ -120,6 +122,7 @@ impl<B: Backend> EngineLoop<B> {
             active: HashMap::new(),
             sequences: Vec::new(),
             ahead: Ahead::new(ahead),
+            lost: false,
             rate: StepRate::new(config.max_step),
             deadlines: Deadlines::default(),
             last_finish: Instant::now(),
@@ -142,9 +145,10 @@ impl<B: Backend> EngineLoop<B> {
         }
     }
 
-    /// Runs until every handle is dropped and every request has ended.
+    /// Runs until every handle is dropped and every request has ended, or the device is lost: then the streams end with [`FinishReason::Failed`] as their
+    /// senders are dropped.
     pub fn run(mut self) {
-        while self.receive() {
+        while !self.lost && self.receive() {
             self.expire();
             self.step();
             self.publish();

@@ -33,7 +33,7 @@ pub struct ModelInfo {
     pub num_blocks: u32,
     /// Tokens of one block.
     pub block_size: u32,
-    /// Bytes of one block over all layers.
+    /// Bytes of one block, which holds the layers of one page group.
     pub block_bytes: u64,
     /// Bytes of the weight matrices on the device.
     pub weight_bytes: u64,
@@ -98,6 +98,8 @@ pub(super) struct Shared {
     /// What the scheduler will accept; asked before a request is sent so that a hopeless one is refused at once.
     limits: Config,
     max_waiting: usize,
+    /// The device's memory is not the host's.
+    own_memory: bool,
     stats: Mutex<EngineStats>,
     /// Requests submitted and not yet admitted to run.
     waiting: AtomicUsize,
@@ -122,9 +124,15 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub fn new(model: Arc<ModelInfo>, limits: Config, max_waiting: usize) -> Self {
+    pub fn new(
+        model: Arc<ModelInfo>,
+        limits: Config,
+        max_waiting: usize,
+        own_memory: bool,
+    ) -> Self {
         Self {
             model,
+            own_memory,
             limits,
             max_waiting,
             stats: Mutex::new(EngineStats::default()),
@@ -180,6 +188,18 @@ impl Shared {
         let old = self.finish_interval.load(Ordering::Relaxed);
         self.finish_interval
             .store((old * 7 + micros.min(60_000_000)) / 8, Ordering::Relaxed);
+    }
+
+    /// Resolves when the engine thread has ended.
+    async fn stopped(&self) {
+        loop {
+            let mut told = std::pin::pin!(self.idle.notified());
+            told.as_mut().enable();
+            if self.stopped.load(Ordering::SeqCst) {
+                return;
+            }
+            told.await;
+        }
     }
 
     /// The engine thread ends, whatever the reason.
@@ -369,13 +389,19 @@ impl Engine {
 
     /// Resolves when the engine thread has ended, whatever the reason.
     pub async fn stopped(&self) {
-        loop {
-            let mut told = std::pin::pin!(self.shared.idle.notified());
-            told.as_mut().enable();
-            if !self.is_healthy() {
-                return;
+        self.shared.stopped().await;
+    }
+
+    /// Resolves when a device with memory of its own was given back, which begins when the last handle is dropped; this holds none. At once where the device is
+    /// the host.
+    ///
+    /// To be waited for before the process ends: the exit handlers of a device's driver and the engine thread would get in each other's way.
+    pub fn gone(&self) -> impl Future<Output = ()> + use<> {
+        let shared = Arc::clone(&self.shared);
+        async move {
+            if shared.own_memory {
+                shared.stopped().await;
             }
-            told.await;
         }
     }
 

@@ -178,6 +178,11 @@ impl<B: Backend> Ranks<B> {
         self.draws() && self.followers.is_empty()
     }
 
+    /// Whether there can be another step after one that failed. Of several ranks there is none: their caches differ.
+    pub fn are_usable(&mut self) -> bool {
+        self.followers.is_empty() && self.decoder.backend_mut().is_usable()
+    }
+
     /// Waits for a deferred step; see [`Backend::collect`].
     ///
     /// # Errors
@@ -197,7 +202,7 @@ impl<B: Backend> Ranks<B> {
     /// Runs a step on all ranks; see [`Decoder::forward`].
     ///
     /// # Errors
-    /// As there, on any rank. After an error there is no further step if there are several ranks: their caches differ.
+    /// As there, on any rank. Then see [`Ranks::are_usable`].
     pub fn forward(
         &mut self,
         step: &Step,

@@ -121,6 +121,7 @@ impl Engine {
             Arc::new(info),
             scheduling,
             config.max_waiting as usize,
+            !memories.is_empty(),
         ));
         let (engine, requests, control) = Self::new(Arc::clone(&shared));
         let unread = (requests.clone(), control.clone());

@@ -252,6 +252,8 @@ mod watched {
     use quire_kernels::cuda::Moment::{Launched, Waited};
     use quire_kernels::cuda::{CudaBackend, CudaOptions, Watch};
 
+    use quire::core::SubmitError;
+
     use super::*;
 
     fn watched(checkpoint: &Checkpoint, plan_ahead: bool) -> (Engine, Watch) {
@@ -298,13 +300,27 @@ mod watched {
                 assert!(answer[0].tokens.len() <= fails);
             }
             // A fault of a GPU lasts.
-            let again = answers(submit(&engine, short));
-            assert_eq!(again[0].reason, Some(FinishReason::Failed));
+            let runtime = tokio::runtime::Runtime::new().unwrap();
+            runtime.block_on(engine.stopped());
+            let again = engine.submit(short.clone());
+            assert!(matches!(again, Err(SubmitError::Stopped)));
             let stats = engine.stats();
             assert_eq!((stats.running, stats.blocks_used), (0, 0));
             // What may not be there is found by nobody.
             assert_eq!(stats.blocks_cached, 0);
-            assert!(engine.is_healthy());
         }
+    }
+
+    #[test]
+    fn a_step_for_which_there_is_no_memory_fails_and_the_next_ones_do_not() {
+        let checkpoint = demo_checkpoint();
+        let request = &requests(&checkpoint, 1, 8)[0];
+        let (engine, watch) = watched(&checkpoint, true);
+        watch.fill_memory(true);
+        let refused = answers(submit(&engine, request));
+        assert_eq!(refused[0].reason, Some(FinishReason::Failed));
+        assert!(engine.is_healthy());
+        watch.fill_memory(false);
+        assert_eq!(answers(submit(&engine, request))[0].tokens.len(), 8);
     }
 }

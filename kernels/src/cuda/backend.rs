@@ -635,6 +635,10 @@ impl Backend for CudaBackend {
             .read(Purpose::Logits, bytes_of_slice_mut(logits))
     }
 
+    fn is_usable(&mut self) -> bool {
+        self.device.synchronise().is_ok()
+    }
+
     fn drawn(&self) -> &[u32] {
         &self.tokens
     }

@@ -16,6 +16,9 @@ use crate::Error;
 /// What algorithms may use beside their operands; NVIDIA advises 32 MiB on Hopper.
 const WORKSPACE: usize = 32 << 20;
 
+/// Set to 0, it is as if the library were not there: our own kernels do all of its work.
+const WANTED: &str = "QUIRE_CUDA_LIBRARY";
+
 /// Above so many rows they are rounded up for the choice of an algorithm: prompts have any number of rows, and each would be asked about and remembered.
 const EXACT_ROWS: u32 = 512;
 /// What they are rounded to: no tile of an algorithm is larger by less.
@@ -73,29 +76,36 @@ fn failed(what: &str, error: lt::CublasError) -> Error {
 }
 
 impl Library {
-    /// Opens the library; `None` where there is none.
-    pub fn open(stream: driver::CUstream) -> Result<Option<Self>, Error> {
+    /// Opens the library.
+    ///
+    /// # Errors
+    /// Why there is none, as far as anybody needs to know: our kernels do its work then.
+    pub fn open(stream: driver::CUstream) -> Result<Self, String> {
+        if std::env::var_os(WANTED).is_some_and(|value| value == "0") {
+            return Err("which is switched off".to_owned());
+        }
         // SAFETY: opens the library and runs its initialisers, as every program that uses it does.
         if !unsafe { sys::is_culib_present() } {
-            return Ok(None);
+            return Err("which was not found".to_owned());
         }
-        // A library that does not start (another version than the driver's, say) is none: our kernels do its work.
-        let Ok(handle) = lt::create_handle() else {
-            return Ok(None);
-        };
+        // Another version than the driver's, say.
+        let handle =
+            lt::create_handle().map_err(|error| format!("which does not start: {error}"))?;
         // SAFETY: plain memory, given back when this is dropped.
-        let Ok(workspace) = (unsafe { cuda::malloc_sync(WORKSPACE) }) else {
-            return Err(Error::OutOfMemory {
-                what: "the workspace of cuBLASLt",
-                bytes: WORKSPACE,
-            });
+        let workspace = match unsafe { cuda::malloc_sync(WORKSPACE) } {
+            Ok(workspace) => workspace,
+            Err(error) => {
+                // SAFETY: a handle that was just made.
+                let _ = unsafe { lt::destroy_handle(handle) };
+                return Err(format!("for which there is no workspace: {error:?}"));
+            }
         };
-        Ok(Some(Self {
+        Ok(Self {
             handle,
             stream,
             workspace,
             products: Mutex::default(),
-        }))
+        })
     }
 
     /// Whether there is an algorithm for a product.

@@ -169,6 +169,9 @@ pub(crate) trait Device: Send + Sync {
     /// Waits until everything before a mark, as it was set last, is done.
     fn wait(&self, mark: usize) -> Result<(), Error>;
 
+    /// Waits until everything that was asked for is done. After a fault this fails for ever.
+    fn synchronise(&self) -> Result<(), Error>;
+
     /// Runs a list, without waiting. `again`: lists equal to it will follow, so that it is worth keeping as a graph.
     fn run(&self, list: &[Work], again: bool) -> Result<(), Error>;
 

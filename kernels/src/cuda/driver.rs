@@ -12,15 +12,14 @@ use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::result as cuda;
-use cudarc::driver::sys::{
-    self, CUdevice_attribute_enum as DeviceAttribute,
-    CUfunction_attribute_enum as FunctionAttribute,
-};
+use cudarc::driver::sys::{self, CUfunction_attribute_enum as FunctionAttribute};
 
 use super::backend::{CudaBackend, CudaOptions};
 use super::cublaslt::Library;
 use super::device::{DenseShape, Device, Launch, Work};
 use super::flights::FLIGHTS;
+use super::graphs::{Graphs, capture};
+use super::machine::{Found, failed, init};
 use super::nccl::Ties;
 use super::params::Pointer;
 use crate::{Error, Rank};
@@ -36,11 +35,11 @@ static FATBINS: &[(&str, &Aligned<[u8]>)] = &include!(concat!(env!("OUT_DIR"), "
 /// once for each test, say.
 static KEPT: Mutex<Vec<sys::CUdevice>> = Mutex::new(Vec::new());
 
-/// Graphs that are kept: the lists that generation comes by, which differ in their rows and in the splits of their attention.
-const GRAPHS: usize = 256;
 /// Set to 1, it has every kernel on a GPU of Hopper's kind or newer begin while the one before it ends, up to where it would read or write anything ("programmatic
-/// dependent launch"). Not documented as a setting, for nobody has measured yet what it is worth.
+/// dependent launch"). Not a flag, for nobody has measured yet what it is worth; docs/gpu.md names it.
 const OVERLAP: &str = "QUIRE_CUDA_OVERLAP";
+/// Set to 0, it has every list run as it is: a way to tell a fault of a graph from one of a kernel.
+const GRAPHS_WANTED: &str = "QUIRE_CUDA_GRAPHS";
 /// Shared memory a block has without asking.
 const SHARED_UNASKED: u32 = 48 << 10;
 
@@ -55,39 +54,23 @@ impl CudaBackend {
     }
 }
 
-/// The names of this machine's GPUs.
-///
-/// # Errors
-/// There is no driver, or it fails: why.
-pub fn gpus() -> Result<Vec<String>, Error> {
-    init()?;
-    let count = cuda::device::get_count().map_err(|error| failed("counting GPUs", error))?;
-    (0..count)
-        .map(|ordinal| {
-            let device = cuda::device::get(ordinal).map_err(|error| failed("a GPU", error))?;
-            cuda::device::get_name(device).map_err(|error| failed("a GPU's name", error))
-        })
-        .collect()
-}
-
-fn failed(what: &str, error: cuda::DriverError) -> Error {
-    Error::Device(format!("{what}: {error:?}"))
+/// Kernels that were not loaded, which most often is the driver's age.
+fn too_old(name: &str, error: cuda::DriverError) -> Error {
+    let mut version = 0;
+    // SAFETY: a place to write to. Where it fails the version is 0, which is said.
+    let _ = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    let (major, minor) = (version / 1000, version % 1000 / 10);
+    failed(
+        &format!(
+            "loading the kernels of {name} (the driver is for CUDA {major}.{minor}; kernels by an nvcc of CUDA 13 need driver 580 or newer)"
+        ),
+        error,
+    )
 }
 
 /// The page-locked memory at an address that the driver gave.
 fn host(at: Pointer) -> *const u8 {
     std::ptr::with_exposed_provenance(at as usize)
-}
-
-/// Opens the driver.
-fn init() -> Result<(), Error> {
-    // SAFETY: opens the library and runs its initialisers, as every program that uses CUDA does.
-    if !unsafe { sys::is_culib_present() } {
-        return Err(Error::Device(
-            "there is no CUDA driver (libcuda) on this machine".to_owned(),
-        ));
-    }
-    cuda::init().map_err(|error| failed("the CUDA driver does not start", error))
 }
 
 struct Kernel {
@@ -96,20 +79,13 @@ struct Kernel {
     shared: u32,
 }
 
-struct Graph {
-    list: Vec<Work>,
-    executable: sys::CUgraphExec,
-    /// When it was last used.
-    used: u64,
-}
-
 /// What changes while it is used.
 #[derive(Default)]
 struct State {
     kernels: HashMap<&'static str, Kernel>,
-    graphs: Vec<Graph>,
-    /// Lists that ran since the beginning.
-    runs: u64,
+    graphs: Graphs,
+    /// Lists run as they are from now on: a capture has failed, or nobody wants one.
+    plain: bool,
 }
 
 pub(super) struct Driver {
@@ -122,7 +98,8 @@ pub(super) struct Driver {
     copied: sys::CUevent,
     marks: [sys::CUevent; FLIGHTS],
     modules: Vec<sys::CUmodule>,
-    library: Option<Library>,
+    /// Or why there is none.
+    library: Result<Library, String>,
     name: String,
     /// Compute capability and multiprocessors.
     kind: [i32; 3],
@@ -142,23 +119,8 @@ unsafe impl Sync for Driver {}
 impl Driver {
     pub(super) fn open(ordinal: usize) -> Result<Self, Error> {
         init()?;
-        let index = i32::try_from(ordinal).unwrap_or(i32::MAX);
-        let device = cuda::device::get(index)
-            .map_err(|error| failed(&format!("there is no GPU {ordinal}"), error))?;
-        let name = cuda::device::get_name(device).map_err(|error| failed("a GPU's name", error))?;
-        let attribute = |attribute| {
-            // SAFETY: a device that was just found.
-            unsafe { cuda::device::get_attribute(device, attribute) }
-                .map_err(|error| failed("a GPU's attributes", error))
-        };
-        let major = attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        if major < 8 {
-            return Err(Error::Device(format!(
-                "{name} has compute capability {major}.{minor}, the kernels need 8.0 or newer"
-            )));
-        }
-        let multiprocessors = attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let Found { device, name, kind } = Found::gpu(ordinal)?;
+        let [major, minor, _] = kind;
         // SAFETY: as above; released when this is dropped.
         let context = unsafe { cuda::primary_ctx::retain(device) }
             .map_err(|error| failed("a context", error))?;
@@ -178,12 +140,15 @@ impl Driver {
             copied: std::ptr::null_mut(),
             marks: [std::ptr::null_mut(); FLIGHTS],
             modules: Vec::new(),
-            library: None,
+            library: Err(String::new()),
             name: format!("{name} (compute capability {major}.{minor})"),
-            kind: [major, minor, multiprocessors],
+            kind,
             overlap: major >= 9 && std::env::var_os(OVERLAP).is_some_and(|value| value == "1"),
             ties: None,
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                plain: std::env::var_os(GRAPHS_WANTED).is_some_and(|value| value == "0"),
+                ..State::default()
+            }),
         };
         driver.enter()?;
         for stream in [&mut driver.stream, &mut driver.beside] {
@@ -197,10 +162,10 @@ impl Driver {
         for (name, fatbin) in FATBINS {
             // SAFETY: a fatbin by nvcc, whole and alive.
             let module = unsafe { cuda::module::load_data(fatbin.0.as_ptr().cast()) }
-                .map_err(|error| failed(&format!("loading the kernels of {name}"), error))?;
+                .map_err(|error| too_old(name, error))?;
             driver.modules.push(module);
         }
-        driver.library = Library::open(driver.stream)?;
+        driver.library = Library::open(driver.stream);
         Ok(driver)
     }
 
@@ -246,13 +211,6 @@ impl Driver {
         done
     }
 
-    /// Destroys a graph; the driver keeps what still runs of it.
-    fn forget(graph: Graph) -> Result<(), Error> {
-        // SAFETY: a graph of ours that nobody will name again.
-        unsafe { cuda::graph::exec_destroy(graph.executable) }
-            .map_err(|error| failed("a graph", error))
-    }
-
     /// Makes the context this thread's: calls come from whichever thread owns the backend.
     fn enter(&self) -> Result<(), Error> {
         // SAFETY: a context that is retained as long as this lives.
@@ -266,25 +224,31 @@ impl Driver {
 
     fn find(&self, name: &'static str) -> Result<Kernel, Error> {
         let text = CString::new(name).map_err(|_| Error::Device(name.to_owned()))?;
-        let found = self.modules.iter().find_map(|&module| {
+        for &module in &self.modules {
             // SAFETY: a module that is loaded as long as this lives.
-            unsafe { cuda::module::get_function(module, text.clone()) }.ok()
-        });
-        let function = found.ok_or_else(|| Error::Device(format!("there is no kernel {name}")))?;
-        Ok(Kernel {
-            function,
-            shared: SHARED_UNASKED,
-        })
+            match unsafe { cuda::module::get_function(module, text.clone()) } {
+                Ok(function) => {
+                    return Ok(Kernel {
+                        function,
+                        shared: SHARED_UNASKED,
+                    });
+                }
+                Err(error) if error.0 == sys::cudaError_enum::CUDA_ERROR_NOT_FOUND => {}
+                // The driver loads a kernel when it is first asked for: here is where that fails, or where an earlier fault shows.
+                Err(error) => return Err(failed(&format!("loading the kernel {name}"), error)),
+            }
+        }
+        Err(Error::Device(format!("there is no kernel {name}")))
     }
 
-    fn launch(&self, state: &mut State, launch: &Launch) -> Result<(), Error> {
+    /// A launch's kernel, with as much shared memory as that wants.
+    fn kernel(&self, state: &mut State, launch: &Launch) -> Result<sys::CUfunction, Error> {
         let kernel = match state.kernels.entry(launch.kernel) {
             std::collections::hash_map::Entry::Occupied(kernel) => kernel.into_mut(),
             std::collections::hash_map::Entry::Vacant(place) => {
                 place.insert(self.find(launch.kernel)?)
             }
         };
-        let name = launch.kernel;
         if launch.shared > kernel.shared {
             // SAFETY: a function of a loaded module.
             unsafe {
@@ -295,7 +259,7 @@ impl Driver {
                 )
             }
             .map_err(|error| {
-                let wanted = launch.shared;
+                let (wanted, name) = (launch.shared, launch.kernel);
                 failed(
                     &format!("{wanted} bytes of shared memory for {name}"),
                     error,
@@ -303,6 +267,11 @@ impl Driver {
             })?;
             kernel.shared = launch.shared;
         }
+        Ok(kernel.function)
+    }
+
+    fn launch(&self, state: &mut State, launch: &Launch) -> Result<(), Error> {
+        let (function, name) = (self.kernel(state, launch)?, launch.kernel);
         // The driver reads as many bytes as the kernel's parameter has, which the test of sizes in the emulation compares.
         let mut params = [launch.params().as_ptr().cast_mut().cast::<c_void>()];
         let mut overlap = sys::CUlaunchAttribute {
@@ -330,16 +299,11 @@ impl Driver {
         unsafe {
             if self.overlap {
                 let extra = std::ptr::null_mut();
-                sys::cuLaunchKernelEx(
-                    &raw const config,
-                    kernel.function,
-                    params.as_mut_ptr(),
-                    extra,
-                )
-                .result()
+                sys::cuLaunchKernelEx(&raw const config, function, params.as_mut_ptr(), extra)
+                    .result()
             } else {
                 cuda::launch_kernel(
-                    kernel.function,
+                    function,
                     (launch.grid.0, launch.grid.1, 1),
                     (launch.threads, 1, 1),
                     launch.shared,
@@ -356,9 +320,9 @@ impl Driver {
             match work {
                 Work::Launch(launch) => self.launch(state, launch)?,
                 Work::Dense(dense) => match &self.library {
-                    Some(library) => library.run(dense)?,
-                    None => {
-                        return Err(Error::Device("cuBLASLt is not there".to_owned()));
+                    Ok(library) => library.run(dense)?,
+                    Err(why) => {
+                        return Err(Error::Device(format!("a product by cuBLASLt, {why}")));
                     }
                 },
                 &Work::AllReduce(exchange) => self.ties()?.all_reduce(exchange, self.stream)?,
@@ -368,38 +332,20 @@ impl Driver {
         Ok(())
     }
 
-    /// Captures a list and keeps it, in place of the graph that was not used for longest where there are many.
-    fn keep(&self, state: &mut State, list: &[Work]) -> Result<(), Error> {
-        let executable = self.capture(state, list)?;
-        if state.graphs.len() >= GRAPHS {
-            let oldest = (0..GRAPHS).min_by_key(|&i| state.graphs[i].used);
-            Self::forget(state.graphs.swap_remove(oldest.unwrap_or(0)))?;
+    /// Looks up what a list's launches need.
+    fn load(&self, state: &mut State, list: &[Work]) -> Result<(), Error> {
+        for work in list {
+            if let Work::Launch(launch) = work {
+                self.kernel(state, launch)?;
+            }
         }
-        state.graphs.push(Graph {
-            list: list.to_vec(),
-            executable,
-            used: state.runs,
-        });
         Ok(())
     }
 
-    /// Captures a list as a graph. Kernels and algorithms are looked up before, which a capture does not allow.
-    fn capture(&self, state: &mut State, list: &[Work]) -> Result<sys::CUgraphExec, Error> {
-        let capturing = |error| failed("capturing a step", error);
-        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: a stream that is alive; the capture ends below whatever happens.
-        unsafe { cuda::stream::begin_capture(self.stream, mode) }.map_err(capturing)?;
-        let issued = self.issue(state, list);
-        // SAFETY: as above.
-        let graph = unsafe { cuda::stream::end_capture(self.stream) };
-        issued?;
-        let graph = graph.map_err(capturing)?;
-        // SAFETY: a graph that was just captured, and is not needed once there is an executable.
-        unsafe {
-            let executable = cuda::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
-            cuda::graph::destroy(graph).map_err(capturing)?;
-            executable.map_err(capturing)
-        }
+    /// Captures a list and keeps it. Kernels and algorithms were looked up before, which a capture does not allow.
+    fn keep(&self, state: &mut State, list: &[Work]) -> Result<(), Error> {
+        let graph = capture(self.stream, || self.issue(state, list))?;
+        state.graphs.keep(list, graph)
     }
 }
 
@@ -418,10 +364,8 @@ impl Drop for Driver {
             for stream in streams.into_iter().filter(|stream| !stream.is_null()) {
                 let _ = cuda::stream::synchronize(stream);
             }
-            for graph in state.graphs.drain(..) {
-                let _ = Self::forget(graph);
-            }
-            self.library = None;
+            state.graphs.clear();
+            self.library = Err(String::new());
             for module in self.modules.drain(..) {
                 let _ = cuda::module::unload(module);
             }
@@ -440,8 +384,8 @@ impl Drop for Driver {
 impl Device for Driver {
     fn description(&self) -> String {
         let library = match &self.library {
-            Some(_) => "with cuBLASLt",
-            None => "without cuBLASLt",
+            Ok(_) => "with cuBLASLt".to_owned(),
+            Err(why) => format!("without cuBLASLt, {why}"),
         };
         let overlap = if self.overlap {
             ", kernels overlapping"
@@ -488,9 +432,12 @@ impl Device for Driver {
 
     fn upload(&self, to: Pointer, from: &[u8]) -> Result<(), Error> {
         self.enter()?;
-        // SAFETY: as above. `from` is pageable memory, which the driver has read when this returns.
-        unsafe { cuda::memcpy_htod_async(to, from, self.stream) }
-            .map_err(|error| failed("copying to the GPU", error))
+        // SAFETY: as above. `from` is pageable memory: where the GPU reads such by itself, it has done so once the stream is done.
+        unsafe {
+            cuda::memcpy_htod_async(to, from, self.stream)
+                .and_then(|()| cuda::stream::synchronize(self.stream))
+        }
+        .map_err(|error| failed("copying to the GPU", error))
     }
 
     fn download(&self, from: Pointer, to: &mut [u8]) -> Result<(), Error> {
@@ -602,39 +549,53 @@ impl Device for Driver {
             .map_err(|error| failed("a step", error))
     }
 
+    fn synchronise(&self) -> Result<(), Error> {
+        self.enter()?;
+        // SAFETY: as above.
+        unsafe {
+            cuda::stream::synchronize(self.beside)
+                .and_then(|()| cuda::stream::synchronize(self.stream))
+        }
+        .map_err(|error| failed("waiting for the GPU", error))
+    }
+
     fn run(&self, list: &[Work], again: bool) -> Result<(), Error> {
         self.enter()?;
         let state = &mut *self.state();
-        state.runs += 1;
-        if !again {
-            return self.issue(state, list);
-        }
-        let known = state.graphs.iter().position(|graph| graph.list == list);
+        let known = if again { state.graphs.find(list) } else { None };
         let replay = match &self.ties {
             None => known.is_some(),
-            Some(ties) => ties.agree(known.is_some())?,
-        };
-        let Some(index) = known.filter(|_| replay) else {
-            // One rank may know what another does not: then all begin anew.
-            if let Some(index) = known {
-                Self::forget(state.graphs.swap_remove(index))?;
+            Some(ties) => {
+                if known.is_none() {
+                    self.load(state, list)?;
+                }
+                // Nobody launches before all have recorded, whatever they launch: memory that is given back and kernels that are loaded wait for this GPU and
+                // its peers, and would wait for ever for an exchange that has begun there and waits for this rank.
+                ties.agree(known.is_some())?
             }
-            // The first time it runs as it is, so that everything it needs is looked up, and is captured for the next.
-            self.issue(state, list)?;
-            return self.keep(state, list);
         };
-        let runs = state.runs;
-        let graph = &mut state.graphs[index];
-        graph.used = runs;
-        // SAFETY: a graph whose memory is alive: a list that names other memory is another list. Memory that was given back is named by no list
-        // that is recorded now.
-        unsafe { cuda::graph::launch(graph.executable, self.stream) }
-            .map_err(|error| failed("replaying a step", error))
+        if let Some(index) = known.filter(|_| replay) {
+            return state.graphs.replay(index, self.stream);
+        }
+        // One rank may know what another does not: then all begin anew.
+        if let Some(index) = known {
+            state.graphs.remove(index)?;
+        }
+        // The first time it runs as it is, so that everything it needs is looked up, and is captured for the next.
+        self.issue(state, list)?;
+        if again && !state.plain {
+            // A graph is only faster. (A device that has failed says so where the step is waited for.)
+            if let Err(error) = self.keep(state, list) {
+                tracing::warn!(%error, "steps run without graphs from now on");
+                state.plain = true;
+            }
+        }
+        Ok(())
     }
 
     fn supports(&self, shape: DenseShape) -> bool {
         let library = self.library.as_ref();
-        self.enter().is_ok() && library.is_some_and(|library| library.supports(shape))
+        self.enter().is_ok() && library.is_ok_and(|library| library.supports(shape))
     }
 
     fn rank(&self) -> Rank {
@@ -648,9 +609,7 @@ impl Device for Driver {
         ties.leave();
         if self.enter().is_ok() {
             // A communicator waits for the graphs that exchange through it. Nothing is left to be done about an error here.
-            for graph in self.state().graphs.drain(..) {
-                let _ = Self::forget(graph);
-            }
+            self.state().graphs.clear();
             ties.abort();
         }
     }

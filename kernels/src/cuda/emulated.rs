@@ -106,6 +106,8 @@ struct Watched {
     failed: Option<String>,
     /// Whether there is a library for products.
     library: bool,
+    /// Whether its memory is full.
+    full: bool,
 }
 
 impl Watch {
@@ -125,6 +127,11 @@ impl Watch {
     pub fn fail_after(&self, more: usize) {
         let mut watched = self.lock();
         watched.fails = Some(watched.launched + more);
+    }
+
+    /// Lets it have no memory left to give, or some again.
+    pub fn fill_memory(&self, full: bool) {
+        self.lock().full = full;
     }
 
     /// The step that is being launched, under a mark.
@@ -375,6 +382,9 @@ impl Device for Emulated {
 
     fn allocate(&self, bytes: usize, what: &'static str) -> Result<Pointer, Error> {
         let out_of_memory = Error::OutOfMemory { what, bytes };
+        if self.watch.lock().full {
+            return Err(out_of_memory);
+        }
         let used = bytes.next_multiple_of(PAGE);
         // SAFETY: a new mapping somewhere.
         let begin = unsafe {
@@ -478,6 +488,10 @@ impl Device for Emulated {
         self.catch_up(Some(step))?;
         self.watch.lock().moments.push(Moment::Waited(step));
         Ok(())
+    }
+
+    fn synchronise(&self) -> Result<(), Error> {
+        self.catch_up(None)
     }
 
     fn run(&self, list: &[Work], _again: bool) -> Result<(), Error> {

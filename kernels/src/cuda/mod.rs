@@ -5,7 +5,7 @@
 //! out, `matrix` lays weights out, `products`, `attention`, `experts` and `sampling` choose kernels, `ranked` records what several GPUs exchange, `flights`
 //! launches the list and waits for it, and a `device` runs it: `driver` (with `nccl` where there are several) or `emulated`.
 //!
-//! Activations are f32 in the residual stream and behind products, bf16 before them; sums are f32. The KV cache is f16 (f32 without tensor cores).
+//! Activations are f32 in the residual stream and behind products, bf16 before them; sums are f32. The KV cache is f16, bf16, E4M3 under scales, or f32 (without tensor cores).
 //!
 //! **Invariant:** no kernel uses an atomic on a float, and where positions are split is a function of the sequence; with [`CudaOptions::deterministic`]
 //! where k is split is a function of the matrix, the same for any number of rows.
@@ -22,8 +22,12 @@ mod driver;
 mod emulated;
 mod experts;
 mod flights;
+#[cfg(feature = "cuda")]
+mod graphs;
 #[cfg(any(feature = "cuda", test))]
 mod group;
+#[cfg(feature = "cuda")]
+mod machine;
 mod matrix;
 mod measure;
 #[cfg(feature = "cuda")]
@@ -37,9 +41,9 @@ mod scratch;
 
 pub use backend::{CudaBackend, CudaOptions};
 pub use buffers::{Activations, KvCache, Vector};
-#[cfg(feature = "cuda")]
-pub use driver::gpus;
 #[cfg(feature = "cuda-emulation")]
 pub use emulated::{Moment, Watch};
+#[cfg(feature = "cuda")]
+pub use machine::{gpus, has_gpu};
 pub use matrix::Matrix;
 pub use measure::Limits;

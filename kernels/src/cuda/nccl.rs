@@ -18,8 +18,9 @@ use cudarc::driver::sys::{self, CUresult};
 
 use super::backend::{CudaBackend, CudaOptions};
 use super::device::Exchange;
-use super::driver::{Driver, gpus};
+use super::driver::Driver;
 use super::group::Group;
+use super::machine::gpus;
 use crate::{Error, Rank};
 
 /// What NCCL's library is called: its major version is its ABI's.
