@@ -28,9 +28,8 @@ fn logits(texts: &[Vec<u32>], dtype: KvDtype) -> Vec<f32> {
 fn fewer_bits_hardly_move_the_next_tokens_probabilities() {
     let checkpoint = demo_checkpoint();
     let tokenizer = &checkpoint.tokenizer;
-    let text = include_str!("../../docs/use.md");
     let texts: Vec<Vec<u32>> = tokenizer
-        .encode(text, false)
+        .encode(common::TEXT, false)
         .unwrap()
         .chunks_exact(TOKENS)
         .take(6)

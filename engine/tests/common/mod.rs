@@ -19,6 +19,9 @@ use tempfile::TempDir;
 pub const DEMO_DIRECTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/demo-model");
 const DEMO_WEIGHTS: &[u8] = include_bytes!("../../demo-model/model.safetensors");
 
+/// A text of a few thousand tokens. It never changes: figures in the documentation are of it.
+pub const TEXT: &str = include_str!("text.md");
+
 /// One sample, with log-probabilities as bits: equal means equal to the last bit.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Answer {

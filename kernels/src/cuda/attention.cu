@@ -229,9 +229,20 @@ template <int D, bool SPLIT, class Cache> struct Attend {
     }
 
     static DEVICE void run(const AttentionParams &p) {
-        if (static_cast<uint32_t>(block_x()) >= p.step->list_lengths[p.list]) return;
-        Item item = items(p)[block_x()];
+        uint32_t at = static_cast<uint32_t>(block_x() + p.first);
+        if (at >= p.step->list_lengths[p.list]) return;
+        Item item = items(p)[at];
         int kv_head = block_y(), group = p.heads / p.kv_heads;
+        // The oldest position that any of the queries sees, and the end of what any of them sees.
+        int oldest = oldest_seen(p, static_cast<int>(item.start + item.first / static_cast<uint32_t>(group)));
+        if (oldest < static_cast<int>(item.begin)) oldest = static_cast<int>(item.begin);
+        int begin = oldest / POSITIONS * POSITIONS, end = static_cast<int>(item.end);
+        if (SPLIT && oldest >= end) {
+            // The window has passed: nobody reads values of a split without a maximum.
+            size_t base = partial_of(item, kv_head);
+            if (thread() < static_cast<int>(item.count)) p.softmax[base + static_cast<size_t>(thread())] = float2{-INFINITY, 0.0f};
+            return;
+        }
         load_queries(p, item, kv_head, shared_memory());
         State state = {};
         int first_query = SPLIT ? 0 : 16 * warp();
@@ -244,10 +255,6 @@ template <int D, bool SPLIT, class Cache> struct Attend {
                 state.sum[half] = lane() % 4 == 0 ? 1.0f : 0.0f;
             }
         }
-        // The oldest position that any of the queries sees, and the end of what any of them sees.
-        int oldest = oldest_seen(p, static_cast<int>(item.start + item.first / static_cast<uint32_t>(group)));
-        if (oldest < static_cast<int>(item.begin)) oldest = static_cast<int>(item.begin);
-        int begin = oldest / POSITIONS * POSITIONS, end = static_cast<int>(item.end);
         if (begin < end) load_tile(p, item, kv_head, begin, oldest, memory(0));
         for (int stage = 0; begin < end; begin += POSITIONS) {
             bool more = begin + POSITIONS < end;
@@ -297,6 +304,11 @@ template <int D, bool SPLIT, class Cache> struct Attend {
         }
     }
 
+    // Where an item's partial results for a KV head begin.
+    static DEVICE size_t partial_of(const Item &item, int kv_head) {
+        return static_cast<size_t>(item.partial) + static_cast<size_t>(kv_head) * static_cast<size_t>(item.count);
+    }
+
     // From a query's values to the next's in shared memory: four queries' pairs are in different banks.
     static constexpr int VALUES = D + 8;
 
@@ -328,7 +340,7 @@ template <int D, bool SPLIT, class Cache> struct Attend {
             }
         }
         block_barrier();
-        size_t base = static_cast<size_t>(item.partial) + static_cast<size_t>(kv_head) * static_cast<size_t>(item.count);
+        size_t base = partial_of(item, kv_head);
         for (int at = thread(); at < static_cast<int>(item.count) * p.d; at += ATTENTION_THREADS) {
             int query = at / p.d, k = at % p.d;
             float largest = -INFINITY;
@@ -371,10 +383,12 @@ TOGETHER(128, fp8, Fp8Cache)
 constexpr int MERGE_COLUMNS = 4;
 
 // A block for the queries of a Merge and one KV head, a warp for a query at a time. No load waits for another's result: what all splits say of the softmax
-// comes first, then their values follow each other. A split that the query does not see has no weight: its maximum is -infinity, its sum and values are 0.
+// comes first, then their values follow each other. A split that the query does not see has no weight: its maximum is -infinity, its sum 0, and its values are nobody's
+// business.
 KERNEL(attention_merge, AttentionParams, ATTENTION_THREADS) {
-    if (static_cast<uint32_t>(block_x()) >= p.step->list_lengths[p.list]) return;
-    Merge merge = reinterpret_cast<const Merge *>(words(p.step, p.step->lists[p.list]))[block_x()];
+    uint32_t at = static_cast<uint32_t>(block_x() + p.first);
+    if (at >= p.step->list_lengths[p.list]) return;
+    Merge merge = reinterpret_cast<const Merge *>(words(p.step, p.step->lists[p.list]))[at];
     int kv_head = block_y(), group = p.heads / p.kv_heads;
     size_t base = static_cast<size_t>(merge.partial) + static_cast<size_t>(kv_head) * static_cast<size_t>(merge.count);
     for (int query = warp(); query < static_cast<int>(merge.count); query += ATTENTION_WARPS) {
@@ -394,7 +408,9 @@ KERNEL(attention_merge, AttentionParams, ATTENTION_THREADS) {
 #pragma unroll 4
             for (uint32_t split = 0; split < merge.splits; split++) {
                 size_t from = first + split * stride;
-                float weight = power_of_two(p.softmax[from].x - most);
+                float of_split = p.softmax[from].x;
+                if (of_split == -INFINITY) continue;
+                float weight = power_of_two(of_split - most);
 #pragma unroll
                 for (int i = 0; i < MERGE_COLUMNS; i++) {
                     int k = k0 + 32 * i;

@@ -42,7 +42,8 @@ struct AttentionParams {
     float softcap;
     // 2^32 / block_size, rounded up: see `block_of`.
     uint32_t block_inverse;
-    int pad;
+    // Of the list, the first item that is this launch's.
+    int first;
 };
 
 // Which of its sequence's blocks a position is in: its quotient by the block size, exact where their product is below 2^32 or the size is a power of

@@ -3,7 +3,7 @@
 use super::backend::{CudaBackend, operand_precision};
 use super::buffers::{Activations, KvCache, Vector};
 use super::params;
-use super::plan::{APART, Heads, List, TOGETHER};
+use super::plan::{APART, Heads, List, TOGETHER, Wave};
 use super::scratch::Purpose;
 use crate::{AttentionShape, Error, KvDtype, KvLayer, Span, Step};
 
@@ -131,40 +131,40 @@ impl CudaBackend {
             scale: shape.scale,
             softcap: shape.softcap.unwrap_or(0.0),
             block_inverse: block_inverse(&self.step, kv.shape.block_size)?,
-            pad: 0,
+            first: 0,
         };
         let Some(((together, split), size)) = tensor_cores else {
             let blocks = heads.div_ceil(PLAIN_HEADS);
-            self.attention_list(List::Rows, "attention_plain", blocks, 0, attention);
+            let all = [0, self.plan.count(List::Rows)];
+            self.attention_list(List::Rows, all, "attention_plain", blocks, 0, attention);
             return Ok(());
         };
-        let lists = [
-            (
-                List::Together,
-                together,
-                kv_heads,
-                shared(dtype, size, false),
-            ),
-            (List::Split, split, kv_heads, shared(dtype, size, true)),
-            (List::Merge, "attention_merge", kv_heads, 0),
-        ];
-        for (list, kernel, blocks, shared) in lists {
-            self.attention_list(list, kernel, blocks, shared, attention);
+        let bytes = shared(dtype, size, false);
+        let all = [0, self.plan.count(List::Together)];
+        self.attention_list(List::Together, all, together, kv_heads, bytes, attention);
+        let bytes = shared(dtype, size, true);
+        for index in 0..self.plan.waves().len() {
+            let Wave { splits, merges } = self.plan.waves()[index];
+            self.attention_list(List::Split, splits, split, kv_heads, bytes, attention);
+            let merge = "attention_merge";
+            self.attention_list(List::Merge, merges, merge, kv_heads, 0, attention);
         }
         Ok(())
     }
 
+    /// Launches a kernel over `count` items of a list, from `first` on.
     fn attention_list(
         &mut self,
         list: List,
+        [first, count]: [usize; 2],
         kernel: &'static str,
         blocks: usize,
         shared: usize,
         attention: params::Attention,
     ) {
-        let count = self.plan.count(list);
         let of_list = params::Attention {
             list: list as i32,
+            first: first as i32,
             ..attention
         };
         self.launch(kernel, (count, blocks), shared, &of_list);

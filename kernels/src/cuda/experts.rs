@@ -84,9 +84,18 @@ impl CudaBackend {
         self.experts_product(x.params(), rows, of.gate_up, gate_up_bias, tiles, gate_up)?;
         self.gate_rows(choices, gate_up, n, of.activation, gated);
         let choice = self.choice(of.down, even)?;
+        // Tiles depend on how many rows they have, and on no matrix.
+        let same = choice.rows == tiles.choice.rows;
+        let tiles = if same {
+            tiles
+        } else {
+            sort(self, Purpose::DownTiles, choice, hidden)?
+        };
         let tiles = Tiles {
             row_of: 0,
-            ..sort(self, Purpose::DownTiles, choice, hidden)?
+            features: hidden,
+            choice,
+            ..tiles
         };
         self.experts_product(gated, choices, of.down, down_bias, tiles, answers)?;
         let part = match of.down.shard {

@@ -1,7 +1,7 @@
 //! [`Matrix`]: weights on the device, in the layouts of `formats.cuh`.
 //!
 //! A format that has a kernel keeps its quants and scales and changes only their order. The others keep their quants, as bytes under an f32 scale
-//! and minimum for each of their sub-blocks: nothing is rounded, 10 to 12 bits a weight. What no run of 16 bytes fits is widened.
+//! and minimum for each of their sub-blocks: nothing is rounded, 8.25 to 12 bits a weight. What no run of 16 bytes fits is widened.
 
 use std::borrow::Cow;
 use std::sync::Arc;

@@ -63,7 +63,7 @@ params! {
     struct Attention {
         step: Pointer, qkv: Pointer, cache: Pointer, sinks: Pointer, out: Rows, partial: Pointer, softmax: Pointer,
         list: i32, heads: i32, kv_heads: i32, d: i32, qkv_stride: i32, block_size: i32, page_groups: i32, page_group: i32, dtype: i32,
-        window: i32, scale: f32, softcap: f32, block_inverse: u32, pad: i32,
+        window: i32, scale: f32, softcap: f32, block_inverse: u32, first: i32,
     }
     struct Route {
         scores: Pointer, chosen: Pointer, weights: Pointer, rows: i32, experts: i32, top_k: i32, normalised: i32,

@@ -12,6 +12,13 @@ pub(crate) const SPLIT: u32 = 256;
 pub(crate) const TOGETHER: u32 = 64;
 /// Queries of a block whose warps split the positions.
 pub(crate) const APART: u32 = 16;
+/// Queries, over all KV heads, whose partial results exist at once where prompts are split: 512 MiB with heads of 128 elements. Few in the emulation, so that
+/// tests go beyond it.
+const WAVE: usize = if cfg!(feature = "cuda-emulation") {
+    1 << 10
+} else {
+    1 << 20
+};
 /// The largest bucket of rows; larger steps are not padded.
 const LARGEST_BUCKET: usize = 512;
 
@@ -55,10 +62,25 @@ pub(crate) struct Heads {
     pub tensor_cores: bool,
 }
 
+/// Work on the lists of splits and of what adds them up that is done before the next one's takes the place of its partial results.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Wave {
+    /// The first item, and how many there are.
+    pub splits: [usize; 2],
+    pub merges: [usize; 2],
+}
+
 /// The words of an attention work item; `Item` of `attention.cuh`.
 type Item = [u32; 8];
 /// `Merge` of `attention.cuh`.
 type Merge = [u32; 6];
+/// Words of an item of each list.
+const WORDS: [usize; 4] = [
+    size_of::<Item>() / 4,
+    size_of::<Item>() / 4,
+    size_of::<Merge>() / 4,
+    size_of::<Item>() / 4,
+];
 /// Words of a draw.
 const DRAW: usize = 13;
 /// `DRAWN` of `params.cuh`: the rest of a token's word is a draw of the step before.
@@ -83,6 +105,7 @@ pub(crate) struct Plan {
     counts: [usize; 4],
     /// Queries whose partial results are kept, over all KV heads.
     pub partials: usize,
+    waves: Vec<Wave>,
     /// Draws that are launched, padding included.
     pub draws: usize,
     items: [Vec<u32>; 4],
@@ -116,6 +139,7 @@ impl Default for Plan {
             heads: None,
             counts: [0; 4],
             partials: 0,
+            waves: Vec::new(),
             draws: 0,
             items: Default::default(),
         }
@@ -135,6 +159,7 @@ impl Plan {
         self.heads = None;
         self.counts = [0; 4];
         self.partials = 0;
+        self.waves.clear();
         self.header = Header {
             rows: rows as u32,
             logit_rows: step.logit_rows.len() as u32,
@@ -249,6 +274,7 @@ impl Plan {
         for items in &mut self.items {
             items.clear();
         }
+        let mut most = 0;
         for span in &step.spans {
             if !heads.tensor_cores {
                 for row in 0..span.rows {
@@ -256,20 +282,16 @@ impl Plan {
                     self.items[List::Rows as usize].extend(item);
                 }
             } else if span.rows == 1 || only_split {
-                self.split(span, heads);
+                self.split(span, heads, &mut most);
             } else {
                 together(span, heads, &mut self.items[List::Together as usize]);
             }
         }
-        let words = [
-            size_of::<Item>() / 4,
-            size_of::<Item>() / 4,
-            size_of::<Merge>() / 4,
-            size_of::<Item>() / 4,
-        ];
+        self.end_wave(&mut most);
+        self.partials = most;
         for list in 0..4 {
             let items = std::mem::take(&mut self.items[list]);
-            let count = items.len() / words[list];
+            let count = items.len() / WORDS[list];
             self.header.lists[list] = self.padded(&items, items.len());
             self.header.list_lengths[list] = count as u32;
             self.counts[list] = if self.again { padded(count) } else { count };
@@ -277,8 +299,19 @@ impl Plan {
         }
         if self.again {
             self.partials = self.partials.next_power_of_two();
+            let (splits, merges) = (self.count(List::Split), self.count(List::Merge));
+            self.waves.clear();
+            self.waves.push(Wave {
+                splits: [0, splits],
+                merges: [0, merges],
+            });
         }
         true
+    }
+
+    /// What is split, in the order in which it is to be done. A step that only generates has one wave, so that its launches will come again.
+    pub fn waves(&self) -> &[Wave] {
+        &self.waves
     }
 
     /// Blocks that a list is launched with.
@@ -286,13 +319,29 @@ impl Plan {
         self.counts[list as usize]
     }
 
-    fn split(&mut self, span: &Span, heads: Heads) {
+    /// Ends the wave that has the items since the last one; `most`: the partial results of the largest so far.
+    fn end_wave(&mut self, most: &mut usize) {
+        let listed = |list: List| self.items[list as usize].len() / WORDS[list as usize];
+        let done = self.waves.last().copied().unwrap_or_default();
+        let [splits, merges] = [done.splits, done.merges].map(|[first, count]| first + count);
+        self.waves.push(Wave {
+            splits: [splits, listed(List::Split) - splits],
+            merges: [merges, listed(List::Merge) - merges],
+        });
+        *most = (*most).max(std::mem::take(&mut self.partials));
+    }
+
+    fn split(&mut self, span: &Span, heads: Heads, most: &mut usize) {
         let queries = span.rows * heads.group;
         for first in (0..queries).step_by(APART as usize) {
             let count = (queries - first).min(APART);
             let end = last(span, first + count, heads) + 1;
             let splits = end.div_ceil(SPLIT);
             let stride = count * heads.of_kv;
+            let more = (splits * stride) as usize;
+            if !self.again && self.partials > 0 && self.partials + more > WAVE {
+                self.end_wave(most);
+            }
             let merge: Merge = [span.row, first, count, self.partials as u32, stride, splits];
             self.items[List::Merge as usize].extend(merge);
             for split in 0..splits {
@@ -502,6 +551,39 @@ mod tests {
         assert!(split.next().is_none());
         assert!(plan.partials >= next as usize && plan.partials < 2 * next as usize);
         assert_eq!(plan.count(List::Split), 8, "4, 1, 1 and 2 splits");
+    }
+
+    #[test]
+    fn prompts_that_are_split_have_waves_of_bounded_memory() {
+        let mut plan = Plan::default();
+        // Enough for several waves: four rows have 32 results in each of their splits.
+        let rows = if WAVE > 1 << 10 { 14_000 } else { 400 };
+        let step = step(&[(9, 1), (300, rows), (600, 1)]);
+        plan.begin(&step, step.rows());
+        assert!(plan.attention(&step, HEADS, true));
+        let (splits, merges) = (items(&plan, List::Split), items(&plan, List::Merge));
+        let mut waves = plan.waves().to_vec();
+        assert!(waves.len() > 2, "{waves:?}");
+        waves.reverse();
+        let (mut split, mut at, mut next) = (splits.iter(), 0, 0);
+        let mut wave = waves.pop().unwrap();
+        for merge in &merges {
+            if at == wave.merges[0] + wave.merges[1] {
+                let begun = splits.len() - split.len();
+                assert_eq!(begun, wave.splits[0] + wave.splits[1]);
+                wave = waves.pop().unwrap();
+                assert_eq!((wave.merges[0], wave.splits[0]), (at, begun));
+                next = 0;
+            }
+            at += 1;
+            assert_eq!(merge[3], next, "results lie one behind the other in a wave");
+            for item in split.by_ref().take(merge[5] as usize) {
+                assert_eq!(item[7], next);
+                next += merge[4];
+            }
+            assert!(next as usize <= plan.partials && plan.partials <= WAVE);
+        }
+        assert!(waves.is_empty() && split.next().is_none());
     }
 
     #[test]

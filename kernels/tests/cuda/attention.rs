@@ -140,6 +140,8 @@ fn a_sequence_has_the_same_bits_however_it_is_cut_when_deterministic() {
     case.rotated = 32;
     for dtype in CACHES {
         case.dtype = dtype;
+        // Splits that no query sees have no part in it.
+        case.shape.window = (dtype == KvDtype::Bf16).then_some(90);
         case.steps = vec![vec![(0, 300), (1, 40)]];
         case.check(&mut gpu, ALLOWED, "deterministic");
         let expected = case.run(&mut gpu);

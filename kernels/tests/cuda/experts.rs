@@ -22,18 +22,23 @@ struct Mixture {
 
 impl Mixture {
     fn random(random: &mut Random, format: Format) -> Self {
+        let experts = 1 + random.below(9);
+        let top_k = 1 + random.below(experts);
+        Self::of_experts(random, format, experts, top_k)
+    }
+
+    fn of_experts(random: &mut Random, format: Format, experts: usize, top_k: usize) -> Self {
         let block = format.block_size().max(16);
         let (hidden, n) = (
             block * (1 + random.below(64 / block + 1)),
             block * (1 + random.below(48 / block + 1)),
         );
-        let experts = 1 + random.below(9);
         let biased = random.below(2) == 0;
         Self {
             hidden,
             n,
             experts,
-            top_k: 1 + random.below(experts),
+            top_k,
             normalised: random.below(2) == 0,
             format,
             router: random.floats(experts * hidden),
@@ -97,9 +102,10 @@ const GPTQ: Format = Format::Grouped(Grouped {
     zero: Zero::Point,
 });
 
-const FORMATS: [Format; 7] = [
+const FORMATS: [Format; 8] = [
     Format::F32,
     Format::Bf16,
+    Format::F16,
     Format::Q8_0,
     Format::Q4K,
     Format::Mxfp4,
@@ -124,6 +130,24 @@ fn a_mixture_of_experts_is_as_on_the_cpu() {
                 error < 1e-2,
                 "{format:?}, {rows} rows, {top_k} of {experts}: {error}"
             );
+        }
+    }
+}
+
+/// Products that a library would do if they were a layer's: those of experts are always ours, and with one of them its tiles are full.
+#[test]
+fn a_lone_expert_has_tiles_of_64_and_of_128_rows() {
+    let mut random = Random(6);
+    let mut gpu = gpu(false);
+    for format in [Format::Bf16, Format::F16] {
+        for rows in [40, 70, 130] {
+            let mixture = Mixture::of_experts(&mut random, format, 1, 1);
+            let x = exact(&mut random, rows * mixture.hidden);
+            let before = random.floats(rows * mixture.hidden);
+            let expected = mixture.run(&mut cpu(), false, &x, &before);
+            let got = mixture.run(&mut gpu, true, &x, &before);
+            let error = distance(&got, &wide(&expected));
+            assert!(error < 1e-2, "{format:?}, {rows} rows: {error}");
         }
     }
 }
