@@ -43,9 +43,6 @@ pub enum GenerateError {
     /// The request's deadline has passed.
     #[error("the deadline has passed")]
     DeadlineExceeded,
-    /// Somebody aborted the request.
-    #[error("the request was aborted")]
-    Aborted,
     /// A fault of the server.
     #[error("internal error: {0}")]
     Internal(String),

@@ -20,6 +20,7 @@ struct Handles {
     labels: Vec<Label>,
     first_token: Histogram,
     inter_token: Histogram,
+    per_output_token: Histogram,
     end_to_end: Histogram,
     queue: Histogram,
     prefill: Histogram,
@@ -27,6 +28,7 @@ struct Handles {
     inference: Histogram,
     prompt_tokens: Histogram,
     generation_tokens: Histogram,
+    most_generation_tokens: Histogram,
     max_tokens: Histogram,
     n: Histogram,
 }
@@ -46,6 +48,7 @@ impl Histograms {
         Self(Arc::new(Handles {
             first_token: named("vllm:time_to_first_token_seconds"),
             inter_token: named("vllm:inter_token_latency_seconds"),
+            per_output_token: named("vllm:request_time_per_output_token_seconds"),
             end_to_end: named("vllm:e2e_request_latency_seconds"),
             queue: named("vllm:request_queue_time_seconds"),
             prefill: named("vllm:request_prefill_time_seconds"),
@@ -53,11 +56,20 @@ impl Histograms {
             inference: named("vllm:request_inference_time_seconds"),
             prompt_tokens: named("vllm:request_prompt_tokens"),
             generation_tokens: named("vllm:request_generation_tokens"),
+            most_generation_tokens: named("vllm:request_max_num_generation_tokens"),
             max_tokens: named("vllm:request_params_max_tokens"),
             n: named("vllm:request_params_n"),
             labels,
         }))
     }
+}
+
+/// What one of a request's answers has so far.
+#[derive(Debug, Clone, Default)]
+struct Sample {
+    tokens: u32,
+    /// When its first token came, and its last.
+    times: Option<(Instant, Instant)>,
 }
 
 /// One request's timings.
@@ -66,12 +78,10 @@ pub(super) struct Observation {
     arrived: Instant,
     admitted: Option<Instant>,
     first_token: Option<Instant>,
-    /// Of each sample that has one.
-    last_tokens: Vec<Option<Instant>>,
+    samples: Vec<Sample>,
     /// The last end of a sample.
     ended: Instant,
     prompt_tokens: usize,
-    generation_tokens: u32,
     /// Samples whose end was not counted.
     open: u32,
     reported: bool,
@@ -92,10 +102,9 @@ impl Observation {
             arrived,
             admitted: None,
             first_token: None,
-            last_tokens: vec![None; n as usize],
+            samples: vec![Sample::default(); n as usize],
             ended: arrived,
             prompt_tokens,
-            generation_tokens: 0,
             open: n,
             reported: false,
         }
@@ -112,10 +121,16 @@ impl Observation {
             self.first_token = Some(at);
             handles.first_token.record(at - self.arrived);
         }
-        if let Some(before) = self.last_tokens[index as usize].replace(at) {
-            handles.inter_token.record(at - before);
-        }
-        self.generation_tokens += 1;
+        let sample = &mut self.samples[index as usize];
+        sample.tokens += 1;
+        let first = match sample.times {
+            Some((first, before)) => {
+                handles.inter_token.record(at - before);
+                first
+            }
+            None => at,
+        };
+        sample.times = Some((first, at));
     }
 
     /// A sample ended. Where that is the end of the whole request all open samples count: their owner may have seen enough and not read on.
@@ -149,9 +164,17 @@ impl Observation {
         let handles = &self.histograms.0;
         handles.end_to_end.record(ended - self.arrived);
         handles.prompt_tokens.record(self.prompt_tokens as f64);
-        handles
-            .generation_tokens
-            .record(f64::from(self.generation_tokens));
+        let tokens = || self.samples.iter().map(|sample| f64::from(sample.tokens));
+        handles.generation_tokens.record(tokens().sum::<f64>());
+        let most = tokens().fold(0.0, f64::max);
+        handles.most_generation_tokens.record(most);
+        for sample in &self.samples {
+            // A single token has none before it.
+            if let (Some((first, last)), 2..) = (sample.times, sample.tokens) {
+                let mean = (last - first) / (sample.tokens - 1);
+                handles.per_output_token.record(mean);
+            }
+        }
         let admitted = self.admitted.unwrap_or(ended);
         handles.queue.record(admitted - self.arrived);
         if let Some(first) = self.first_token {
@@ -180,6 +203,10 @@ pub(crate) static SECONDS: LazyLock<Vec<(&'static str, Vec<f64>)>> = LazyLock::n
         0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0,
         240.0, 480.0, 960.0, 1920.0, 7680.0,
     ];
+    let token = vec![
+        0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+        20.0, 40.0, 80.0,
+    ];
     vec![
         (
             "vllm:time_to_first_token_seconds",
@@ -188,13 +215,8 @@ pub(crate) static SECONDS: LazyLock<Vec<(&'static str, Vec<f64>)>> = LazyLock::n
                 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
             ],
         ),
-        (
-            "vllm:inter_token_latency_seconds",
-            vec![
-                0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
-                10.0, 20.0, 40.0, 80.0,
-            ],
-        ),
+        ("vllm:inter_token_latency_seconds", token.clone()),
+        ("vllm:request_time_per_output_token_seconds", token),
         ("vllm:e2e_request_latency_seconds", request.clone()),
         ("vllm:request_queue_time_seconds", request.clone()),
         ("vllm:request_prefill_time_seconds", request.clone()),
@@ -212,7 +234,6 @@ pub(super) fn reason(error: &GenerateError) -> &'static str {
         GenerateError::Overloaded { .. } => "overloaded",
         GenerateError::Draining => "draining",
         GenerateError::DeadlineExceeded => "deadline",
-        GenerateError::Aborted => "aborted",
         GenerateError::Internal(_) => "error",
     }
 }

@@ -154,9 +154,10 @@ fn builder() -> PrometheusBuilder {
         0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
     ];
     const SAMPLES: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
-    let fixed: [(&str, &[f64]); 7] = [
+    let fixed: [(&str, &[f64]); 8] = [
         ("vllm:request_prompt_tokens", &TOKENS),
         ("vllm:request_generation_tokens", &TOKENS),
+        ("vllm:request_max_num_generation_tokens", &TOKENS),
         ("vllm:request_params_max_tokens", &TOKENS),
         ("vllm:request_params_n", &SAMPLES),
         ("vllm:iteration_tokens_total", &STEP_TOKENS),
@@ -254,6 +255,10 @@ fn describe() {
             "Between two tokens of a sample.",
         ),
         (
+            "vllm:request_time_per_output_token_seconds",
+            "Mean time between the tokens of a sample that has at least two.",
+        ),
+        (
             "vllm:e2e_request_latency_seconds",
             "From a request's arrival to its last token.",
         ),
@@ -277,6 +282,10 @@ fn describe() {
         (
             "vllm:request_generation_tokens",
             "Tokens generated for a request.",
+        ),
+        (
+            "vllm:request_max_num_generation_tokens",
+            "Tokens of the longest of a request's samples.",
         ),
         (
             "vllm:request_params_max_tokens",

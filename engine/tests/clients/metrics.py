@@ -26,6 +26,7 @@ COUNTERS = [
 HISTOGRAMS = [
     "vllm:time_to_first_token_seconds",
     "vllm:inter_token_latency_seconds",
+    "vllm:request_time_per_output_token_seconds",
     "vllm:e2e_request_latency_seconds",
     "vllm:request_queue_time_seconds",
     "vllm:request_prefill_time_seconds",
@@ -33,6 +34,7 @@ HISTOGRAMS = [
     "vllm:request_inference_time_seconds",
     "vllm:request_prompt_tokens",
     "vllm:request_generation_tokens",
+    "vllm:request_max_num_generation_tokens",
     "vllm:request_params_max_tokens",
     "vllm:request_params_n",
 ]
@@ -106,6 +108,8 @@ def one_request_moves_the_counters_by_what_it_used(server: Server) -> None:
         "vllm:request_queue_time_seconds_count": 1,
         "vllm:request_prompt_tokens_count": 1,
         "vllm:request_prompt_tokens_sum": 123,
+        "vllm:request_max_num_generation_tokens_sum": 17,
+        "vllm:request_time_per_output_token_seconds_count": 2,
         "vllm:request_params_n_sum": 2,
         "vllm:request_params_max_tokens_sum": 17,
     }.items():

@@ -209,7 +209,6 @@ pub(super) fn status(error: &GenerateError) -> Status {
         GenerateError::Overloaded { .. } => Code::ResourceExhausted,
         GenerateError::Draining => Code::Unavailable,
         GenerateError::DeadlineExceeded => Code::DeadlineExceeded,
-        GenerateError::Aborted => Code::Aborted,
         GenerateError::Internal(_) => Code::Internal,
     };
     let metadata = match error {

@@ -153,7 +153,6 @@ impl From<GenerateError> for ApiError {
                 ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
             },
             GenerateError::DeadlineExceeded => Self::new(StatusCode::REQUEST_TIMEOUT, message),
-            GenerateError::Aborted => Self::new(StatusCode::CONFLICT, message),
             GenerateError::Internal(_) => Self::internal(message),
         }
     }
