@@ -4,7 +4,7 @@
 //! with CANCELLED), clients that say nothing, send no request or stop answering pings are let go, and closing waits for answers, not for idle connections.
 
 use std::future::Future;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -15,12 +15,18 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::greeting::Greeting;
 
-/// A connection whose peer says nothing at first, does not finish a request's head, or does not answer a ping, for as long is closed.
+/// A connection whose peer says nothing at first, or does not answer a ping, for as long is closed.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+/// And one on which no next request begins, or whose request's head is not finished, for so many times as long: 75 s. Proxies keep idle connections for 60 s
+/// most often, and would send a request on one that is being closed here if theirs were the longer time.
+const IDLE: f32 = 2.5;
 /// Calls on one connection: a gateway's may carry all of the load.
 const MOST_STREAMS: u32 = 8192;
 /// After the system refused a connection (too many open files), before the next try.
 const PAUSE: Duration = Duration::from_millis(100);
+/// When a listener is to close: for so long nobody must have come, and so long it waits for that at most.
+const LULL: Duration = Duration::from_millis(50);
+const LAST_CALL: Duration = Duration::from_millis(250);
 
 /// What a listener speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +37,8 @@ pub(super) enum Protocol {
     Grpc,
 }
 
-/// Accepts until `closed` resolves; returns when the last connection is closed.
+/// Accepts until `closed` resolves, and then whom the system greeted for us already: closing the listener would reset them. Returns when the
+/// last connection is closed.
 pub(super) async fn serve(
     listener: TcpListener,
     router: Router,
@@ -41,6 +48,17 @@ pub(super) async fn serve(
 ) {
     let builder = builder(protocol, patience);
     let connections = GracefulShutdown::new();
+    let begin = |stream: TcpStream| {
+        let service = TowerToHyperService::new(router.clone());
+        let stream = TokioIo::new(Greeting::new(prepared(stream), patience));
+        let connection = builder.serve_connection(stream, service).into_owned();
+        let connection = connections.watch(connection);
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "a connection ended badly");
+            }
+        });
+    };
     let mut closed = std::pin::pin!(closed);
     loop {
         let accepted = tokio::select! {
@@ -48,26 +66,18 @@ pub(super) async fn serve(
             () = &mut closed => break,
         };
         match accepted {
-            Ok((stream, _)) => {
-                let service = TowerToHyperService::new(router.clone());
-                let connection = builder
-                    .serve_connection(
-                        TokioIo::new(Greeting::new(prepared(stream), patience)),
-                        service,
-                    )
-                    .into_owned();
-                let connection = connections.watch(connection);
-                tokio::spawn(async move {
-                    if let Err(error) = connection.await {
-                        tracing::debug!(%error, "a connection ended badly");
-                    }
-                });
-            }
+            Ok((stream, _)) => begin(stream),
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(PAUSE).await;
             }
         }
+    }
+    let last_call = Instant::now() + LAST_CALL;
+    while Instant::now() < last_call
+        && let Ok(Ok((stream, _))) = tokio::time::timeout(LULL, listener.accept()).await
+    {
+        begin(stream);
     }
     drop(listener);
     connections.shutdown().await;
@@ -78,7 +88,7 @@ fn builder(protocol: Protocol, patience: Duration) -> auto::Builder<TokioExecuto
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(patience);
+        .header_read_timeout(patience.mul_f32(IDLE));
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -102,6 +112,8 @@ fn prepared(stream: TcpStream) -> TcpStream {
 #[cfg(test)]
 mod tests {
     use std::io::ErrorKind;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
 
@@ -133,6 +145,27 @@ mod tests {
                 closed.unwrap_or_else(|_| panic!("{protocol:?} waits after {beginning:?}"));
             }
             serving.abort();
+        }
+    }
+
+    #[tokio::test]
+    async fn who_has_come_when_it_closes_is_answered() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let mut clients = Vec::new();
+        for _ in 0..20 {
+            let mut stream = TcpStream::connect(address).await.expect("a connection");
+            let request = b"GET / HTTP/1.1\r\nHost: quire\r\n\r\n";
+            stream.write_all(request).await.expect("a few bytes");
+            clients.push(stream);
+        }
+        let now = std::future::ready(());
+        serve(listener, Router::new(), Protocol::Http, PATIENCE, now).await;
+        for mut stream in clients {
+            let mut answer = String::new();
+            let read = stream.read_to_string(&mut answer).await;
+            read.expect("an answer and not a reset");
+            assert!(answer.starts_with("HTTP/1.1 404"), "{answer:?}");
         }
     }
 }

@@ -1,5 +1,6 @@
 """SIGTERM: what was accepted is finished, what is new is refused, health turns, and the process ends with 0."""
 
+import contextlib
 import json
 import signal
 import socket
@@ -137,6 +138,20 @@ def idle_connections_hold_no_drain_up(start) -> None:
         expect.equal(next(watch).status, SERVING)
         server.signal(signal.SIGTERM)
         expect.equal(server.exit_code(within=5), 0, "exit code")
+
+
+def who_has_connected_when_it_ends_is_answered(start) -> None:
+    server = start()
+    server.signal(signal.SIGSTOP)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", server.http_port), timeout=10)) for _ in range(20)]
+        for client in clients:
+            client.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        server.signal(signal.SIGTERM)
+        server.signal(signal.SIGCONT)
+        answers = [client.recv(1000)[:12] for client in clients]
+        expect.that(set(answers) <= {b"HTTP/1.1 200", b"HTTP/1.1 503"}, f"answers {answers}")
+    expect.equal(server.exit_code(within=5), 0, "exit code")
 
 
 def a_second_signal_ends_the_server_at_once(start) -> None:

@@ -203,6 +203,8 @@ def what_would_change_an_answer_and_is_not_supported_is_refused_by_name(server: 
         "prompt_logprobs": 1,
         "repetition_detection": {"max_pattern_size": 2},
         "response_format": {"type": "json_object"},
+        "grammar": 'root ::= "x"',
+        "json_schema": {"type": "object"},
         "return_tokens_as_token_ids": True,
         "thinking_token_budget": 1,
     }

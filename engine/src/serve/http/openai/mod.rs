@@ -1,7 +1,8 @@
 //! The OpenAI API: `/v1/completions`, `/v1/chat/completions`, `/v1/models`.
 //!
-//! A body is read twice: once for the [`Parameters`] both endpoints share, once for what is its own. What a client asks for and this server
-//! would not do is refused, never ignored; fields that change no answer (`user`, `metadata` …) are ignored, as clients expect.
+//! A body is read twice: once for the [`Parameters`] both endpoints share, once for what is its own. What OpenAI's and vLLM's
+//! clients can ask for and this server would not do is refused, never ignored; fields that change no answer (`metadata`, `store` …), and names that
+//! neither knows, are ignored, as clients expect.
 
 mod chat;
 mod completions;

@@ -12,13 +12,15 @@ use super::super::error::ApiError;
 use crate::generation::{GenerationRequest, Prompt, SamplingRequest};
 
 /// What other servers do and this one does not, of fields that change an answer. (`length_penalty` does so only with `use_beam_search`.)
-const UNSUPPORTED: [&str; 15] = [
+const UNSUPPORTED: [&str; 17] = [
     "allowed_token_ids",
     "bad_words",
+    "grammar",
     "guided_choice",
     "guided_grammar",
     "guided_json",
     "guided_regex",
+    "json_schema",
     "logits_processors",
     "logprob_token_ids",
     "prompt_embeds",
