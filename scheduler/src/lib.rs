@@ -6,8 +6,8 @@
 //! randomness, so a test can replay a million steps in seconds. Where tokens are drawn on a device, [`Scheduler::resolve`] brings them when the next step
 //! is already planned.
 //!
-//! Invariants, checked after every step of random workloads (`tests/random_workloads/`): a block is free, cached or referenced, never two
-//! of these except free and cached; reference counts equal the tables that hold them; no budget is exceeded; no sequence waits
+//! Invariants, checked after every step of random workloads (`tests/random_workloads/`): a block is free or referenced, never both,
+//! and what the prefix cache finds may be either; reference counts equal the tables that hold them; no budget is exceeded; no sequence waits
 //! for ever; an abort at any moment frees exactly what was held.
 #![forbid(unsafe_code)]
 

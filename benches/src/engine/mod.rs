@@ -2,7 +2,7 @@
 //!
 //! In go a checkpoint and batch sizes; out come tokens per second of reading prompts, of generating and of both at once, each with the
 //! share of the machine's limits that it reaches. The limits are measured in the same run, on the same threads: memory read, f32
-//! multiply-add and 8-bit integer products.
+//! multiply-add, and products of bfloat16 (where there is an instruction for them) and of 8 bits.
 
 mod cost;
 pub mod limits;
@@ -44,7 +44,7 @@ use workload::{Kind, Line, Shape};
 #[derive(Debug, Clone, Args, Serialize)]
 #[command(verbatim_doc_comment, after_help = EXAMPLES)]
 pub struct Arguments {
-    /// Directory with config.json, safetensors and tokenizer.json [default: the demo model inside the binary]
+    /// A GGUF file, or a directory with config.json, safetensors and tokenizer.json [default: the demo model inside the binary]
     #[arg(long, short, value_name = "PATH")]
     model: Option<PathBuf>,
 

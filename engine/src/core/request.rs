@@ -71,7 +71,7 @@ pub enum FinishReason {
     },
     /// `max_tokens` or the model's context was reached.
     Length,
-    /// The client went away or asked for it.
+    /// The client went away or asked for it, or the time to drain was over.
     Aborted,
     /// The request's deadline passed.
     DeadlineExceeded,

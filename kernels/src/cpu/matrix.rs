@@ -9,7 +9,7 @@
 //! | bf16 | `[k/2][PANEL][2]` elements | two k of every row, which are multiplied together; see `pairs` of [`super::linear`] |
 //! | Q8_0 | `[k/32]` × 8 groups of 64 bytes, then `[k/32][PANEL]` f16 scales | see [`super::simd::Simd::dot_i8`] |
 //! | Q4_0 | `[k/32]` × 4 groups of 64 bytes, then `[k/32][PANEL]` f16 scales | see [`super::simd::Simd::dot_q4`] |
-//! | grouped, E4M3 | one unit a group, see [`super::groups`] | `integers` and `float8` of [`super::linear`] |
+//! | grouped, E4M3 | one unit a group, see [`super::groups`] | `integers` and `floats` of [`super::linear`] |
 //! | other quantised ones | one unit a block, see [`super::planes`] | [`super::linear`]'s blocks |
 //!
 //! On several NUMA nodes the panels of every part — queries, keys and values; each expert's gate — are divided among the nodes in proportion to

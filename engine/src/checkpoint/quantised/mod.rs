@@ -5,7 +5,8 @@
 //! other, with rows in the form the kernels take. So nothing above knows that a matrix was several tensors, and what a format costs is one file here that
 //! recognises it: how integers are read stands once in [`integers`], for E4M3 floats in [`float8`].
 //!
-//! **Invariant:** weights are brought into another order and never to another value, one matrix at a time: there are never two copies of a model.
+//! **Invariant:** weights are brought into another order and never to another value (but for BitNet's floats with `quantization_mode: online`, which are rounded as
+//! the checkpoint asks), one matrix at a time: there are never two copies of a model.
 
 mod awq;
 mod bitnet;
