@@ -140,7 +140,7 @@ if [ "$what" = everything ] || [ "$what" = quick ]; then
     # The kernels of who has no cuBLASLt, which does most products of floats otherwise.
     tests without-library 30 env QUIRE_CUDA_LIBRARY=0 "$bin/test-kernels" --test-threads 1 products::
     tests models 110 env CARGO_MANIFEST_DIR="$PWD/engine" "$bin/test-engine" --test-threads 1 --nocapture --skip several_ranks
-    grep -h 'largest error' "$out/models.log" | tee -a "$out/summary.txt"
+    grep -hE 'largest error|greedy answers' "$out/models.log" | tee -a "$out/summary.txt"
 
     # By themselves, so that GPUs that do not find each other spoil nothing else.
     gpus=$(timeout 20 nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')

@@ -259,10 +259,12 @@ fn fewer_bits_in_the_cache_hardly_move_the_next_tokens_probabilities() {
     };
     let exact = logits(KvDtype::F32);
     for (dtype, limit) in [
-        (KvDtype::F16, 4e-4),
-        (KvDtype::Bf16, 4e-4),
-        (KvDtype::Fp8, 1e-2),
+        (KvDtype::F16, 2e-4),
+        (KvDtype::Bf16, 2e-4),
+        (KvDtype::Fp8, 5e-3),
     ] {
+        // Measured on the 96 tokens of the emulation; a few tokens of many may be far off.
+        let limit = if on_a_gpu() { 2.0 * limit } else { limit };
         let rounded = logits(dtype);
         let rows = || exact.chunks(vocab).zip(rounded.chunks(vocab));
         let mean = rows().map(|(p, q)| common::divergence(p, q)).sum::<f64>();
