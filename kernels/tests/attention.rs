@@ -35,7 +35,8 @@ impl Case {
     fn random(random: &mut Random, dtype: KvDtype) -> Self {
         let kv_heads = 1 + random.below(3);
         let heads = kv_heads * (1 + random.below(6));
-        let head_dim = 2 * (2 + random.below(40));
+        // Some longer than what kernels lay together of a query.
+        let head_dim = 2 * (2 + random.below(40)) + if random.below(5) == 0 { 128 } else { 0 };
         let tokens = 1 + random.below(90);
         // Every other case is the plain one.
         let mut maybe = |yes: bool| yes && random.below(2) == 0;

@@ -8,22 +8,28 @@
 //! A query is one head of one row. Several queries of a KV head pass over a span at once, so that its keys and values are loaded (and widened) once
 //! for all of them: what happens there is in `span`. Work is split into (KV heads, run of query rows) tasks.
 
+mod elements;
+mod products;
+mod softmax;
 mod span;
 
 use std::cmp::Reverse;
 use std::f32::consts::LOG2_E;
 
-use span::{Batch, Element, KeysAndValues, SPAN, TILES, pass};
+use elements::Element;
+use span::{Batch, CHUNK, KeysAndValues, SPAN, TILES, few, many};
 
 use super::bf16::Bf16;
 use super::kv::{KvCache, SCALE, TILE};
 use super::memory::{Buffer, Shared};
 use super::pool::Pool;
-use super::simd::{Isa, Simd, dispatch};
+use super::simd::{Isa, PANEL, Simd, dispatch};
 use crate::{AttentionShape, Error, KvDtype, KvLayer, Span};
 
-/// Query rows of one task.
-const TASK_ROWS: usize = 16;
+/// Query rows of one task: a multiple of what every processor multiplies at once, so that none is left over.
+const TASK_ROWS: usize = 48;
+/// So many queries pass over a span together, with parts of it widened for all of them.
+const FEW: usize = 12;
 /// Tasks for each thread, at least, before one takes several KV heads: with many short sequences, only a head's first span has nobody to ask for it.
 const TASKS: usize = 32;
 
@@ -74,13 +80,27 @@ impl Scratch {
 
 /// Floats a thread needs.
 fn per_thread(shape: &AttentionShape) -> usize {
-    TASK_ROWS * (shape.heads / shape.kv_heads) * (2 * shape.head_dim + 2)
+    let queries = TASK_ROWS * (shape.heads / shape.kv_heads);
+    widened(shape.head_dim) + queries * floats_each(shape.head_dim)
+}
+
+/// Floats of what is widened at once: a tile of keys, or two vectors of a span's values.
+fn widened(head_dim: usize) -> usize {
+    (TILE * head_dim).max(SPAN * 2 * PANEL)
+}
+
+/// Floats of a query's in [`Queries`].
+fn floats_each(head_dim: usize) -> usize {
+    SPAN + head_dim.next_multiple_of(CHUNK) + head_dim + 3
 }
 
 /// The queries of a KV head and a run, and what has become of them so far. They lie together, and not where they come from and go to: rows of
 /// activations are a power of two apart, so that sixteen of them would share a few sets of a cache.
 struct Queries<'a> {
-    /// `[queries, head_dim]`
+    /// Scores of a span's positions, then their weights.
+    scores: &'a mut [[f32; SPAN]],
+    /// `[head_dim / CHUNK, queries, CHUNK]`: what a few of them have at an element is a constant apart, whatever the head's size, so that one
+    /// register addresses it.
     vectors: &'a mut [f32],
     /// Values weighed so far. `[queries, head_dim]`
     out: &'a mut [f32],
@@ -88,20 +108,26 @@ struct Queries<'a> {
     maxima: &'a mut [f32],
     /// The sum of each one's weights.
     sums: &'a mut [f32],
+    /// What those values are to be multiplied by before others are added.
+    shrink: &'a mut [f32],
 }
 
 impl<'a> Queries<'a> {
     /// `count` of them in a thread's working memory.
     #[inline(always)]
     fn within(floats: &'a mut [f32], count: usize, head_dim: usize) -> Self {
-        let (vectors, rest) = floats.split_at_mut(count * head_dim);
+        let (scores, rest) = floats.split_at_mut(count * SPAN);
+        let (vectors, rest) = rest.split_at_mut(count * head_dim.next_multiple_of(CHUNK));
         let (out, rest) = rest.split_at_mut(count * head_dim);
         let (maxima, rest) = rest.split_at_mut(count);
+        let (sums, rest) = rest.split_at_mut(count);
         Self {
+            scores: scores.as_chunks_mut().0,
             vectors,
             out,
             maxima,
-            sums: &mut rest[..count],
+            sums,
+            shrink: &mut rest[..count],
         }
     }
 }
@@ -191,14 +217,15 @@ unsafe fn attend_over<S: Simd, E: Element>(work: &Work<'_>, floats: &mut [f32]) 
     let mut work = *work;
     let oldest = work.oldest();
     let mut first = work.keys_and_values::<E>(oldest / SPAN * SPAN, oldest);
-    while work.kv_head < work.last_head {
+    loop {
         let mut following = work;
         following.kv_head += 1;
-        let next = following.keys_and_values::<E>(oldest / SPAN * SPAN, oldest);
-        unsafe { one_head::<S, E>(&work, &first, Some(&next), floats) };
+        let next = (work.kv_head < work.last_head)
+            .then(|| following.keys_and_values::<E>(oldest / SPAN * SPAN, oldest));
+        unsafe { one_head::<S, E>(&work, &first, next.as_ref(), floats) };
+        let Some(next) = next else { return };
         (work, first) = (following, next);
     }
-    unsafe { one_head::<S, E>(&work, &first, None, floats) };
 }
 
 /// A head, whose first span is known, and what comes after its last one.
@@ -210,31 +237,13 @@ unsafe fn one_head<S: Simd, E: Element>(
     following: Option<&KeysAndValues<E>>,
     floats: &mut [f32],
 ) {
-    let a = work.attention;
-    let group = a.shape.heads / a.shape.kv_heads;
+    let shape = &work.attention.shape;
+    let (group, d) = (shape.heads / shape.kv_heads, shape.head_dim);
     let rows = work.run.rows as usize;
     let first_position = (work.run.span.start + work.run.row - work.run.span.row) as usize;
-    let queries = rows * group;
     let window = work.window();
-    let d = a.shape.head_dim;
-    let mut own = Queries::within(floats, queries, d);
-    for (query, vector) in own.vectors.chunks_exact_mut(d).enumerate() {
-        vector.copy_from_slice(work.query(query));
-    }
-    own.out.fill(0.0);
-    match a.sinks {
-        None => {
-            own.maxima.fill(f32::NEG_INFINITY);
-            own.sums.fill(0.0);
-        }
-        Some(sinks) => {
-            for (query, maximum) in own.maxima.iter_mut().enumerate() {
-                *maximum = sinks[work.place(query).1] * LOG2_E;
-            }
-            own.sums.fill(1.0);
-        }
-    }
-
+    let (wide, floats) = floats.split_at_mut(widened(d));
+    let mut own = work.queries::<S>(floats);
     let oldest = work.oldest();
     let mut span = *first;
     for begin in (oldest / SPAN * SPAN..first_position + rows).step_by(SPAN) {
@@ -245,57 +254,29 @@ unsafe fn one_head<S: Simd, E: Element>(
             Some(work.keys_and_values::<E>(begin + SPAN, oldest))
         };
         // Rows before the span's begin have nothing in it, and rows whose window begins after it have not either.
-        let mut query = begin.saturating_sub(first_position) * group;
         let after = (begin + SPAN)
             .saturating_add(window - 1)
             .saturating_sub(first_position);
         let end = after.min(rows) * group;
-        let first = query;
-        while query < end {
-            let left = (end - query).min(S::QUERIES);
-            // As many as there may be, or the largest power of two that is left.
-            let n = if left == S::QUERIES {
-                left
-            } else {
-                1 << left.ilog2()
-            };
-            let batch = Batch {
-                first: query,
-                group,
-                position: first_position,
-                begin,
-                window,
-                leads: query == first,
-            };
-            let next = if batch.leads { next.as_ref() } else { None };
-            let (shape, own) = (&a.shape, &mut own);
-            unsafe {
-                // Conditions of constants rule out what is not to be compiled.
-                match n {
-                    1 => pass::<S, E, 1>(shape, &span, next, &batch, own),
-                    2 => pass::<S, E, 2>(shape, &span, next, &batch, own),
-                    4 if const { S::QUERIES >= 4 } => {
-                        pass::<S, E, 4>(shape, &span, next, &batch, own);
-                    }
-                    6 if const { S::QUERIES == 6 } => {
-                        pass::<S, E, 6>(shape, &span, next, &batch, own);
-                    }
-                    8 if const { S::QUERIES == 8 } => {
-                        pass::<S, E, 8>(shape, &span, next, &batch, own);
-                    }
-                    _ => unreachable!(
-                        "as many queries as the instruction set takes, or a power of two below"
-                    ),
-                }
-            }
-            query += n;
-        }
+        let batch = Batch {
+            first: begin.saturating_sub(first_position) * group,
+            group,
+            rows,
+            position: first_position,
+            begin,
+            window,
+            whole: begin + SPAN <= first_position + 1
+                && (first_position + rows).saturating_sub(window) <= begin,
+            leads: true,
+        };
+        // SAFETY: as above.
+        unsafe { over::<S, E>(shape, &span, next.as_ref(), batch, end, &mut own, wide) };
         if let Some(next) = next {
             span = next;
         }
     }
 
-    for (query, weighed) in own.out.chunks_exact(d).enumerate() {
+    for (query, weighed) in own.out.chunks_exact(d).take(rows * group).enumerate() {
         let inverse = 1.0 / own.sums[query];
         for (out, x) in work.out_of(query).iter_mut().zip(weighed) {
             *out = x * inverse;
@@ -303,7 +284,88 @@ unsafe fn one_head<S: Simd, E: Element>(
     }
 }
 
+/// Queries `batch.first..end` over a span: many together, or a few at a time.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)] // as above
+unsafe fn over<S: Simd, E: Element>(
+    shape: &AttentionShape,
+    span: &KeysAndValues<E>,
+    next: Option<&KeysAndValues<E>>,
+    mut batch: Batch,
+    end: usize,
+    own: &mut Queries<'_>,
+    wide: &mut [f32],
+) {
+    unsafe {
+        if end - batch.first >= FEW {
+            // (Rows before the span's begin may be among them: they see nothing of it, which changes nothing.)
+            batch.first = batch.first / S::QUERIES * S::QUERIES;
+            // Conditions of constants rule out what is not to be compiled.
+            match S::QUERIES {
+                2 if const { S::QUERIES == 2 } => {
+                    many::<S, E, 2>(shape, span, next, &batch, end, own, wide);
+                }
+                4 if const { S::QUERIES == 4 } => {
+                    many::<S, E, 4>(shape, span, next, &batch, end, own, wide);
+                }
+                6 if const { S::QUERIES == 6 } => {
+                    many::<S, E, 6>(shape, span, next, &batch, end, own, wide);
+                }
+                8 if const { S::QUERIES == 8 } => {
+                    many::<S, E, 8>(shape, span, next, &batch, end, own, wide);
+                }
+                _ => unreachable!("an even number of queries up to eight"),
+            }
+            return;
+        }
+        let mut next = next;
+        while batch.first < end {
+            // The largest power of two that is left.
+            let n = 1 << (end - batch.first).min(4).ilog2();
+            match n {
+                1 => few::<S, E, 1>(shape, span, next, &batch, own),
+                2 => few::<S, E, 2>(shape, span, next, &batch, own),
+                4 => few::<S, E, 4>(shape, span, next, &batch, own),
+                _ => unreachable!("a power of two up to four"),
+            }
+            batch.first += n;
+            batch.leads = false;
+            next = None;
+        }
+    }
+}
+
 impl Work<'_> {
+    /// The queries, and nothing that has become of them yet.
+    #[inline(always)]
+    fn queries<'a, S: Simd>(&self, floats: &'a mut [f32]) -> Queries<'a> {
+        let shape = &self.attention.shape;
+        let queries = self.run.rows as usize * (shape.heads / shape.kv_heads);
+        // Many are multiplied with `S::QUERIES` at once, the last of which may stand for none.
+        let padded = if queries < FEW {
+            queries
+        } else {
+            queries.next_multiple_of(S::QUERIES)
+        };
+        let own = Queries::within(floats, padded, shape.head_dim);
+        for query in 0..padded {
+            let vector = self.query(query.min(queries - 1));
+            for (chunk, part) in vector.chunks(CHUNK).enumerate() {
+                own.vectors[(chunk * padded + query) * CHUNK..][..part.len()].copy_from_slice(part);
+            }
+        }
+        own.out.fill(0.0);
+        own.maxima.fill(f32::NEG_INFINITY);
+        own.sums.fill(0.0);
+        if let Some(sinks) = self.attention.sinks {
+            for (query, maximum) in own.maxima[..queries].iter_mut().enumerate() {
+                *maximum = sinks[self.place(query).1] * LOG2_E;
+            }
+            own.sums.fill(1.0);
+        }
+        own
+    }
+
     /// A query's part of the output.
     #[expect(
         clippy::mut_from_ref,
