@@ -26,7 +26,8 @@ use super::pool::Pool;
 use super::simd::{Isa, PANEL, Simd, dispatch};
 use crate::{AttentionShape, Error, KvDtype, KvLayer, Span};
 
-/// Query rows of one task: a multiple of what every processor multiplies at once, so that none is left over.
+/// Query rows of one task: a multiple of what every processor multiplies at once, so that none is left over, and of a cache line's floats, so that each
+/// thread's memory begins with a line.
 const TASK_ROWS: usize = 48;
 /// So many queries pass over a span together, with parts of it widened for all of them.
 const FEW: usize = 12;
