@@ -43,7 +43,7 @@ fn main() -> anyhow::Result<()> {
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     if args.tokenize {
         for line in &lines {
-            let ids = checkpoint.tokenizer.encode(line, true)?;
+            let ids = checkpoint.tokenizer()?.encode(line, true)?;
             let ids: Vec<String> = ids.iter().map(|id| id.0.to_string()).collect();
             writeln!(out, "{}", ids.join(" "))?;
         }

@@ -27,7 +27,7 @@ fn logits(texts: &[Vec<u32>], dtype: KvDtype) -> Vec<f32> {
 #[test]
 fn fewer_bits_hardly_move_the_next_tokens_probabilities() {
     let checkpoint = demo_checkpoint();
-    let tokenizer = &checkpoint.tokenizer;
+    let tokenizer = &checkpoint.tokenizer().unwrap();
     let texts: Vec<Vec<u32>> = tokenizer
         .encode(common::TEXT, false)
         .unwrap()

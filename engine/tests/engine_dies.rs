@@ -112,7 +112,7 @@ fn a_server_answers_its_clients_before_it_ends() {
         let _ = there.recv();
         assert!(step.sequences < CLIENTS, "a fault, as the test wants it");
     });
-    let generator = Generator::new(engine.clone(), &demo_checkpoint());
+    let generator = Generator::new(engine.clone(), &demo_checkpoint()).unwrap();
     let (tell, address) = mpsc::channel();
     let server = thread::spawn(move || {
         let runtime = tokio::runtime::Runtime::new().unwrap();

@@ -186,7 +186,7 @@ fn what_is_shown_names_the_format_and_counts_its_scales() {
     for (name, format) in CHECKPOINTS {
         let checkpoint = open(name);
         assert!(checkpoint.tensors.stored("model.norm.weight").is_some());
-        let summary = Summary::of(&checkpoint);
+        let summary = Summary::of(&checkpoint).unwrap();
         let of_mlp = ["mlp", "experts"];
         let mut kinds = summary.tensors.iter();
         let mlp = kinds.find(|kind| of_mlp.contains(&kind.kind));

@@ -21,7 +21,7 @@ fn generator(config: &EngineConfig, observer: Option<Observer>) -> Generator {
     let checkpoint = demo_checkpoint();
     let backend = common::backend(1);
     let engine = Engine::start(&checkpoint, backend, config, observer, &mut |_| {}).unwrap();
-    Generator::new(engine, &checkpoint)
+    Generator::new(engine, &checkpoint).unwrap()
 }
 
 /// Runs `work` and renders what was recorded meanwhile, by this test alone.

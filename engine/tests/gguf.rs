@@ -127,8 +127,11 @@ fn the_demo_model_as_gguf_gives_the_same_greedy_text() {
         assert!(demo.generation.eos.iter().all(|end| ends.contains(end)));
         assert!(gguf.chat_template.is_some());
         for text in texts {
-            let prompt = demo.tokenizer.encode(text, true).unwrap();
-            assert_eq!(gguf.tokenizer.encode(text, true).unwrap(), prompt);
+            let prompt = demo.tokenizer().unwrap().encode(text, true).unwrap();
+            assert_eq!(
+                gguf.tokenizer().unwrap().encode(text, true).unwrap(),
+                prompt
+            );
             let prompt: Vec<u32> = prompt.iter().map(|token| token.0).collect();
             let greedy = |checkpoint: &Checkpoint| -> Vec<u32> {
                 let mut sequence = Sequence::new(checkpoint);

@@ -59,7 +59,7 @@ fn words(pre: &str) -> Result<Tokenizer, TokenizerError> {
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     let tokens = file["tokens"].as_array().unwrap().iter();
     let merges = file["merges"].as_array().unwrap().iter();
-    Tokenizer::from_vocabulary(&Vocabulary {
+    Tokenizer::from_vocabulary(Vocabulary {
         tokens: tokens
             .map(|token| Token {
                 text: text(token),

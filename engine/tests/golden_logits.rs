@@ -372,7 +372,7 @@ fn the_demo_model_gives_transformers_answers_to_420_questions() {
     };
     let engine =
         Engine::start(&checkpoint, common::backend(2), &config, None, &mut |_| {}).unwrap();
-    let generator = Generator::new(engine, &checkpoint);
+    let generator = Generator::new(engine, &checkpoint).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .build()

@@ -197,7 +197,7 @@ fn tokens_that_only_the_tokenizer_config_lists_are_added_in_order_of_their_ids()
         let config = json!({ "added_tokens_decoder": tokens });
         copy.write("tokenizer_config.json", config.to_string().as_bytes());
         let path = copy.directory.path().to_owned();
-        Checkpoint::open(&ModelSource::Path(path)).map(|checkpoint| checkpoint.tokenizer)
+        Checkpoint::open(&ModelSource::Path(path)).map(|checkpoint| checkpoint.tokenizer().unwrap())
     };
     let listed = json!({"content": "<|end|>", "special": true});
     let tokenizer = open(json!({

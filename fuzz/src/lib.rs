@@ -64,7 +64,9 @@ impl Directory {
                         let _ = checkpoint.tensors.get(name, shape);
                     }
                 }
-                exercise(&checkpoint.tokenizer);
+                if let Ok(tokenizer) = checkpoint.tokenizer() {
+                    exercise(&tokenizer);
+                }
             }
             // An error is a sentence.
             Err(error) => assert!(!error.to_string().is_empty()),

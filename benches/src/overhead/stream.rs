@@ -96,7 +96,7 @@ impl Doors {
             .enable_all()
             .build()?;
         let metrics = Metrics::install().with_engine(engine);
-        let generator = Generator::new(engine.clone(), checkpoint);
+        let generator = Generator::new(engine.clone(), checkpoint)?;
         let anywhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let addresses = Addresses::take(anywhere, anywhere)?;
         let server = runtime.block_on(async { Server::listen(generator, metrics, addresses) })?;

@@ -13,6 +13,7 @@ mod families;
 mod files;
 mod generation;
 mod gguf;
+mod pending;
 mod quantised;
 mod rope;
 mod summary;
@@ -28,6 +29,7 @@ use crate::model::ModelConfig;
 use crate::tokenizer::{ChatTemplate, Tokenizer};
 
 use files::Files;
+use pending::PendingTokenizer;
 
 pub use error::CheckpointError;
 pub use generation::GenerationDefaults;
@@ -55,8 +57,7 @@ pub struct Checkpoint {
     pub config: ModelConfig,
     /// What its authors recommend for generation.
     pub generation: GenerationDefaults,
-    /// Its tokenizer.
-    pub tokenizer: Arc<Tokenizer>,
+    tokenizer: PendingTokenizer,
     /// How it wants conversations written; `None` for base models.
     pub chat_template: Option<Arc<ChatTemplate>>,
     /// The licence it says it is under.
@@ -71,6 +72,16 @@ impl Checkpoint {
     /// # Errors
     /// A file is missing, malformed, or describes a model that is not supported; see [`CheckpointError`].
     pub fn open(source: &ModelSource) -> Result<Self, CheckpointError> {
+        let checkpoint = Self::begin(source)?;
+        checkpoint.tokenizer()?;
+        Ok(checkpoint)
+    }
+
+    /// As [`Checkpoint::open`], but the tokenizer may still be in the making while weights are loaded: whether there is one, [`Checkpoint::tokenizer`] says.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`].
+    pub fn begin(source: &ModelSource) -> Result<Self, CheckpointError> {
         if let Some(path) = gguf_path(source)? {
             return gguf::Gguf::open(&path)?.checkpoint();
         }
@@ -117,11 +128,19 @@ impl Checkpoint {
             name: files.name(),
             config,
             generation,
-            tokenizer: Arc::new(tokenizer),
+            tokenizer: PendingTokenizer::made("tokenizer.json", tokenizer),
             chat_template,
             license: license(&files)?,
             tensors,
         })
+    }
+
+    /// Its tokenizer; waits for it, if the checkpoint was only [begun](Checkpoint::begin).
+    ///
+    /// # Errors
+    /// The vocabulary makes none.
+    pub fn tokenizer(&self) -> Result<Arc<Tokenizer>, CheckpointError> {
+        self.tokenizer.get()
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
-use super::Checkpoint;
+use super::{Checkpoint, CheckpointError};
 use crate::model::{LayerConfig, ModelConfig, RopeScaling};
 
 /// What a checkpoint is and how it is stored.
@@ -116,7 +116,11 @@ const OTHER: &str = "other";
 
 impl Summary {
     /// Of an opened checkpoint; no weight is read.
-    pub fn of(checkpoint: &Checkpoint) -> Self {
+    ///
+    /// # Errors
+    /// The checkpoint was only [begun](Checkpoint::begin), and its vocabulary makes no tokenizer.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
+        let tokenizer = checkpoint.tokenizer()?;
         let config = &checkpoint.config;
         let tensors = &checkpoint.tensors;
         let mut kinds: BTreeMap<usize, (KindSummary, u64)> = BTreeMap::new();
@@ -149,7 +153,7 @@ impl Summary {
             config.layers.iter().filter(|&layer| of(layer)).count()
         };
         let windows: BTreeSet<u32> = config.layers.iter().filter_map(|l| l.window).collect();
-        Self {
+        Ok(Self {
             name: checkpoint.name.clone(),
             family: config.family.clone(),
             parameters,
@@ -186,11 +190,11 @@ impl Summary {
                     }
                 })
                 .collect(),
-            tokenizer: checkpoint.tokenizer.kind(),
-            vocabulary: checkpoint.tokenizer.vocab_size(),
+            tokenizer: tokenizer.kind(),
+            vocabulary: tokenizer.vocab_size(),
             chat_template: checkpoint.chat_template.is_some(),
             license: checkpoint.license.clone(),
-        }
+        })
     }
 }
 
@@ -252,7 +256,7 @@ mod tests {
     #[test]
     fn the_demo_model_is_counted_to_the_last_weight() {
         let demo = Checkpoint::open(&ModelSource::Demo).expect("it is part of the binary");
-        let summary = Summary::of(&demo);
+        let summary = Summary::of(&demo).expect("it was opened");
         assert_eq!(summary.bytes, demo.tensors.total_bytes());
         assert_eq!(2 * summary.parameters, summary.bytes);
         assert_eq!(summary.bits_per_weight, 16.0);
@@ -268,7 +272,7 @@ mod tests {
     fn golden(name: &str) -> Summary {
         let path = format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
         let opened = Checkpoint::open(&ModelSource::Path(path.into()));
-        Summary::of(&opened.expect("it is part of the tests"))
+        Summary::of(&opened.expect("it is part of the tests")).expect("it was opened")
     }
 
     fn kinds(summary: &Summary) -> Vec<&str> {

@@ -62,7 +62,7 @@ pub(super) fn demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     let engine = args.model.start(&checkpoint, &config, Some(observer))?;
     let metrics = metrics.with_engine(&engine);
     let gone = engine.gone();
-    let generator = Generator::new(engine, &checkpoint);
+    let generator = Generator::new(engine, &checkpoint)?;
     drop(checkpoint);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -127,7 +127,7 @@ pub(super) struct ModelArgs {
 /// # Errors
 /// It cannot be opened; the message names it.
 pub(super) fn open(source: &ModelSource) -> anyhow::Result<Checkpoint> {
-    match (Checkpoint::open(source), source) {
+    match (Checkpoint::begin(source), source) {
         // It names the path itself.
         (Err(error @ CheckpointError::NotACheckpoint { .. }), ModelSource::Path(path)) => {
             match repository(path) {

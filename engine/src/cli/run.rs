@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
@@ -97,8 +98,10 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         .model
         .start(&checkpoint, &args.model.engine_config(), None)?;
     let gone = engine.gone();
-    let generator = Generator::new(engine, &checkpoint);
+    let generator = Generator::new(engine, &checkpoint)?;
     drop(checkpoint);
+    // Nobody waits for half a million texts to be given back one by one: the process ends.
+    std::mem::forget(Arc::clone(generator.tokenizer()));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -128,7 +128,7 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let engine = model.start(&checkpoint, &config, Some(observer))?;
     let metrics = metrics.with_engine(&engine);
     let gone = engine.gone();
-    let generator = Generator::new(engine, &checkpoint);
+    let generator = Generator::new(engine, &checkpoint)?;
     // The weights are packed; their mapping need not stay.
     drop(checkpoint);
 

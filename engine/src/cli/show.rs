@@ -30,7 +30,7 @@ pub(super) fn show(args: &ShowArgs) -> anyhow::Result<ExitCode> {
     let path = args.path.as_ref().or(args.model.as_ref());
     let source = path.cloned().map_or(ModelSource::Demo, ModelSource::Path);
     let checkpoint = model_args::open(&source)?;
-    let summary = Summary::of(&checkpoint);
+    let summary = Summary::of(&checkpoint)?;
     let text = if args.json {
         serde_json::to_string_pretty(&summary)? + "\n"
     } else {

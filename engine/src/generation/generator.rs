@@ -11,7 +11,7 @@ use super::observe::{Histograms, Observation, reason, refused};
 use super::output::TextOptions;
 use super::{GenerateError, Generation, GenerationRequest, MAX_STOP_STRINGS, Prompt};
 use crate::blocking::BlockingSlots;
-use crate::checkpoint::{Checkpoint, GenerationDefaults};
+use crate::checkpoint::{Checkpoint, CheckpointError, GenerationDefaults};
 use crate::core::{Engine, Request};
 use crate::tokenizer::{ChatTemplate, Conversation, Tokenizer};
 
@@ -46,19 +46,22 @@ impl std::fmt::Debug for Inner {
 
 impl Generator {
     /// Text for an engine that runs `checkpoint`.
-    pub fn new(engine: Engine, checkpoint: &Checkpoint) -> Self {
+    ///
+    /// # Errors
+    /// The checkpoint was only [begun](Checkpoint::begin), and its vocabulary makes no tokenizer.
+    pub fn new(engine: Engine, checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        Self {
+        Ok(Self {
             inner: Arc::new(Inner {
                 histograms: Histograms::new(&engine.model().name),
                 engine,
-                tokenizer: Arc::clone(&checkpoint.tokenizer),
+                tokenizer: checkpoint.tokenizer()?,
                 template: checkpoint.chat_template.clone(),
                 defaults: checkpoint.generation.clone(),
                 tokenising: BlockingSlots::new(cores),
                 unread: Arc::new(()),
             }),
-        }
+        })
     }
 
     /// The engine.

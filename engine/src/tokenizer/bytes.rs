@@ -1,7 +1,5 @@
 //! The bytes each token stands for.
 
-use std::collections::HashMap;
-
 use quire_scheduler::TokenId;
 use serde_json::{Value, json};
 
@@ -80,7 +78,8 @@ pub(super) struct TokenBytes {
 }
 
 impl TokenBytes {
-    pub fn new(tokenizer: &tokenizers::Tokenizer, spelling: Spelling) -> Self {
+    /// Of a tokenizer of the library's.
+    pub fn of(tokenizer: &tokenizers::Tokenizer, spelling: Spelling) -> Self {
         let added = tokenizer.get_added_tokens_decoder();
         let mut tokens: Vec<(u32, String)> = tokenizer
             .get_vocab(true)
@@ -90,6 +89,19 @@ impl TokenBytes {
         tokens.sort_unstable();
         // Ids come from a file: a huge one must not become a huge table.
         let limit = tokens.len().saturating_mul(4).saturating_add(1 << 16);
+        let tokens = tokens.iter().filter(|token| (token.0 as usize) < limit);
+        let tokens = tokens.map(|(id, token)| match added.get(id) {
+            Some(added) => (*id, added.content.as_str(), Some(added.special)),
+            None => (*id, token.as_str(), None),
+        });
+        Self::new(spelling, tokens)
+    }
+
+    /// Of tokens in order of their ids: `(id, text, whether it is special if it is one that was added)`. Added ones stand for what they are.
+    pub fn new<'a>(
+        spelling: Spelling,
+        tokens: impl Iterator<Item = (u32, &'a str, Option<bool>)>,
+    ) -> Self {
         let alphabet = byte_alphabet();
         let mut table = Self {
             spelling,
@@ -98,22 +110,20 @@ impl TokenBytes {
             special: Vec::new(),
             longest: 1,
         };
-        for (id, token) in tokens {
+        for (id, token, added) in tokens {
             let id = id as usize;
-            if id >= limit || id < table.ends.len() {
+            if id < table.ends.len() {
                 continue;
             }
             let before = table.bytes.len();
             table.ends.resize(id, before as u32);
             table.special.resize(id, false);
-            match added.get(&(id as u32)) {
-                Some(added) => table.bytes.extend_from_slice(added.content.as_bytes()),
-                None => spell(&token, spelling, &alphabet, &mut table.bytes),
+            match added {
+                Some(_) => table.bytes.extend_from_slice(token.as_bytes()),
+                None => spell(token, spelling, &alphabet, &mut table.bytes),
             }
             table.ends.push(table.bytes.len() as u32);
-            table
-                .special
-                .push(added.get(&(id as u32)).is_some_and(|added| added.special));
+            table.special.push(added == Some(true));
             // A tokenizer may drop or shorten text before it looks up tokens, but hardly to less than a quarter.
             table.longest = table
                 .longest
@@ -156,12 +166,20 @@ impl TokenBytes {
 }
 
 /// Appends the bytes that `token` stands for.
-fn spell(token: &str, spelling: Spelling, alphabet: &HashMap<char, u8>, out: &mut Vec<u8>) {
+fn spell(token: &str, spelling: Spelling, alphabet: &Alphabet, out: &mut Vec<u8>) {
     match spelling {
         Spelling::ByteLevel => {
-            let bytes: Option<Vec<u8>> = token.chars().map(|c| alphabet.get(&c).copied()).collect();
-            // A token outside the alphabet stands for itself, as in the `tokenizers` crate.
-            out.extend(bytes.unwrap_or_else(|| token.as_bytes().to_vec()));
+            let before = out.len();
+            for character in token.chars() {
+                let byte = alphabet.get(character as usize).copied().flatten();
+                let Some(byte) = byte else {
+                    // A token outside the alphabet stands for itself, as in the `tokenizers` crate.
+                    out.truncate(before);
+                    out.extend_from_slice(token.as_bytes());
+                    return;
+                };
+                out.push(byte);
+            }
         }
         Spelling::Pieces { .. } => {
             let hex = token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
@@ -176,21 +194,25 @@ fn spell(token: &str, spelling: Spelling, alphabet: &HashMap<char, u8>, out: &mu
     }
 }
 
+/// The byte that a character stands for.
+type Alphabet = [Option<u8>; 256 + SHIFTED];
+
+/// Bytes that are not printable in Latin-1.
+const SHIFTED: usize = 68;
+
 /// GPT-2's `bytes_to_unicode`, inverted: printable Latin-1 stands for itself, the rest is shifted above 255.
-fn byte_alphabet() -> HashMap<char, u8> {
+fn byte_alphabet() -> Alphabet {
+    let mut alphabet = [None; 256 + SHIFTED];
     let mut shifted = 256;
-    (0..=255_u8)
-        .map(|byte| {
-            let printable = matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-            let code = if printable {
-                u32::from(byte)
-            } else {
-                shifted += 1;
-                shifted - 1
-            };
-            (char::from_u32(code).unwrap_or('\u{fffd}'), byte)
-        })
-        .collect()
+    for byte in 0..=255_u8 {
+        if matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff) {
+            alphabet[usize::from(byte)] = Some(byte);
+        } else {
+            alphabet[shifted] = Some(byte);
+            shifted += 1;
+        }
+    }
+    alphabet
 }
 
 #[cfg(test)]
@@ -202,10 +224,14 @@ mod tests {
     #[test]
     fn the_alphabet_names_every_byte_once() {
         let alphabet = byte_alphabet();
-        assert_eq!(alphabet.len(), 256);
-        assert_eq!(alphabet[&'Ġ'], b' ');
-        assert_eq!(alphabet[&'Ċ'], b'\n');
-        assert_eq!(alphabet[&'a'], b'a');
+        let mut bytes: Vec<u8> = alphabet.into_iter().flatten().collect();
+        bytes.sort_unstable();
+        assert!(bytes.into_iter().eq(0..=255));
+        let of = |character: char| alphabet[character as usize];
+        assert_eq!(of('Ġ'), Some(b' '));
+        assert_eq!(of('Ċ'), Some(b'\n'));
+        assert_eq!(of('a'), Some(b'a'));
+        assert_eq!(of(' '), None);
     }
 
     #[test]

@@ -37,7 +37,7 @@ impl std::fmt::Debug for Tokenizer {
 }
 
 /// What is wrong with a tokenizer file, or a text it cannot encode.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum TokenizerError {
     /// The file does not describe a tokenizer.
     #[error("not a tokenizer.json: {0}")]
@@ -92,7 +92,7 @@ impl Tokenizer {
             let encoded = without_panic(|| inner.encode_fast(probe, true).map(drop));
             encoded.map(drop).map_err(TokenizerError::Invalid)?;
         }
-        let bytes = TokenBytes::new(&inner, spelling);
+        let bytes = TokenBytes::of(&inner, spelling);
         Ok(Self { inner, bytes })
     }
 
@@ -124,7 +124,7 @@ impl Tokenizer {
                 });
             }
         }
-        self.bytes = TokenBytes::new(&self.inner, self.bytes.spelling());
+        self.bytes = TokenBytes::of(&self.inner, self.bytes.spelling());
         Ok(())
     }
 
@@ -132,9 +132,9 @@ impl Tokenizer {
     ///
     /// # Errors
     /// The vocabulary contradicts itself, or cuts text by a rule that is not known.
-    pub fn from_vocabulary(vocabulary: &Vocabulary) -> Result<Self, TokenizerError> {
-        let (inner, spelling) = vocabulary.build()?;
-        let bytes = TokenBytes::new(&inner, spelling);
+    pub fn from_vocabulary(vocabulary: Vocabulary) -> Result<Self, TokenizerError> {
+        let bytes = vocabulary.bytes();
+        let inner = vocabulary.build()?;
         Ok(Self { inner, bytes })
     }
 

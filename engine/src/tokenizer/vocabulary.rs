@@ -12,7 +12,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, PostProcessorWrapper, SplitDelimiterBehavior};
 
-use super::bytes::Spelling;
+use super::bytes::{Spelling, TokenBytes};
 use super::{TokenizerError, limits};
 
 /// Longer pieces are not taken apart: no SentencePiece vocabulary has them, and looking would take the square of their length.
@@ -62,6 +62,17 @@ pub enum TokenKind {
     Unused,
     /// A byte.
     Byte,
+}
+
+impl Token {
+    /// Whether it is looked for as a whole before text is cut.
+    fn is_added(&self) -> bool {
+        let of_its_own = matches!(
+            self.kind,
+            TokenKind::Control | TokenKind::Unknown | TokenKind::UserDefined
+        );
+        of_its_own && !self.text.is_empty()
+    }
 }
 
 impl TokenKind {
@@ -276,6 +287,14 @@ fn rule(pre: &str) -> Option<&'static Pre> {
     PRE.iter().find(|rule| rule.names.contains(&pre))
 }
 
+/// The rule of a name, or an error that lists all names.
+fn known_rule(pre: &str) -> Result<&'static Pre, TokenizerError> {
+    rule(pre).ok_or_else(|| {
+        let names: Vec<&str> = PRE.iter().flat_map(|rule| rule.names).copied().collect();
+        TokenizerError::PreTokenizer(pre.to_owned(), names.join(", "))
+    })
+}
+
 fn invalid(error: impl ToString) -> TokenizerError {
     TokenizerError::Vocabulary(error.to_string())
 }
@@ -291,53 +310,71 @@ impl Algorithm {
 }
 
 impl Vocabulary {
-    /// The tokenizer, and how it spells bytes.
-    pub(super) fn build(&self) -> Result<(tokenizers::Tokenizer, Spelling), TokenizerError> {
-        let mut ids = Vocab::default();
-        for (id, token) in self.tokens.iter().enumerate() {
-            // Where two are spelt alike, text becomes the first.
-            ids.entry(token.text.clone()).or_insert(id as u32);
+    /// Refuses what can be seen without making a tokenizer.
+    ///
+    /// # Errors
+    /// The rule that cuts text into words is not known, or an added token is endless.
+    pub(crate) fn check(&self) -> Result<(), TokenizerError> {
+        if let Algorithm::ByteLevel { pre, .. } = &self.algorithm {
+            known_rule(pre)?;
         }
-        let (mut tokenizer, spelling) = match &self.algorithm {
-            Algorithm::ByteLevel { merges, pre } => {
-                (byte_level(ids, merges.clone(), pre)?, Spelling::ByteLevel)
-            }
-            Algorithm::Pieces { merges } => (
-                self.pieces(ids, merges.clone(), false)?,
-                Spelling::Pieces { strip: false },
-            ),
-            Algorithm::SentencePiece {
-                scores,
-                space_prefix,
-            } => (
-                self.pieces(ids, self.merges_by_score(scores), *space_prefix)?,
-                Spelling::Pieces {
-                    strip: *space_prefix,
-                },
-            ),
+        let mut added = self.tokens.iter().filter(|token| token.is_added());
+        added.try_for_each(|token| limits::check_added(&token.text))
+    }
+
+    /// The bytes of its tokens.
+    pub(super) fn bytes(&self) -> TokenBytes {
+        let spelling = match self.algorithm {
+            Algorithm::ByteLevel { .. } => Spelling::ByteLevel,
+            Algorithm::Pieces { .. } => Spelling::Pieces { strip: false },
+            Algorithm::SentencePiece { space_prefix, .. } => Spelling::Pieces {
+                strip: space_prefix,
+            },
         };
-        let added = self.tokens.iter().filter_map(|token| {
-            let token_of_its_own = matches!(
-                token.kind,
-                TokenKind::Control | TokenKind::Unknown | TokenKind::UserDefined
-            );
-            (token_of_its_own && !token.text.is_empty()).then(|| AddedToken {
-                content: token.text.clone(),
-                special: token.kind.is_special(),
-                normalized: false,
-                rstrip: self.rstrip && !KEEP_SPACE.contains(&token.text.as_str()),
-                ..AddedToken::default()
-            })
+        let tokens = (0..).zip(&self.tokens).map(|(id, token)| {
+            let added = token.is_added().then_some(token.kind.is_special());
+            (id, token.text.as_str(), added)
+        });
+        TokenBytes::new(spelling, tokens)
+    }
+
+    /// The tokenizer. It takes what it is made of: there are hundreds of thousands of texts.
+    pub(super) fn build(mut self) -> Result<tokenizers::Tokenizer, TokenizerError> {
+        self.check()?;
+        let added = self.tokens.iter().filter(|token| token.is_added());
+        let added = added.map(|token| AddedToken {
+            content: token.text.clone(),
+            special: token.kind.is_special(),
+            normalized: false,
+            rstrip: self.rstrip && !KEEP_SPACE.contains(&token.text.as_str()),
+            ..AddedToken::default()
         });
         let added: Vec<AddedToken> = added.collect();
-        for token in &added {
-            limits::check_added(&token.content)?;
+        let frame = (self.bos.is_some() || self.eos.is_some()).then(|| self.frame());
+        let text = |id: u32| self.tokens.get(id as usize).map(|token| token.text.clone());
+        let unknown = self.unknown.and_then(text);
+        let (merges, pre, space_prefix) = match self.algorithm {
+            Algorithm::ByteLevel { merges, pre } => (merges, Some(pre), false),
+            Algorithm::Pieces { merges } => (merges, None, false),
+            Algorithm::SentencePiece {
+                ref scores,
+                space_prefix,
+            } => (merges_by_score(&self.tokens, scores), None, space_prefix),
+        };
+        let mut ids = Vocab::with_capacity(self.tokens.len());
+        for (id, token) in (0..).zip(self.tokens.drain(..)) {
+            // Where two are spelt alike, text becomes the first.
+            ids.entry(token.text).or_insert(id);
         }
+        let mut tokenizer = match pre {
+            Some(pre) => byte_level(ids, merges, &pre)?,
+            None => pieces(ids, merges, unknown, space_prefix)?,
+        };
         tokenizer.add_tokens(added).map_err(invalid)?;
-        if self.bos.is_some() || self.eos.is_some() {
-            tokenizer.with_post_processor(Some(self.frame()?));
+        if let Some(frame) = frame {
+            tokenizer.with_post_processor(Some(frame?));
         }
-        Ok((tokenizer, spelling))
+        Ok(tokenizer)
     }
 
     /// What is put around a text.
@@ -366,66 +403,65 @@ impl Vocabulary {
         }))
         .map_err(invalid)
     }
+}
 
-    fn pieces(
-        &self,
-        ids: Vocab,
-        merges: Merges,
-        space_prefix: bool,
-    ) -> Result<tokenizers::Tokenizer, TokenizerError> {
-        let mut model = BPE::builder()
-            .vocab_and_merges(ids, merges)
-            .byte_fallback(true)
-            .fuse_unk(true);
-        if let Some(token) = self.unknown.and_then(|id| self.tokens.get(id as usize)) {
-            model = model.unk_token(token.text.clone());
-        }
-        let mut tokenizer = tokenizers::Tokenizer::new(model.build().map_err(invalid)?);
-        let mut steps: Vec<NormalizerWrapper> = Vec::new();
-        if space_prefix {
-            steps.push(Prepend::new("▁".to_owned()).into());
-        }
-        steps.push(Replace::new(" ", "▁").map_err(invalid)?.into());
-        tokenizer
-            .with_normalizer(Some(Normalizers::new(steps)))
-            .map_err(invalid)?;
-        Ok(tokenizer)
+fn pieces(
+    ids: Vocab,
+    merges: Merges,
+    unknown: Option<String>,
+    space_prefix: bool,
+) -> Result<tokenizers::Tokenizer, TokenizerError> {
+    let mut model = BPE::builder()
+        .vocab_and_merges(ids, merges)
+        .byte_fallback(true)
+        .fuse_unk(true);
+    if let Some(token) = unknown {
+        model = model.unk_token(token);
     }
+    let mut tokenizer = tokenizers::Tokenizer::new(model.build().map_err(invalid)?);
+    let mut steps: Vec<NormalizerWrapper> = Vec::new();
+    if space_prefix {
+        steps.push(Prepend::new("▁".to_owned()).into());
+    }
+    steps.push(Replace::new(" ", "▁").map_err(invalid)?.into());
+    tokenizer
+        .with_normalizer(Some(Normalizers::new(steps)))
+        .map_err(invalid)?;
+    Ok(tokenizer)
+}
 
-    /// Every way to make a token of two others, highest score first.
-    ///
-    /// Of equal scores the longer left part comes first, as transformers orders them.
-    fn merges_by_score(&self, scores: &[f32]) -> Merges {
-        let pieces: HashMap<&str, usize> = self
-            .tokens
-            .iter()
-            .enumerate()
-            .filter(|(_, token)| token.kind == TokenKind::Normal)
-            .map(|(id, token)| (token.text.as_str(), id))
-            .collect();
-        let mut merges = Vec::new();
-        for (&piece, &id) in &pieces {
-            if piece.len() > LONGEST_PIECE {
-                continue;
-            }
-            for (at, _) in piece.char_indices().skip(1) {
-                let (left, right) = piece.split_at(at);
-                if pieces.contains_key(left) && pieces.contains_key(right) {
-                    let score = scores.get(id).copied().unwrap_or(f32::MIN);
-                    merges.push((score, id, left, right));
-                }
+/// Every way to make a token of two others, highest score first.
+///
+/// Of equal scores the longer left part comes first, as transformers orders them.
+fn merges_by_score(tokens: &[Token], scores: &[f32]) -> Merges {
+    let pieces: HashMap<&str, usize> = tokens
+        .iter()
+        .enumerate()
+        .filter(|(_, token)| token.kind == TokenKind::Normal)
+        .map(|(id, token)| (token.text.as_str(), id))
+        .collect();
+    let mut merges = Vec::new();
+    for (&piece, &id) in &pieces {
+        if piece.len() > LONGEST_PIECE {
+            continue;
+        }
+        for (at, _) in piece.char_indices().skip(1) {
+            let (left, right) = piece.split_at(at);
+            if pieces.contains_key(left) && pieces.contains_key(right) {
+                let score = scores.get(id).copied().unwrap_or(f32::MIN);
+                merges.push((score, id, left, right));
             }
         }
-        merges.sort_by(|a, b| {
-            b.0.total_cmp(&a.0)
-                .then(a.1.cmp(&b.1))
-                .then(b.2.len().cmp(&a.2.len()))
-        });
-        merges
-            .into_iter()
-            .map(|(_, _, left, right)| (left.to_owned(), right.to_owned()))
-            .collect()
     }
+    merges.sort_by(|a, b| {
+        b.0.total_cmp(&a.0)
+            .then(a.1.cmp(&b.1))
+            .then(b.2.len().cmp(&a.2.len()))
+    });
+    merges
+        .into_iter()
+        .map(|(_, _, left, right)| (left.to_owned(), right.to_owned()))
+        .collect()
 }
 
 fn byte_level(
@@ -433,10 +469,7 @@ fn byte_level(
     merges: Merges,
     pre: &str,
 ) -> Result<tokenizers::Tokenizer, TokenizerError> {
-    let rule = rule(pre).ok_or_else(|| {
-        let names: Vec<&str> = PRE.iter().flat_map(|rule| rule.names).copied().collect();
-        TokenizerError::PreTokenizer(pre.to_owned(), names.join(", "))
-    })?;
+    let rule = known_rule(pre)?;
     let model = BPE::builder()
         .vocab_and_merges(ids, merges)
         .ignore_merges(rule.ignore_merges)

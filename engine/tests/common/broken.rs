@@ -129,7 +129,7 @@ impl Copy {
     /// Opens it and, if that works, does with it what a server would before it runs the model.
     pub fn use_it(&self) -> Result<(), String> {
         let checkpoint = self.open()?;
-        let tokenizer = &checkpoint.tokenizer;
+        let tokenizer = &checkpoint.tokenizer().unwrap();
         let tokens = tokenizer
             .encode("Hi there <|end|> ü", true)
             .map_err(|error| error.to_string())?;

@@ -44,6 +44,8 @@ impl std::fmt::Debug for KvCache {
 const CLAIMED: usize = 2 << 20;
 /// Bytes of the smallest pages there are.
 const PAGE: usize = 4 << 10;
+/// Bytes at the begin of each layer that are on small pages: of a huge one.
+const SMALL: usize = 2 << 20;
 
 impl KvCache {
     /// What keys and values may be kept as.
@@ -64,12 +66,37 @@ impl KvCache {
         } else {
             Buffer::own_pages(bytes, "the KV cache")?
         };
-        Ok(Self {
+        let mut cache = Self {
             shape: *shape,
             data,
             nodes,
             of_head,
-        })
+        };
+        cache.begin_small();
+        Ok(cache)
+    }
+
+    /// Leaves the pages of every layer's first blocks small: a short prompt touches all layers, and a huge page for each of them takes longer to clear than
+    /// the prompt to read.
+    fn begin_small(&mut self) {
+        let shape = self.shape;
+        let Some(last) = shape.blocks.checked_sub(1) else {
+            return;
+        };
+        let head_bytes = self.layout().bytes;
+        let heads: Vec<Range<usize>> = self
+            .nodes
+            .iter()
+            .filter(|heads| !heads.is_empty())
+            .cloned()
+            .collect();
+        for heads in heads {
+            for layer in 0..shape.layers {
+                let begin = self.offset(layer, 0, heads.start);
+                let end = self.offset(layer, last, heads.end - 1) + head_bytes;
+                self.data.small_pages(begin..end.min(begin + SMALL));
+            }
+        }
     }
 
     /// Refuses a cache that was made for another number of nodes.

@@ -6,6 +6,7 @@
 //! A page is on the NUMA node of the thread that touches it first. Where that matters, buffers have pages of their own ([`Buffer::own_pages`]).
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ops::Range;
 use std::ptr::NonNull;
 
 use crate::Error;
@@ -102,6 +103,31 @@ impl<T: Plain> Buffer<T> {
     pub fn len(&self) -> usize {
         self.len
     }
+
+    /// Leaves small the pages that `elements` are on, where the buffer has any of its own: who touches one of them then pays for what is touched, and not for a
+    /// huge page.
+    #[cfg(target_os = "linux")]
+    pub fn small_pages(&mut self, elements: Range<usize>) {
+        // SAFETY: a system call without arguments in memory.
+        let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(0);
+        let start = self.data.as_ptr() as usize;
+        let [begin, end] = [elements.start, elements.end.min(self.len)]
+            .map(|at| start.saturating_add(at * size_of::<T>()) / page.max(1) * page);
+        if self.mapped && begin < end {
+            // SAFETY: advice on pages within this mapping, which begins with one.
+            unsafe {
+                libc::madvise(
+                    begin as *mut libc::c_void,
+                    end - begin,
+                    libc::MADV_NOHUGEPAGE,
+                );
+            }
+        }
+    }
+
+    /// Elsewhere the system takes pages as it likes.
+    #[cfg(not(target_os = "linux"))]
+    pub fn small_pages(&mut self, _: Range<usize>) {}
 
     /// Grows to at least `len` elements; what was in it is lost when it does.
     pub fn reserve(&mut self, len: usize, what: &'static str) -> Result<(), Error> {
@@ -291,6 +317,22 @@ mod tests {
         buffer.as_mut_slice()[1 << 29] = 1;
         assert_eq!(buffer.as_slice()[(1 << 29) - 1], 0);
         assert!(resident() < before + (64 << 20));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_touch_of_small_pages_costs_no_huge_one() {
+        let mut buffer = Buffer::<u8>::zeroed(256 << 20, "test").unwrap();
+        let begins = || (0..128).map(|at| at * HUGE_PAGE);
+        for at in begins() {
+            buffer.small_pages(at..at + HUGE_PAGE);
+        }
+        // Beyond its end is nothing to advise.
+        buffer.small_pages(buffer.len()..buffer.len() + HUGE_PAGE);
+        let before = resident();
+        begins().for_each(|at| buffer.as_mut_slice()[at] = 1);
+        assert!(resident() < before + (64 << 20));
+        assert_eq!(buffer.as_slice()[HUGE_PAGE - 1], 0);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use serde_json::{Map, Value as Json};
 
 use super::files::{self, Bytes};
 use super::tensors::Tensors;
-use super::{Checkpoint, CheckpointError};
+use super::{Checkpoint, CheckpointError, PendingTokenizer};
 use crate::model::RopeScaling;
 use crate::tokenizer::{ChatTemplate, Token, Tokenizer, Vocabulary};
 
@@ -139,8 +139,7 @@ impl Gguf {
         let vocabulary = vocabulary::read(&self)?;
         let generation = self.generation(&vocabulary, &config_json, config.vocab_size)?;
         let chat_template = self.chat_template(&vocabulary)?;
-        let tokenizer = Tokenizer::from_vocabulary(&vocabulary)
-            .map_err(|error| CheckpointError::file(self.file(), error))?;
+        let tokenizer = PendingTokenizer::making(self.file(), vocabulary)?;
 
         // Converters for the llama architecture store the rows of a head in the order of the other RoPE: pairs side by side.
         let pairs = ["llama", "granite", "smollm3"].contains(&self.architecture());
@@ -194,7 +193,7 @@ impl Gguf {
             name,
             config,
             generation,
-            tokenizer: Arc::new(tokenizer),
+            tokenizer,
             chat_template,
             license,
             tensors,
@@ -255,10 +254,10 @@ impl Gguf {
     /// What a `tokenizer.json` and a `tokenizer_config.json` would say.
     pub fn tokenizer_files(&self) -> Result<(String, Json), CheckpointError> {
         let vocabulary = vocabulary::read(self)?;
-        let tokenizer = Tokenizer::from_vocabulary(&vocabulary)
+        let mut config = self.special_tokens(&vocabulary)?;
+        let tokenizer = Tokenizer::from_vocabulary(vocabulary)
             .and_then(|tokenizer| tokenizer.to_json())
             .map_err(|error| CheckpointError::file(self.file(), error))?;
-        let mut config = self.special_tokens(&vocabulary)?;
         if let Some(template) = self.string("tokenizer.chat_template")? {
             config.insert("chat_template".to_owned(), template.into());
         }
@@ -297,8 +296,9 @@ fn ends(tokens: &[Token]) -> Vec<TokenId> {
     let mut ends = Vec::new();
     for (id, token) in tokens.iter().enumerate() {
         let text = token.text.as_str();
-        let named = ENDS.contains(&text) && !(harmony && text == "<|end|>");
-        if named && token.kind.is_special() {
+        // Few are special: that is asked first.
+        let named = token.kind.is_special() && ENDS.contains(&text);
+        if named && !(harmony && text == "<|end|>") {
             ends.push(TokenId(id as u32));
         }
     }
@@ -332,7 +332,7 @@ fn divisors(
 /// Reads only the tokenizer of a file, which needs no weights.
 pub(super) fn tokenizer(path: &Path) -> Result<Tokenizer, CheckpointError> {
     let gguf = Gguf::open(path)?;
-    Tokenizer::from_vocabulary(&vocabulary::read(&gguf)?)
+    Tokenizer::from_vocabulary(vocabulary::read(&gguf)?)
         .map_err(|error| CheckpointError::file(gguf.file(), error))
 }
 

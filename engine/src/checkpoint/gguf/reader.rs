@@ -105,6 +105,12 @@ impl<'a> Reader<'a> {
         Ok(begin..self.at)
     }
 
+    /// A string's bytes, whatever they are.
+    fn bytes(&mut self, what: &str) -> Result<&'a [u8], String> {
+        let len = self.u64(what)?;
+        self.take(len, what)
+    }
+
     /// A short string of its own.
     fn name(&mut self, longest: usize, what: &str) -> Result<String, String> {
         let range = self.string(longest, what)?;
@@ -166,8 +172,9 @@ impl<'a> Reader<'a> {
                     "{what} has {len} strings, more than the file has room for"
                 ));
             }
+            // Whether it is text is seen when it is read: a vocabulary has hundreds of thousands.
             for _ in 0..len {
-                self.string(usize::MAX, what)?;
+                self.bytes(what)?;
             }
         } else {
             let bytes = len
@@ -188,13 +195,14 @@ impl Array {
         self.len
     }
 
-    /// The elements, if they are strings.
-    pub fn strings<'a>(&self, data: &'a [u8]) -> Option<impl Iterator<Item = &'a str>> {
+    /// The elements, if they are strings; each is `None` if it is not UTF-8 text.
+    pub fn strings<'a>(
+        &self,
+        data: &'a [u8],
+    ) -> Option<impl Iterator<Item = Option<&'a str>> + use<'a>> {
         let mut reader = self.reader(data, self.kind == STRING)?;
-        Some((0..self.len).map_while(move |_| {
-            let range = reader.string(usize::MAX, "").ok()?;
-            std::str::from_utf8(&data[range]).ok()
-        }))
+        let strings = (0..self.len).map_while(move |_| reader.bytes("").ok());
+        Some(strings.map(|bytes| std::str::from_utf8(bytes).ok()))
     }
 
     /// The elements, if they are numbers or booleans.
@@ -241,7 +249,9 @@ impl Value {
                 let scalars = array.scalars(data).into_iter().flatten().take(64);
                 let strings = array.strings(data).into_iter().flatten().take(64);
                 let scalars = scalars.map(|value| value.json(data));
-                scalars.chain(strings.map(Into::into)).collect()
+                scalars
+                    .chain(strings.map(serde_json::Value::from))
+                    .collect()
             }
         }
     }

@@ -28,15 +28,17 @@ pub(super) fn read(gguf: &Gguf) -> Result<Vocabulary, CheckpointError> {
         let expected = format!("1 to {MOST_TOKENS} tokens");
         return Err(gguf.wrong(&key("tokens"), &value, &expected));
     }
-    let strings = |name: &str, array: &Array| -> Result<Vec<String>, CheckpointError> {
-        let strings = array.strings(gguf.data());
-        let Some(strings) = strings else {
-            let value = Value::Array(array.clone());
-            return Err(gguf.wrong(&key(name), &value, "an array of strings"));
-        };
-        Ok(strings.map(str::to_owned).collect())
+    let not_strings = |name: &str, array: &Array| {
+        let value = Value::Array(array.clone());
+        gguf.wrong(&key(name), &value, "an array of strings")
     };
-    let scalars = |name: &str| -> Result<Option<Vec<Value>>, CheckpointError> {
+    let not_text = |name: &str, at: usize| CheckpointError::Field {
+        file: gguf.file().to_owned().into(),
+        field: key(name),
+        value: format!("no UTF-8 text in string {at}"),
+        expected: "an array of texts".to_owned(),
+    };
+    let scalars = |name: &str| {
         let Some(array) = array(gguf, &key(name))? else {
             return Ok(None);
         };
@@ -49,24 +51,30 @@ pub(super) fn read(gguf: &Gguf) -> Result<Vocabulary, CheckpointError> {
             let value = Value::Unsigned(array.len() as u64);
             return Err(gguf.wrong(&key(name), &value, &expected));
         }
-        Ok(Some(scalars.collect()))
+        Ok(Some(scalars))
     };
 
-    let kinds = scalars("token_type")?;
+    let mut kinds = scalars("token_type")?;
     let mut tokens = Vec::with_capacity(count);
-    for (id, text) in strings("tokens", texts)?.into_iter().enumerate() {
-        let kind = match kinds.as_ref().map(|kinds| &kinds[id]) {
+    let strings = texts.strings(gguf.data());
+    let strings = strings.ok_or_else(|| not_strings("tokens", texts))?;
+    for (id, text) in strings.enumerate() {
+        let kind = match kinds.as_mut().and_then(Iterator::next) {
             None => TokenKind::Normal,
             Some(value) => kind(value.unsigned())
-                .ok_or_else(|| gguf.wrong(&key("token_type"), value, "numbers from 1 to 6"))?,
+                .ok_or_else(|| gguf.wrong(&key("token_type"), &value, "numbers from 1 to 6"))?,
         };
+        let text = text.ok_or_else(|| not_text("tokens", id))?.to_owned();
         tokens.push(Token { text, kind });
     }
     let merges = || -> Result<Vec<(String, String)>, CheckpointError> {
         let array = array(gguf, &key("merges"))?
             .ok_or_else(|| missing(key("merges"), "an array of strings"))?;
+        let strings = array.strings(gguf.data());
+        let strings = strings.ok_or_else(|| not_strings("merges", array))?;
         let mut merges = Vec::with_capacity(array.len());
-        for merge in strings("merges", array)? {
+        for (at, merge) in strings.enumerate() {
+            let merge = merge.ok_or_else(|| not_text("merges", at))?;
             let Some((left, right)) = merge.split_once(' ') else {
                 return Err(CheckpointError::Field {
                     file: gguf.file().to_owned().into(),
@@ -89,9 +97,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<Vocabulary, CheckpointError> {
         ("llama", _) => {
             let scores =
                 scalars("scores")?.ok_or_else(|| missing(key("scores"), "an array of numbers"))?;
-            let scores = scores
-                .iter()
-                .map(|score| score.float().unwrap_or(0.0) as f32);
+            let scores = scores.map(|score| score.float().unwrap_or(0.0) as f32);
             Algorithm::SentencePiece {
                 scores: scores.collect(),
                 space_prefix: flag(gguf, &key("add_space_prefix"))?.unwrap_or(true),
