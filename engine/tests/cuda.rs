@@ -239,7 +239,8 @@ fn fewer_bits_in_the_cache_hardly_move_the_next_tokens_probabilities() {
     let checkpoint = common::demo_checkpoint();
     let (count, length) = if on_a_gpu() { (6, 240) } else { (1, 96) };
     let texts: Vec<Vec<u32>> = checkpoint
-        .tokenizer
+        .tokenizer()
+        .unwrap()
         .encode(common::TEXT, false)
         .unwrap()
         .chunks_exact(length)
@@ -307,7 +308,8 @@ fn requests(checkpoint: &Checkpoint, count: usize, tokens: u32) -> Vec<Request> 
         .map(|question| Request {
             id: question.as_str().into(),
             prompt: checkpoint
-                .tokenizer
+                .tokenizer()
+                .unwrap()
                 .encode(&question, true)
                 .unwrap()
                 .into_iter()

@@ -221,7 +221,7 @@ fn tokens_that_only_the_tokenizer_config_lists_are_added_in_order_of_their_ids()
 
 fn demo() -> Arc<Tokenizer> {
     static DEMO: std::sync::LazyLock<Arc<Tokenizer>> =
-        std::sync::LazyLock::new(|| common::demo_checkpoint().tokenizer);
+        std::sync::LazyLock::new(|| common::demo_checkpoint().tokenizer().unwrap());
     Arc::clone(&DEMO)
 }
 

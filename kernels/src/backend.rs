@@ -6,7 +6,7 @@
 //! loaded: no operation allocates in steady state.
 
 use crate::quantize::Grouped;
-use crate::{Change, Draw, Error, Rank, Shard};
+use crate::{Change, Draw, Draws, Error, Rank, Shard};
 
 /// The number format of a stored matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -640,9 +640,9 @@ pub trait Backend: Send + 'static {
         logits: &mut Vec<f32>,
     ) -> Result<(), Error>;
 
-    /// Whether the device does [`Step::draws`]. One that does not is given none, nor anything else that comes of them.
-    fn draws(&self) -> bool {
-        false
+    /// Which [`Step::draws`] the device does. It is given no others, nor anything else that comes of them.
+    fn draws(&self) -> Draws {
+        Draws::None
     }
 
     /// Waits for the oldest [`Step::deferred`] step that was not collected, and brings what [`Backend::logits`] would have.

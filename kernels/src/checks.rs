@@ -1,6 +1,6 @@
 //! What a step, its block tables and a layer must be for the kernels to rely on it.
 
-use crate::{AttentionShape, Error, KvDtype, KvLayer, KvShape, Span, Step};
+use crate::{AttentionShape, Draws, Error, KvDtype, KvLayer, KvShape, Span, Step};
 
 /// Positions that kernels walk a KV cache in; blocks are a multiple of it.
 pub(crate) const KV_TILE: usize = 16;
@@ -42,7 +42,6 @@ pub(crate) fn check_step(step: &Step) -> Result<(), Error> {
 }
 
 /// Refuses draws that a kernel could not do: of rows that are not there, or with numbers outside their ranges.
-#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub(crate) fn check_draws(step: &Step) -> Result<(), Error> {
     let mut next = 0;
     for draw in &step.draws {
@@ -84,7 +83,6 @@ pub(crate) fn check_drawn_rows(step: &Step, drawn: usize) -> Result<(), Error> {
 }
 
 /// Whether a draw's numbers are in their ranges.
-#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 fn drawable(draw: &crate::Draw) -> bool {
     let scale = draw.inverse_temperature;
     draw.greedy
@@ -96,13 +94,14 @@ fn drawable(draw: &crate::Draw) -> bool {
             && (0.0..1.0).contains(&draw.place))
 }
 
-/// Refuses draws altogether, on behalf of a device that has none.
-pub(crate) fn check_no_draws(step: &Step) -> Result<(), Error> {
-    if step.draws.is_empty() && step.drawn_rows.is_empty() && !step.deferred {
-        return Ok(());
+/// Refuses draws that are not among those of a device which never has a step that it has not finished.
+pub(crate) fn check_draws_among(draws: Draws, step: &Step) -> Result<(), Error> {
+    let all = step.draws.iter().all(|draw| draws.include(draw));
+    if all && step.drawn_rows.is_empty() && !step.deferred {
+        return check_draws(step);
     }
     Err(Error::Shape(format!(
-        "{} draws, {} rows of drawn tokens, deferred: {}, for a device that draws no tokens",
+        "{} draws, {} rows of drawn tokens, deferred: {}, for a device that does these draws: {draws:?}",
         step.draws.len(),
         step.drawn_rows.len(),
         step.deferred

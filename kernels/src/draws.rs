@@ -3,6 +3,28 @@
 //! What is drawn here is what `quire`'s sampler draws: the same order of tokens, the same sets, the same number on the same scale. A device's
 //! weights and sums may differ in their last bits, so a draw that falls on the edge between two tokens may fall on the other one.
 
+/// Which draws a device does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Draws {
+    /// None: rows of logits come to the host.
+    None,
+    /// Greedy ones of rows that nothing changes. Such a device is given no [`Step::drawn_rows`](crate::Step::drawn_rows), and none of its steps is deferred.
+    Largest,
+    /// All.
+    All,
+}
+
+impl Draws {
+    /// Whether this one is among them.
+    pub fn include(self, draw: &Draw) -> bool {
+        match self {
+            Self::None => false,
+            Self::Largest => draw.greedy && draw.changes.iter().all(|&changes| changes == 0),
+            Self::All => true,
+        }
+    }
+}
+
 /// How the token after one of a step's rows of logits is chosen.
 ///
 /// First the row's logits are changed ([`Draw::changes`]). Greedy draws ([`Draw::greedy`]) then take the largest, of equals the first. Other draws multiply

@@ -23,7 +23,7 @@ pub use backend::{
     KvShape, LogitsRule, MatrixPart, Norm, QkvLayer, Rotary, Span, Step,
 };
 pub use collective::{Collective, InProcess};
-pub use draws::{Change, ChangeKind, Draw};
+pub use draws::{Change, ChangeKind, Draw, Draws};
 pub use ranks::{Rank, Shard};
 
 /// Why a device could not do what was asked.

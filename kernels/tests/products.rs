@@ -11,7 +11,7 @@ use common::{
 use half::bf16;
 use quire_kernels::cpu::{CpuBackend, Isa};
 use quire_kernels::quantize::{Bits, Grouped, Scale, Zero};
-use quire_kernels::{Backend, Error, Format, LogitsRule, MatrixPart, Norm, Step};
+use quire_kernels::{Backend, Error, Format, MatrixPart, Step};
 
 /// `[rows, n]` of `x · wᵀ + bias`.
 fn product(
@@ -538,61 +538,6 @@ fn embedding_rows_are_the_matrix_rows() {
         let expected: Vec<f32> = values.chunks(k).rev().flatten().map(|v| v * 2.0).collect();
         assert_eq!(bits(out.as_slice()), bits(&expected), "{format:?}");
     }
-}
-
-#[test]
-fn logits_are_the_normalised_rows_times_the_head_for_the_asked_rows_only() {
-    let mut random = Random(8);
-    let (n, k, rows) = (90, 64, 7);
-    let (bytes, w) = encode(Format::F32, &random.floats(n * k));
-    let (x, norm) = (random.floats(rows * k), random.floats(k));
-    let mut backend = backend(2, None);
-    let head = backend
-        .matrix(&[part(n, k, Format::F32, &bytes)], None)
-        .unwrap();
-    let input = filled(&backend, rows, k, &x);
-    let mut step = plain_step(rows);
-    step.logit_rows = vec![2, 6];
-    backend.begin(&step).unwrap();
-    let weight = backend.vector(&norm).unwrap();
-    let norm_ = Norm {
-        weight: &weight,
-        eps: 1e-6,
-    };
-    let plain = LogitsRule {
-        scale: 1.0,
-        softcap: None,
-    };
-    let mut logits = Vec::new();
-    backend
-        .logits(&input, &norm_, &head, plain, &mut logits)
-        .unwrap();
-    let mut expected = Vec::new();
-    for row in [2, 6] {
-        let x = &x[row * k..(row + 1) * k];
-        let mean: f64 = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / k as f64;
-        let inverse = 1.0 / (mean + 1e-6).sqrt();
-        for w in w.chunks(k) {
-            expected.push(
-                (0..k)
-                    .map(|i| f64::from(x[i]) * inverse * f64::from(norm[i]) * f64::from(w[i]))
-                    .sum(),
-            );
-        }
-    }
-    assert!(error(&logits, &expected) < 1e-5);
-
-    let capped = LogitsRule {
-        scale: 0.5,
-        softcap: Some(1.5),
-    };
-    backend
-        .logits(&input, &norm_, &head, capped, &mut logits)
-        .unwrap();
-    for x in &mut expected {
-        *x = 1.5 * (0.5 * *x / 1.5).tanh();
-    }
-    assert!(error(&logits, &expected) < 1e-5);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use quire_kernels::{
-    Activation, AttentionShape, Backend, Error, Experts, Format, KvDtype, KvLayer, KvShape,
+    Activation, AttentionShape, Backend, Draws, Error, Experts, Format, KvDtype, KvLayer, KvShape,
     LogitsRule, MatrixPart, Norm, QkvLayer, Rotary, Step,
 };
 
@@ -240,7 +240,7 @@ impl<B: Backend> Backend for Metered<B> {
         done
     }
 
-    fn draws(&self) -> bool {
+    fn draws(&self) -> Draws {
         self.inner.draws()
     }
 

@@ -1,6 +1,6 @@
 //! Planning ahead: while a device computes a step, the next one is planned and launched behind it, so that the device does not wait for the host.
 //!
-//! Only devices that draw tokens themselves can be ahead of the host ([`Backend::draws`]). Such a device is given every step without waiting
+//! Only devices that draw all tokens themselves can be ahead of the host ([`Backend::draws`]). Such a device is given every step without waiting
 //! for it ([`Step::deferred`](quire_kernels::Step::deferred)). When the step is to be completed, there are two ways:
 //!
 //! - *Ahead*, while it runs: its tokens are [`TokenId::PENDING`] to the scheduler, the next step is planned and launched, with rows whose tokens the device
@@ -14,7 +14,7 @@
 
 use std::time::Instant;
 
-use quire_kernels::{Backend, Error};
+use quire_kernels::{Backend, Draws, Error};
 use quire_scheduler::{Sampled, SeqId, TokenId};
 
 use super::config::StepReport;
@@ -76,7 +76,12 @@ impl Ahead {
 impl<B: Backend> EngineLoop<B> {
     /// Leaves to the device the tokens of all sequences of which it is told how; the rows of the others are sampled here.
     pub(super) fn list_draws(&mut self) {
-        let most = self.ranks.vocab_size() / VOCABULARY_OF_CHANGE;
+        let draws = self.ranks.draws();
+        let most = match draws {
+            Draws::None => return,
+            Draws::Largest => 0,
+            Draws::All => self.ranks.vocab_size() / VOCABULARY_OF_CHANGE,
+        };
         let mut row = 0;
         for scheduled in &self.scheduler.batch().sequences {
             row += scheduled.prompt_logits;
@@ -92,10 +97,15 @@ impl<B: Backend> EngineLoop<B> {
                     sequence
                         .sampler
                         .draw(row, pending, most, &mut self.step.changes)
+                && draws.include(&draw)
             {
                 self.step.draws.push(draw);
             }
             row += 1;
+        }
+        // Rows beside a few draws would be moved once more than without them.
+        if draws == Draws::Largest && 2 * self.step.draws.len() < row as usize {
+            self.step.draws.clear();
         }
     }
 

@@ -320,9 +320,7 @@ impl<B: Backend> EngineLoop<B> {
         self.announce_admitted(began);
         let (step, draws) = (&mut self.step, &self.ahead.draws);
         step::fill(&self.scheduler, draws, step, &mut self.copies);
-        if self.ranks.draws() {
-            self.list_draws();
-        }
+        self.list_draws();
         self.ranks
             .forward(&self.step, &self.copies, &mut self.logits)
     }

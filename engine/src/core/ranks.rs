@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::thread;
 
 use flume::{Receiver, Sender};
-use quire_kernels::{Backend, DeviceMemory, Error, KvDtype, Rank, Step};
+use quire_kernels::{Backend, DeviceMemory, Draws, Error, KvDtype, Rank, Step};
 
 use crate::checkpoint::Checkpoint;
 use crate::model::{Decoder, LoadError, LoadOptions, LoadProgress};
@@ -163,8 +163,8 @@ impl<B: Backend> Ranks<B> {
         self.decoder.backend_mut()
     }
 
-    /// Whether the devices do a step's draws.
-    pub fn draws(&self) -> bool {
+    /// Which of a step's draws the devices do.
+    pub fn draws(&self) -> Draws {
         self.decoder.backend().draws()
     }
 
@@ -175,7 +175,7 @@ impl<B: Backend> Ranks<B> {
 
     /// Whether steps may be deferred. Several ranks wait for each other after every step, so that none of them is ahead.
     pub fn run_ahead(&self) -> bool {
-        self.draws() && self.followers.is_empty()
+        self.draws() == Draws::All && self.followers.is_empty()
     }
 
     /// Whether there can be another step after one that failed. Of several ranks there is none: their caches differ.

@@ -4,7 +4,7 @@ use super::attention::{self, Attention};
 use super::buffers::{Activations, Vector, weights};
 use super::elementwise::{add_row, gate_row, norm_head, rms_norm, rotary_row, rotate, rule_row};
 use super::kv::{KvCache, Slot, store};
-use super::linear::{Linear, Output, Rows};
+use super::linear::{Head, Linear, Output, Rows};
 use super::matrix::Matrix;
 use super::memory::{Buffer, Shared};
 use super::moe::{self, Mixture};
@@ -14,10 +14,10 @@ use super::pool::Pool;
 use super::ranked::Ranked;
 use super::simd::{Isa, dispatch};
 use super::topology::{self, Topology};
-use crate::checks::{check_layer, check_no_draws, check_rotary, check_step, check_tables};
+use crate::checks::{check_draws_among, check_layer, check_rotary, check_step, check_tables};
 use crate::{
-    Activation, AttentionShape, Backend, Collective, Error, Experts, Format, KvDtype, KvLayer,
-    KvShape, LogitsRule, MatrixPart, Norm, QkvLayer, Rank, Rotary, Shard, Step,
+    Activation, AttentionShape, Backend, Collective, Draws, Error, Experts, Format, KvDtype,
+    KvLayer, KvShape, LogitsRule, MatrixPart, Norm, QkvLayer, Rank, Rotary, Shard, Step,
 };
 
 /// Runs decoders on the CPU.
@@ -33,6 +33,7 @@ pub struct CpuBackend {
     checked: Vec<(usize, Option<u32>, usize)>,
     /// Rows whose logits are wanted, normalised. `[logit rows, hidden]`
     head_rows: Buffer<f32>,
+    head: Head,
     /// Where it is one of several ranks.
     ranked: Option<Ranked>,
 }
@@ -76,6 +77,7 @@ impl CpuBackend {
             experts: moe::Scratch::new()?,
             checked: Vec::new(),
             head_rows: Buffer::zeroed(0, "output rows")?,
+            head: Head::new()?,
             ranked: None,
         })
     }
@@ -230,7 +232,7 @@ impl Backend for CpuBackend {
     fn begin(&mut self, step: &Step) -> Result<(), Error> {
         self.pool.settle();
         check_step(step)?;
-        check_no_draws(step)?;
+        check_draws_among(self.draws(), step)?;
         self.step.clone_from(step);
         self.checked.clear();
         self.attention.plan(&step.spans);
@@ -608,30 +610,50 @@ impl Backend for CpuBackend {
             Some(Shard::Vocabulary { of }) => of,
             _ => head.rows,
         };
-        logits.resize(wanted.len() * vocabulary, 0.0);
-        if wanted.is_empty() {
+        let count = wanted.len();
+        logits.resize((count - self.step.draws.len()) * vocabulary, 0.0);
+        self.head.clear();
+        if count == 0 {
             return Ok(());
         }
         let x = self.head_rows.as_slice();
-        let linear = Linear::new(head, x, wanted.len(), None, Output::Set);
+        let linear = Linear::new(head, x, count, None, Output::Set);
         let (product_rows, pool) = (&mut self.product_rows, &self.pool);
+        if !self.step.draws.is_empty() {
+            let with = (product_rows, pool, isa);
+            return self
+                .head
+                .draw(&linear, &self.step.draws, rule, logits, with);
+        }
         let mut run = |out: &mut [f32]| linear.run(out, product_rows, pool, isa);
         match &mut self.ranked {
             Some(ranked) if head.shard.is_some() => {
-                ranked.logits(wanted.len(), vocabulary, logits, run)?;
+                ranked.logits(count, vocabulary, logits, run)?;
             }
             _ => run(logits)?,
         }
         let LogitsRule { scale, softcap } = rule;
         if scale != 1.0 || softcap.is_some() {
             let rows = Shared::new(logits);
-            self.pool.each(wanted.len(), &|i| {
+            self.pool.each(count, &|i| {
                 // SAFETY: each row is written by one task.
                 let x = unsafe { rows.range(i * vocabulary, vocabulary) };
                 dispatch!(isa, rule_row(x: &mut [f32], scale: f32, softcap: Option<f32>));
             });
         }
         Ok(())
+    }
+
+    fn draws(&self) -> Draws {
+        // Of several ranks each has a part of a row.
+        match self.ranked {
+            None => Draws::Largest,
+            Some(_) => Draws::None,
+        }
+    }
+
+    fn drawn(&self) -> &[u32] {
+        self.head.drawn()
     }
 
     fn each(&mut self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {

@@ -9,6 +9,7 @@
 
 mod blocks;
 mod floats;
+mod head;
 mod integers;
 mod pairs;
 mod parts;
@@ -16,6 +17,7 @@ mod quants;
 mod rows;
 mod unpacked;
 
+pub(crate) use head::Head;
 pub(crate) use parts::{OfPart, PartProducts, Tasks};
 pub(crate) use rows::Rows;
 
@@ -52,6 +54,7 @@ pub(crate) enum Output {
 }
 
 /// One product. `x` [rows, cols], `y` [rows, features].
+#[derive(Clone, Copy)]
 pub(crate) struct Linear<'a> {
     pub matrix: &'a Matrix,
     /// The matrix's rows that are multiplied: so many from `first`.
@@ -91,13 +94,26 @@ impl<'a> Linear<'a> {
 
     /// Computes the product into `y`. The caller has checked the shapes against the buffers.
     pub fn run(&self, y: &mut [f32], rows: &mut Rows, pool: &Pool, isa: Isa) -> Result<(), Error> {
+        assert!(y.len() >= self.rows * self.features);
+        let y = Shared::new(y);
+        self.each_share(y, rows, pool, isa, &|share, _| multiply(&share, isa))
+    }
+
+    /// Has all panels multiplied: `task(share, thread)`, a share of them at a time.
+    fn each_share(
+        &self,
+        y: Shared<f32>,
+        rows: &mut Rows,
+        pool: &Pool,
+        isa: Isa,
+        task: &(dyn Fn(Share<'_>, usize) + Sync),
+    ) -> Result<(), Error> {
         self.matrix.check_nodes(pool)?;
-        let (n, k) = (self.features, self.matrix.cols);
-        assert!(self.x.len() >= self.rows * k && y.len() >= self.rows * n);
-        assert!(self.bias.is_none_or(|bias| bias.len() >= n));
+        assert!(self.x.len() >= self.rows * self.matrix.cols);
+        let bias = self.bias;
+        assert!(bias.is_none_or(|bias| bias.len() >= self.features));
         // The layout depends on what is multiplied, and on the order of columns; segments mostly agree.
         let mut laid_out = None;
-        let y = Shared::new(y);
         for segment in &self.matrix.segments {
             let layout = segment.layout();
             let interleave = match laid_out {
@@ -106,15 +122,7 @@ impl<'a> Linear<'a> {
             };
             laid_out = Some((layout, interleave));
             let (rows, unpacked) = rows.unpacked(self.matrix.cols);
-            let panels = segment.rows.div_ceil(PANEL);
-            let fair = panels / (TASKS * pool.threads());
-            let at_once = if self.rows == 1 {
-                fair.max(TASK_PANELS)
-            } else {
-                // What stays in a core's cache while more rows pass over it than fit beside it.
-                let cached = CACHED_PANELS / segment.panel_bytes().max(1);
-                fair.min(cached).max(TASK_PANELS)
-            };
+            let at_once = self.panels_at_once(segment, pool);
             pool.near(&|node| segment.tasks(node, at_once), &|turn| {
                 let panels = segment.task(turn.node, at_once, turn.task);
                 let share = Share {
@@ -128,10 +136,22 @@ impl<'a> Linear<'a> {
                     first: panels.start,
                     last: panels.end,
                 };
-                multiply(&share, isa);
+                task(share, turn.thread);
             });
         }
         Ok(())
+    }
+
+    /// Panels that a thread takes at a time.
+    fn panels_at_once(&self, segment: &Segment, pool: &Pool) -> usize {
+        let panels = segment.rows.div_ceil(PANEL);
+        let fair = panels / (TASKS * pool.threads());
+        if self.rows == 1 {
+            return fair.max(TASK_PANELS);
+        }
+        // What stays in a core's cache while more rows pass over it than fit beside it.
+        let cached = CACHED_PANELS / segment.panel_bytes().max(1);
+        fair.min(cached).max(TASK_PANELS)
     }
 
     /// Brings the activations into the layout the tiles want; how many rows are interleaved in it.
@@ -163,6 +183,7 @@ impl<'a> Linear<'a> {
 }
 
 /// A thread's share: panels `first..last`, all activation rows.
+#[derive(Clone, Copy)]
 struct Share<'a> {
     linear: &'a Linear<'a>,
     segment: &'a Segment,

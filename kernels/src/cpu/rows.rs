@@ -35,7 +35,7 @@ pub fn exponentials(x: &[f32], base: f32, weights: &mut [f32]) -> f64 {
 
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // one promise covers the whole body
-unsafe fn largest_of<S: Simd>(x: &[f32], to: &mut f32) {
+pub(super) unsafe fn largest_of<S: Simd>(x: &[f32], to: &mut f32) {
     let (panels, tail) = x.as_chunks::<PANEL>();
     unsafe {
         let mut most = [S::splat(f32::NEG_INFINITY); 2];

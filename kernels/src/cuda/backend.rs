@@ -19,8 +19,8 @@ use crate::checks::{
 use crate::cpu::pool::Pool;
 use crate::cpu::topology::Topology;
 use crate::{
-    Activation, AttentionShape, Backend, DeviceMemory, Error, Experts, Format, KvDtype, KvLayer,
-    KvShape, LogitsRule, MatrixPart, Norm, QkvLayer, Rank, Rotary, Shard, Step,
+    Activation, AttentionShape, Backend, DeviceMemory, Draws, Error, Experts, Format, KvDtype,
+    KvLayer, KvShape, LogitsRule, MatrixPart, Norm, QkvLayer, Rank, Rotary, Shard, Step,
 };
 
 /// Threads of the kernels that have a block for each row.
@@ -623,8 +623,8 @@ impl Backend for CudaBackend {
         self.collect(logits)
     }
 
-    fn draws(&self) -> bool {
-        true
+    fn draws(&self) -> Draws {
+        Draws::All
     }
 
     fn collect(&mut self, logits: &mut Vec<f32>) -> Result<(), Error> {

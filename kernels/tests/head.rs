@@ -1,0 +1,214 @@
+//! The output head: rows of logits, and the tokens of those that are drawn from.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{Random, backend, bits, encode, error, filled, part, plain_step};
+use quire_kernels::cpu::Isa;
+use quire_kernels::{Backend, ChangeKind, Draw, DrawnRow, Error, Format, LogitsRule, Norm, Step};
+
+#[test]
+fn logits_are_the_normalised_rows_times_the_head_for_the_asked_rows_only() {
+    let mut random = Random(8);
+    let (n, k, rows) = (90, 64, 7);
+    let (bytes, w) = encode(Format::F32, &random.floats(n * k));
+    let (x, norm) = (random.floats(rows * k), random.floats(k));
+    let mut backend = backend(2, None);
+    let head = backend
+        .matrix(&[part(n, k, Format::F32, &bytes)], None)
+        .unwrap();
+    let input = filled(&backend, rows, k, &x);
+    let mut step = plain_step(rows);
+    step.logit_rows = vec![2, 6];
+    backend.begin(&step).unwrap();
+    let weight = backend.vector(&norm).unwrap();
+    let norm_ = Norm {
+        weight: &weight,
+        eps: 1e-6,
+    };
+    let plain = LogitsRule {
+        scale: 1.0,
+        softcap: None,
+    };
+    let mut logits = Vec::new();
+    backend
+        .logits(&input, &norm_, &head, plain, &mut logits)
+        .unwrap();
+    let mut expected = Vec::new();
+    for row in [2, 6] {
+        let x = &x[row * k..(row + 1) * k];
+        let mean: f64 = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / k as f64;
+        let inverse = 1.0 / (mean + 1e-6).sqrt();
+        for w in w.chunks(k) {
+            expected.push(
+                (0..k)
+                    .map(|i| f64::from(x[i]) * inverse * f64::from(norm[i]) * f64::from(w[i]))
+                    .sum(),
+            );
+        }
+    }
+    assert!(error(&logits, &expected) < 1e-5);
+
+    let capped = LogitsRule {
+        scale: 0.5,
+        softcap: Some(1.5),
+    };
+    backend
+        .logits(&input, &norm_, &head, capped, &mut logits)
+        .unwrap();
+    for x in &mut expected {
+        *x = 1.5 * (0.5 * *x / 1.5).tanh();
+    }
+    assert!(error(&logits, &expected) < 1e-5);
+}
+
+/// A greedy draw from row `row` of the logits.
+fn greedy(row: u32) -> Draw {
+    Draw {
+        row,
+        greedy: true,
+        inverse_temperature: 1.0,
+        top_k: 0,
+        top_p: 1.0,
+        within: f32::INFINITY,
+        place: 0.0,
+        first_change: 0,
+        changes: [0; ChangeKind::COUNT],
+    }
+}
+
+/// With every other row of a head like another one, so that there are equals, and a not-a-number: largest logits and rows of logits out of one product are what
+/// rows of logits alone say.
+#[test]
+fn rows_that_are_drawn_from_give_the_first_of_the_largest_logits_and_the_others_stay_as_they_are() {
+    let mut random = Random(31);
+    let plain = LogitsRule {
+        scale: 1.0,
+        softcap: None,
+    };
+    // Caps so low that many logits become equal.
+    let capped = LogitsRule {
+        scale: 8.0,
+        softcap: Some(0.25),
+    };
+    for (case, (format, n, k)) in [
+        (Format::F32, 90, 64),
+        (Format::Q4_0, 3000, 64),
+        (Format::Q6K, 1001, 256),
+        (Format::Bf16, 257, 48),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut values = random.floats(n * k);
+        for pair in values.chunks_exact_mut(2 * k).step_by(2) {
+            let (one, other) = pair.split_at_mut(k);
+            other.copy_from_slice(one);
+        }
+        if format == Format::F32 {
+            values[(n / 2) * k] = f32::NAN;
+        }
+        let (bytes, _) = encode(format, &values);
+        for (rows, threads, isa) in [(1, 1, None), (7, 2, None), (40, 3, Some(Isa::Scalar))] {
+            let mut backend = backend(threads, isa);
+            let head = backend.matrix(&[part(n, k, format, &bytes)], None).unwrap();
+            let input = filled(&backend, rows, k, &random.floats(rows * k));
+            let weight = backend.vector(&vec![1.0; k]).unwrap();
+            let norm = Norm {
+                weight: &weight,
+                eps: 1e-6,
+            };
+            let mut step = plain_step(rows);
+            step.logit_rows = (0..rows as u32).collect();
+            let rule = if case % 2 == 0 { plain } else { capped };
+            let mut of = |step: &Step| {
+                let mut logits = Vec::new();
+                backend.begin(step).unwrap();
+                backend
+                    .logits(&input, &norm, &head, rule, &mut logits)
+                    .unwrap();
+                (logits, backend.drawn().to_vec())
+            };
+            let (all, none) = of(&step);
+            assert!(none.is_empty() && all.len() == rows * n);
+            for apart in [1, 3] {
+                step.draws = (0..rows as u32).step_by(apart).map(greedy).collect();
+                let (logits, drawn) = of(&step);
+                let (mut left, mut tokens) = (logits.chunks(n), drawn.iter());
+                for (row, expected) in all.chunks(n).enumerate() {
+                    if row % apart > 0 {
+                        let bits =
+                            |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                        assert_eq!(
+                            bits(left.next().unwrap()),
+                            bits(expected),
+                            "{format:?} {row}"
+                        );
+                        continue;
+                    }
+                    let numbers = expected.iter().copied().filter(|x| !x.is_nan());
+                    let largest = numbers.fold(f32::NEG_INFINITY, f32::max);
+                    let first = expected.iter().position(|&x| x == largest).unwrap();
+                    assert_eq!(*tokens.next().unwrap() as usize, first, "{format:?} {row}");
+                }
+                assert!(left.next().is_none() && tokens.next().is_none());
+            }
+            step.draws.clear();
+            let (again, none) = of(&step);
+            assert!(none.is_empty() && bits(&again) == bits(&all));
+        }
+    }
+}
+
+#[test]
+fn a_row_without_a_number_gives_the_first_token() {
+    let (n, k) = (300, 32);
+    let mut backend = backend(2, None);
+    let bytes: Vec<u8> = f32::NAN.to_le_bytes().repeat(n * k);
+    let head = backend
+        .matrix(&[part(n, k, Format::F32, &bytes)], None)
+        .unwrap();
+    let input = filled(&backend, 1, k, &vec![1.0; k]);
+    let weight = backend.vector(&vec![1.0; k]).unwrap();
+    let norm = Norm {
+        weight: &weight,
+        eps: 1e-6,
+    };
+    let rule = LogitsRule {
+        scale: 1.0,
+        softcap: None,
+    };
+    let mut step = plain_step(1);
+    step.logit_rows = vec![0];
+    step.draws = vec![greedy(0)];
+    backend.begin(&step).unwrap();
+    let mut logits = Vec::new();
+    backend
+        .logits(&input, &norm, &head, rule, &mut logits)
+        .unwrap();
+    assert_eq!((backend.drawn(), logits.len()), (&[0][..], 0));
+}
+
+#[test]
+fn draws_that_a_cpu_does_not_do_are_refused() {
+    let mut backend = backend(1, None);
+    let mut refused = |change: &dyn Fn(&mut Step)| {
+        let mut step = plain_step(3);
+        step.logit_rows = vec![1, 2];
+        step.draws = vec![greedy(0), greedy(1)];
+        assert!(backend.begin(&step).is_ok());
+        change(&mut step);
+        match backend.begin(&step) {
+            Err(Error::Shape(text)) => text,
+            other => panic!("{other:?}"),
+        }
+    };
+    let text = refused(&|step| step.draws[1].greedy = false);
+    assert!(text.contains("Largest"), "{text}");
+    refused(&|step| step.draws[1].changes[0] = 1);
+    refused(&|step| step.draws[1].row = 2);
+    refused(&|step| step.draws[1].row = 0);
+    refused(&|step| step.deferred = true);
+    refused(&|step| step.drawn_rows.push(DrawnRow { row: 0, draw: 0 }));
+}
