@@ -23,7 +23,7 @@ pub(crate) use rows::Rows;
 
 use std::ops::Range;
 
-use super::matrix::{Elements, Layout, Matrix, PANEL, Segment};
+use super::matrix::{Layout, Matrix, PANEL, Segment};
 use super::memory::Shared;
 use super::pool::Pool;
 use super::simd::{Isa, Simd};
@@ -168,9 +168,7 @@ impl<'a> Linear<'a> {
         let k = self.matrix.cols;
         let order = self.matrix.order(layout);
         rows.reserve(padded, k, elements, order.is_some())?;
-        if matches!(elements, Elements::Quants | Elements::Floats) {
-            rows.reserve_unpacked(self.rows, k, pool.threads())?;
-        }
+        rows.reserve_unpacked(self.rows, k, pool.threads())?;
         let target = rows.target(k, elements);
         pool.each(padded / interleave, &|tile| {
             let at = tile * interleave;

@@ -3,7 +3,7 @@
 //! E4M3 floats lie in groups with a scale. It multiplies the weight and not the group's sum, so a product is to the last bit that of the widened matrix.
 //!
 //! What widens a weight of fewer bits takes units that multiply. Where a panel has several tiles of rows, the first one keeps what it widened, in memory of the thread's that
-//! stays in the core's cache, and the others read that ([`several_tiles`]).
+//! stays in the core's cache, and the others read that ([`several_tiles!`]).
 
 use std::hint::black_box;
 use std::marker::PhantomData;
@@ -118,7 +118,7 @@ trait FloatFormat {
 
 /// Where a tile's weights come from.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum From {
+pub(super) enum From {
     /// The panels.
     Packed,
     /// The panels, and what they are widened to is kept.
@@ -164,12 +164,12 @@ const MORE_ROWS: usize = 2;
 
 /// Bytes a thread needs to keep the widened panels of `k` columns.
 pub(super) const fn kept_bytes(k: usize) -> usize {
-    PANELS * PANEL * size_of::<f32>() * k
+    PANELS * PANEL * size_of::<f32>() * k.next_multiple_of(2)
 }
 
 /// Where kept panels begin.
 #[inline(always)]
-fn kept_at<const P: usize>(share: &Share<'_>) -> [*mut f32; P] {
+pub(super) fn kept_at<const P: usize>(share: &Share<'_>) -> [*mut f32; P] {
     let k = share.linear.matrix.cols;
     assert!(P <= PANELS);
     // SAFETY: the memory is the thread's own, and nothing else of it is in use.
@@ -181,62 +181,56 @@ fn kept_at<const P: usize>(share: &Share<'_>) -> [*mut f32; P] {
     })
 }
 
-/// Walks a share of which every panel has several tiles of rows.
-///
-/// # Safety
-/// That of [`float_tile`].
-#[inline(always)]
-unsafe fn several_tiles<F: FloatFormat, S: Simd>(share: &Share<'_>) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let rows = share.linear.rows;
-        let cached = share.cached_rows(size_of::<f32>() * share.linear.matrix.cols / MORE_ROWS);
+/// Walks a share of which every panel has several tiles of rows: the first tile, of `$keeping`, keeps what it widens of `$format`, and the others are `$kept`.
+macro_rules! several_tiles {
+    ($share:ident, $body:ident, $format:ty, $keeping:ty, $kept:ty) => {{
+        use $crate::cpu::linear::floats;
+        let rows = $share.linear.rows;
+        let cached = $share.cached_rows(floats::bytes_of_row($share));
         let mut begin = 0;
         while begin < rows {
             let end = (begin + cached).min(rows);
-            let mut panel = share.first;
-            while panel < share.last {
-                let several = S::FLOAT_PANELS > 1 && panel + 2 <= share.last;
+            let mut panel = $share.first;
+            while panel < $share.last {
+                let several = S::FLOAT_PANELS > 1 && panel + 2 <= $share.last;
                 if end - begin <= S::FLOAT_ROWS {
                     // What is left of many rows.
-                    rows_of!(share, float_tile, F, several, panel, begin, end);
+                    floats::rows_of!($share, $body, $format, several, panel, begin, end);
                 } else {
-                    if const { S::FLOAT_PANELS > 1 } && several {
-                        first_tile::<F, S, 2>(share, panel, begin);
-                    } else {
-                        first_tile::<F, S, 1>(share, panel, begin);
+                    match several {
+                        true if const { S::FLOAT_PANELS > 1 && S::FLOAT_ROWS == 12 } => {
+                            $body::<$keeping, S, 2, 12>($share, panel, begin);
+                        }
+                        true if const { S::FLOAT_PANELS > 1 && S::FLOAT_ROWS == 6 } => {
+                            $body::<$keeping, S, 2, 6>($share, panel, begin);
+                        }
+                        _ if const { S::FLOAT_ROWS == 12 } => {
+                            $body::<$keeping, S, 1, 12>($share, panel, begin);
+                        }
+                        _ if const { S::FLOAT_ROWS == 6 } => {
+                            $body::<$keeping, S, 1, 6>($share, panel, begin);
+                        }
+                        _ => {
+                            const { assert!(matches!(S::FLOAT_ROWS, 4 | 6 | 12)) };
+                            $body::<$keeping, S, 1, 4>($share, panel, begin);
+                        }
                     }
                     let begin = begin + S::FLOAT_ROWS;
-                    rows_of!(share, float_tile, Kept, several, panel, begin, end);
+                    floats::rows_of!($share, $body, $kept, several, panel, begin, end);
                 }
                 panel += 1 + usize::from(several);
             }
             begin = end;
         }
-    }
+    }};
 }
 
-/// A whole tile that keeps what it widens.
-///
-/// # Safety
-/// That of [`float_tile`].
+pub(super) use several_tiles;
+
+/// Bytes that count for an activation row where panels are kept.
 #[inline(always)]
-unsafe fn first_tile<F: FloatFormat, S: Simd, const P: usize>(
-    share: &Share<'_>,
-    panel: usize,
-    row: usize,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        if const { S::FLOAT_ROWS == 12 } {
-            float_tile::<Keeping<F>, S, P, 12>(share, panel, row);
-        } else if const { S::FLOAT_ROWS == 6 } {
-            float_tile::<Keeping<F>, S, P, 6>(share, panel, row);
-        } else {
-            const { assert!(matches!(S::FLOAT_ROWS, 4 | 6 | 12)) };
-            float_tile::<Keeping<F>, S, P, 4>(share, panel, row);
-        }
-    }
+pub(super) fn bytes_of_row(share: &Share<'_>) -> usize {
+    size_of::<f32>() * share.linear.matrix.cols / MORE_ROWS
 }
 
 /// `T` activation rows from `row` times `P` panels from `panel`.
@@ -349,7 +343,7 @@ macro_rules! kernels {
                 // SAFETY: panels hold their elements as the format says; the rest is the caller's promise.
                 unsafe {
                     if $widens && share.linear.rows > S::FLOAT_ROWS {
-                        return several_tiles::<$format, S>(share);
+                        return several_tiles!(share, float_tile, $format, Keeping<$format>, Kept);
                     }
                     walk!(share, float_tile, $format, bytes);
                 }

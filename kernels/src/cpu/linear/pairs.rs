@@ -10,6 +10,7 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{__m512, __m512bh, _mm512_dpbf16_ps};
 use std::hint::black_box;
+use std::ptr;
 
 use super::super::bf16::Bf16;
 #[cfg(target_arch = "x86_64")]
@@ -17,8 +18,8 @@ use super::super::matrix::Elements;
 use super::super::memory::Shared;
 #[cfg(target_arch = "x86_64")]
 use super::super::simd::Avx512;
-use super::super::simd::{Isa, PANEL, Simd, dispatch};
-use super::floats::walk;
+use super::super::simd::{Isa, PANEL, Simd, dispatch, maker};
+use super::floats::{From, kept_at, several_tiles, walk};
 use super::{Ahead, Share, panels_at, store};
 
 /// Consecutive k that lie together.
@@ -37,6 +38,9 @@ pub(super) fn padded(k: usize) -> usize {
 trait Multiply<S: Simd> {
     /// Products that the pairs of a vector take, one after the other, and words of 32 bits that a pair of activations takes.
     const PRODUCTS: usize;
+
+    /// Where weights come from, and whether they are kept: each vector as it is multiplied, `[k/2][product][PANEL]`.
+    const FROM: From = From::Packed;
 
     /// What the first product, or the second, takes of the pairs of [`Simd::WIDE`] rows.
     ///
@@ -66,6 +70,46 @@ impl<S: Simd> Multiply<S> for Widened {
                 _ => S::vload_bf16_even(pairs),
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn add(weights: S::V, x: S::V, sums: S::V) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::vfma(weights, x, sums) }
+    }
+}
+
+/// The same, and what was widened is kept.
+struct Keeping;
+
+impl<S: Simd> Multiply<S> for Keeping {
+    const PRODUCTS: usize = 2;
+    const FROM: From = From::Keeping;
+
+    #[inline(always)]
+    unsafe fn weights(pairs: *const u16, product: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { <Widened as Multiply<S>>::weights(pairs, product) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(weights: S::V, x: S::V, sums: S::V) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::vfma(weights, x, sums) }
+    }
+}
+
+/// The same, of what was kept.
+struct Kept;
+
+impl<S: Simd> Multiply<S> for Kept {
+    const PRODUCTS: usize = 2;
+    const FROM: From = From::Kept;
+
+    #[inline(always)]
+    unsafe fn weights(kept: *const u16, _: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::vload(kept.cast()) }
     }
 
     #[inline(always)]
@@ -114,20 +158,37 @@ unsafe fn pair_tile<M: Multiply<S>, S: Simd, const P: usize, const T: usize>(
         let block = share.interleave * M::PRODUCTS * PAIRS;
         let at = (linear.at + row) * (padded(k) / 2) * M::PRODUCTS;
         let mut x = share.rows.floats.as_slice()[at..].as_ptr();
-        let mut w = panels_at::<P>(share, panel);
+        let mut kept = match M::FROM {
+            From::Packed => [ptr::null_mut(); P],
+            From::Keeping | From::Kept => kept_at::<P>(share),
+        };
+        let mut w = match M::FROM {
+            From::Kept => kept.map(|kept| kept.cast_const().cast()),
+            _ => panels_at::<P>(share, panel),
+        };
         let zero = S::vsplat(0.0);
         let mut sums = [[[zero; 2]; T]; P];
         let pairs = k.div_ceil(2);
         let ahead = Ahead::new::<P>(share);
         for pair in 0..pairs {
-            ahead.ask::<S, P>(w, pair * BYTES);
+            if M::FROM != From::Kept {
+                ahead.ask::<S, P>(w, pair * BYTES);
+            }
             for product in 0..M::PRODUCTS {
                 let mut weights = [[zero; 2]; P];
                 for p in 0..P {
                     for half in 0..S::HALVES {
+                        // Two elements of each of the vector's rows, in 16 bits, or one of them in 32.
                         let pairs = w[p].cast::<u16>().add(2 * half * S::WIDE);
                         weights[p][half] = M::weights(pairs, product);
+                        if M::FROM == From::Keeping {
+                            S::vstore(kept[p].add(half * S::WIDE), weights[p][half]);
+                        }
                     }
+                    kept[p] = kept[p].wrapping_add(PANEL);
+                }
+                if M::FROM == From::Kept {
+                    w = w.map(|w| w.add(BYTES));
                 }
                 for t in 0..T {
                     // The first product is that of the pair's last element.
@@ -140,7 +201,9 @@ unsafe fn pair_tile<M: Multiply<S>, S: Simd, const P: usize, const T: usize>(
                     }
                 }
             }
-            w = w.map(|w| w.add(BYTES));
+            if M::FROM != From::Kept {
+                w = w.map(|w| w.add(BYTES));
+            }
             x = x.add(M::PRODUCTS);
             if pair % PAIRS == PAIRS - 1 {
                 x = x.add(block - M::PRODUCTS * PAIRS);
@@ -164,7 +227,14 @@ pub(super) fn bf16(share: &Share<'_>, isa: Isa) {
     #[inline(always)]
     unsafe fn widened<S: Simd>(share: &Share<'_>) {
         // SAFETY: the caller's promise.
-        unsafe { panels::<Widened, S>(share) };
+        unsafe {
+            // Units that shift and mask are those that multiply.
+            let keep = const { S::VECTORS } && maker::shares_units();
+            if keep && share.linear.rows > S::FLOAT_ROWS {
+                return several_tiles!(share, pair_tile, Widened, Keeping, Kept);
+            }
+            panels::<Widened, S>(share);
+        }
     }
     #[cfg(target_arch = "x86_64")]
     if takes_pairs(

@@ -96,10 +96,8 @@ impl PartProducts<'_> {
         });
         let sorted = tasks.layouts.iter().any(|layout| layout.order.is_some());
         rows.reserve(padded.sum(), k, elements, sorted)?;
-        if matches!(elements, Elements::Quants | Elements::Floats) {
-            let most = self.groups.iter().map(|group| group.rows).max();
-            rows.reserve_unpacked(most.unwrap_or(0), k, pool.threads())?;
-        }
+        let most = self.groups.iter().map(|group| group.rows).max();
+        rows.reserve_unpacked(most.unwrap_or(0), k, pool.threads())?;
         let target = rows.target(k, elements);
         pool.each(tasks.lay_out.len(), &|task| {
             let (group, row) = tasks.lay_out[task];
