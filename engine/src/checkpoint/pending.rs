@@ -1,6 +1,5 @@
 //! [`PendingTokenizer`]: a tokenizer that is made while weights are packed.
 
-use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -16,8 +15,6 @@ pub(super) struct PendingTokenizer {
 enum State {
     Making(JoinHandle<Result<Tokenizer, TokenizerError>>),
     Made(Result<Arc<Tokenizer>, TokenizerError>),
-    /// Its thread panicked, which was told to who asked.
-    Lost,
 }
 
 impl std::fmt::Debug for PendingTokenizer {
@@ -55,15 +52,70 @@ impl PendingTokenizer {
     /// Waits for it.
     pub fn get(&self) -> Result<Arc<Tokenizer>, CheckpointError> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let made = match std::mem::replace(&mut *state, State::Lost) {
-            State::Making(thread) => match thread.join() {
-                Ok(made) => made.map(Arc::new),
-                Err(panic) => resume_unwind(panic),
-            },
+        let panicked = || TokenizerError::Vocabulary("the thread that made it panicked".to_owned());
+        let made = match std::mem::replace(&mut *state, State::Made(Err(panicked()))) {
+            State::Making(thread) => {
+                let made = thread.join().unwrap_or_else(|_| Err(panicked()));
+                made.map(Arc::new)
+            }
             State::Made(made) => made,
-            State::Lost => Err(TokenizerError::Vocabulary("making it panicked".to_owned())),
         };
         *state = State::Made(made.clone());
         made.map_err(|error| CheckpointError::file(&self.file, error))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::{Algorithm, Token, TokenKind};
+
+    fn vocabulary(merge: &str, pre: &str) -> Vocabulary {
+        let token = |text: &str| Token {
+            text: text.to_owned(),
+            kind: TokenKind::Normal,
+        };
+        Vocabulary {
+            tokens: ["a", "b", "ab"].map(token).into(),
+            algorithm: Algorithm::ByteLevel {
+                merges: vec![("a".to_owned(), merge.to_owned())],
+                pre: pre.to_owned(),
+            },
+            unknown: None,
+            bos: None,
+            eos: None,
+            rstrip: false,
+        }
+    }
+
+    #[test]
+    fn what_is_made_is_the_same_for_everyone() {
+        let pending = PendingTokenizer::making("a.gguf", vocabulary("b", "qwen2")).unwrap();
+        let tokenizer = pending.get().unwrap();
+        assert!(Arc::ptr_eq(&tokenizer, &pending.get().unwrap()));
+        assert_eq!(tokenizer.encode("ab", false).unwrap()[0].0, 2);
+    }
+
+    #[test]
+    fn an_unknown_rule_is_told_before_anything_is_made() {
+        let making = PendingTokenizer::making("a.gguf", vocabulary("b", "o300k"));
+        let problem = making.unwrap_err().to_string();
+        assert!(
+            problem.starts_with("a.gguf: ") && problem.contains("\"o300k\""),
+            "{problem}"
+        );
+    }
+
+    #[test]
+    fn a_merge_of_no_token_is_told_to_whoever_asks() {
+        let pending = PendingTokenizer::making("a.gguf", vocabulary("c", "qwen2")).unwrap();
+        for _ in 0..2 {
+            let problem = pending.get().unwrap_err().to_string();
+            assert!(
+                problem.starts_with("a.gguf: its vocabulary makes no tokenizer"),
+                "{problem}"
+            );
+        }
     }
 }

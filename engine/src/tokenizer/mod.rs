@@ -134,7 +134,8 @@ impl Tokenizer {
     /// The vocabulary contradicts itself, or cuts text by a rule that is not known.
     pub fn from_vocabulary(vocabulary: Vocabulary) -> Result<Self, TokenizerError> {
         let bytes = vocabulary.bytes();
-        let inner = vocabulary.build()?;
+        let inner = without_panic(|| vocabulary.build());
+        let inner = inner.map_err(TokenizerError::Vocabulary)??;
         Ok(Self { inner, bytes })
     }
 

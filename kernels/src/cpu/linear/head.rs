@@ -127,17 +127,14 @@ impl Head {
                 if scale != 1.0 || softcap.is_some() {
                     dispatch!(isa, rule_row(x: &mut [f32], scale: f32, softcap: Option<f32>));
                 }
-                match to[row] {
-                    Some(to) => {
-                        // SAFETY: the panels of a share belong to one thread, so these elements do.
-                        let logits = unsafe { logits.range(to * linear.features + first, width) };
-                        logits.copy_from_slice(x);
-                    }
-                    None => {
-                        // SAFETY: one for each row of each thread.
-                        let best = unsafe { &mut best.range(thread * count + row, 1)[0] };
-                        *best = best.or_of(first, x, isa);
-                    }
+                if let Some(to) = to[row] {
+                    // SAFETY: the panels of a share belong to one thread, so these elements do.
+                    let logits = unsafe { logits.range(to * linear.features + first, width) };
+                    logits.copy_from_slice(x);
+                } else {
+                    // SAFETY: one for each row of each thread.
+                    let best = unsafe { &mut best.range(thread * count + row, 1)[0] };
+                    *best = best.or_of(first, x, isa);
                 }
             }
         })?;
