@@ -1,7 +1,7 @@
 //! Tokens drawn on the device, against a list that is sorted and walked as the definition says (`draws.rs`).
 
 use quire_kernels::cuda::CudaBackend;
-use quire_kernels::{Backend, Change, ChangeKind, Draw, LogitsRule, Norm, Step};
+use quire_kernels::{Backend, Change, ChangeKind, Draw, Draws, LogitsRule, Norm, Step};
 
 use crate::common::{Random, step};
 use crate::machine::{Machine, cpu, f32_matrix, gpu};
@@ -478,8 +478,9 @@ fn draws_that_cannot_be_done_are_refused() {
         let step = step_with(2, &draws, &[change]);
         assert!(gpu(false).begin(&step).is_err(), "{draws:?}");
     }
+    assert_eq!(gpu(false).draws(), Draws::All);
     let mut cpu = cpu();
-    assert!(!cpu.draws());
-    assert!(cpu.begin(&step_with(2, &[GREEDY], &[])).is_err());
-    assert!(cpu.begin(&step_with(2, &[], &[])).is_ok());
+    assert_eq!(cpu.draws(), Draws::Largest);
+    assert!(cpu.begin(&step_with(2, &[PLAIN], &[])).is_err());
+    assert!(cpu.begin(&step_with(2, &[GREEDY], &[])).is_ok());
 }
