@@ -401,7 +401,7 @@ fn broken_files_are_named_with_what_is_wrong() {
 
 #[test]
 fn wrong_metadata_is_named_as_the_file_spells_it() {
-    let cases: [(&str, Set, &str); 14] = [
+    let cases: [(&str, Set, &str); 16] = [
         (
             "llama.embedding_length",
             |f| f.number("llama.embedding_length", 0),
@@ -472,6 +472,22 @@ fn wrong_metadata_is_named_as_the_file_spells_it() {
             |f| f.text("tokenizer.ggml.pre", "klingon"),
             "klingon",
         ),
+        (
+            "tokenizer.ggml.tokens",
+            |f| {
+                f.value(
+                    "tokenizer.ggml.tokens",
+                    9,
+                    &strings(&[b"a", b"\xff", b"ab"]),
+                )
+            },
+            "no UTF-8 text in string 1",
+        ),
+        (
+            "tokenizer.ggml.merges",
+            |f| f.value("tokenizer.ggml.merges", 9, &strings(&[b"\xff b"])),
+            "no UTF-8 text in string 0",
+        ),
     ];
     let whole = small(None).bytes();
     let error = refused(&whole);
@@ -480,6 +496,10 @@ fn wrong_metadata_is_named_as_the_file_spells_it() {
         error.contains("`blk.0.attn_norm.weight` is missing"),
         "{error}"
     );
+    // Nor with what nobody reads.
+    let mut file = small(None);
+    let also = file.value("general.tags", 9, &strings(&[b"\xff"])).bytes();
+    assert_eq!(refused(&also), error);
     let set: Set = |f| f.texts("tokenizer.ggml.merges", ["a z"]);
     let error = refused(&small(Some(("tokenizer.ggml.merges", set))).bytes());
     assert!(error.contains("vocabulary makes no tokenizer"), "{error}");
@@ -490,6 +510,17 @@ fn wrong_metadata_is_named_as_the_file_spells_it() {
             "{key}: {error}"
         );
     }
+}
+
+/// An array of strings, text or not.
+fn strings(strings: &[&[u8]]) -> Vec<u8> {
+    let mut bytes = 8_u32.to_le_bytes().to_vec();
+    bytes.extend((strings.len() as u64).to_le_bytes());
+    for string in strings {
+        bytes.extend((string.len() as u64).to_le_bytes());
+        bytes.extend(*string);
+    }
+    bytes
 }
 
 /// Adds a value.

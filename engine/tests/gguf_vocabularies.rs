@@ -102,6 +102,36 @@ fn every_pre_tokenizer_cuts_as_llama_cpp_and_its_authors_do() {
 }
 
 #[test]
+fn of_tokens_that_are_spelt_alike_text_becomes_the_first_and_each_has_its_text() {
+    let token = |text: &str, kind| Token {
+        text: text.to_owned(),
+        kind,
+    };
+    let tokenizer = Tokenizer::from_vocabulary(Vocabulary {
+        tokens: vec![
+            token("a", TokenKind::Normal),
+            token("<x>", TokenKind::Normal),
+            token("<x>", TokenKind::Control),
+            token("a", TokenKind::Normal),
+        ],
+        algorithm: Algorithm::ByteLevel {
+            merges: Vec::new(),
+            pre: "qwen2".to_owned(),
+        },
+        unknown: None,
+        bos: None,
+        eos: None,
+        rstrip: false,
+    })
+    .unwrap();
+    let ids = [0, 1].map(TokenId);
+    assert_eq!(tokenizer.encode("a<x>", false).unwrap(), ids);
+    let all = [0, 1, 2, 3].map(TokenId);
+    assert_eq!(tokenizer.decode(&all, false), "a<x><x>a");
+    assert_eq!(tokenizer.decode(&all, true), "aa");
+}
+
+#[test]
 fn an_unknown_pre_tokenizer_is_refused_by_name() {
     let message = words("o300k").unwrap_err().to_string();
     assert!(

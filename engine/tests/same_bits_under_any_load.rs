@@ -7,11 +7,13 @@
 
 mod common;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use common::{Answer, Random, answers, demo_checkpoint, submit};
 use quire::checkpoint::{Checkpoint, ModelSource};
-use quire::core::{Engine, EngineConfig, Request};
+use quire::core::{Engine, EngineConfig, Request, StepReport};
 use quire::model::PageLayout;
 use quire::sampling::SamplingParams;
 use quire_kernels::cpu::CpuBackend;
@@ -161,9 +163,10 @@ fn same_bits_on(
     let alone = alone(checkpoint, &base, alone_on, &requests);
 
     let (mut preemptions, mut hits) = (0, 0);
+    let draws = Arc::new(Draws::default());
     for (round, machine) in machines.into_iter().enumerate() {
         let config = schedule(&base, checkpoint, round, &mut random);
-        let engine = start(checkpoint, &config, machine);
+        let engine = start(checkpoint, &config, machine, Some(&draws));
         let mut order: Vec<usize> = (0..requests.len()).collect();
         random.shuffle(&mut order);
         let streams: Vec<_> = order
@@ -185,6 +188,14 @@ fn same_bits_on(
     }
     assert!(preemptions > 0, "the schedules were to force preemption");
     assert!(hits > 0, "the schedules were to hit the prefix cache");
+    // Alone, a greedy row is drawn from by the device. (Of several ranks none draws.)
+    if machines.iter().any(|machine| machine.ranks == 1) {
+        let [some, none] = [&draws.some, &draws.none].map(|steps| steps.load(Ordering::Relaxed));
+        assert!(
+            some > 0 && none > 0,
+            "{some} steps with draws and {none} without"
+        );
+    }
 }
 
 /// Each request's answer when nothing else runs and nothing is cached.
@@ -201,7 +212,7 @@ fn alone(
         kv_cache_memory: Some(64 << 20),
         ..base.clone()
     };
-    let engine = start(checkpoint, &config, machine);
+    let engine = start(checkpoint, &config, machine, None);
     let answers: Vec<Vec<Answer>> = requests
         .iter()
         .map(|request| answers(submit(&engine, request)))
@@ -267,14 +278,21 @@ fn requests(random: &mut Random, vocab: u32) -> Vec<Request> {
             } else {
                 1
             };
+            // Most of those without log-probabilities are greedy, so that devices that draw do so for many rows of some steps.
+            let told = at % 2 == 0;
+            let chosen = if told || random.below(5) == 0 {
+                sampling(random)
+            } else {
+                greedy()
+            };
             let sampling = SamplingParams {
                 n: samples,
                 max_tokens: 1 + random.below(30) as u32,
                 ignore_eos: random.below(2) == 0,
-                logprobs: Some(random.below(4) as u32),
+                logprobs: told.then(|| random.below(4) as u32),
                 prompt_logprobs: (at % 5 == 0).then(|| random.below(4) as u32),
                 seed: Some(random.next()),
-                ..sampling(random)
+                ..chosen
             };
             Request {
                 id: format!("request-{at}").into(),
@@ -289,14 +307,18 @@ fn requests(random: &mut Random, vocab: u32) -> Vec<Request> {
         .collect()
 }
 
+fn greedy() -> SamplingParams {
+    SamplingParams {
+        temperature: 0.0,
+        ..SamplingParams::default()
+    }
+}
+
 /// Greedy, plain temperature, and filtered sampling with penalties, a third each.
 fn sampling(random: &mut Random) -> SamplingParams {
     let default = SamplingParams::default();
     match random.below(3) {
-        0 => SamplingParams {
-            temperature: 0.0,
-            ..default
-        },
+        0 => greedy(),
         1 => SamplingParams {
             temperature: 0.5 + random.below(10) as f32 / 8.0,
             ..default
@@ -314,7 +336,21 @@ fn sampling(random: &mut Random) -> SamplingParams {
     }
 }
 
-fn start(checkpoint: &Checkpoint, config: &EngineConfig, machine: Machine) -> Engine {
+/// Steps of several sequences.
+#[derive(Default)]
+struct Draws {
+    /// The device drew for some and not for others.
+    some: AtomicU32,
+    /// It drew for none.
+    none: AtomicU32,
+}
+
+fn start(
+    checkpoint: &Checkpoint,
+    config: &EngineConfig,
+    machine: Machine,
+    draws: Option<&Arc<Draws>>,
+) -> Engine {
     let Machine {
         threads,
         nodes,
@@ -322,7 +358,20 @@ fn start(checkpoint: &Checkpoint, config: &EngineConfig, machine: Machine) -> En
     } = machine;
     if ranks == 1 {
         let backend = common::backend_on_nodes(nodes, threads);
-        return Engine::start(checkpoint, backend, config, None, &mut |_| {}).unwrap();
+        let observer = draws.cloned().map(|draws| {
+            let observe = move |step: StepReport| {
+                let steps = match step.drawn {
+                    0 => &draws.none,
+                    drawn if drawn < step.sequences => &draws.some,
+                    _ => return,
+                };
+                if step.sequences > 1 {
+                    steps.fetch_add(1, Ordering::Relaxed);
+                }
+            };
+            Box::new(observe) as Box<dyn FnMut(StepReport) + Send>
+        });
+        return Engine::start(checkpoint, backend, config, observer, &mut |_| {}).unwrap();
     }
     let backends = InProcess::group(ranks)
         .into_iter()

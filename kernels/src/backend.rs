@@ -288,9 +288,9 @@ pub struct Step {
     pub draws: Vec<Draw>,
     /// What the draws change in their rows.
     pub changes: Vec<Change>,
-    /// Rows whose tokens are those of draws of the step before, ascending; only for devices that draw.
+    /// Rows whose tokens are those of draws of the step before, ascending; only for devices that do all draws.
     pub drawn_rows: Vec<DrawnRow>,
-    /// [`Backend::logits`] waits for nothing, and what it is to bring is brought by [`Backend::collect`]; only for devices that draw. Until that
+    /// [`Backend::logits`] waits for nothing, and what it is to bring is brought by [`Backend::collect`]; only for devices that do all draws. Until that
     /// is done the device may be given one more such step, which runs behind this one.
     pub deferred: bool,
 }

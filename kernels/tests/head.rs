@@ -4,8 +4,8 @@
 
 mod common;
 
-use common::{Random, backend, bits, encode, error, filled, part, plain_step};
-use quire_kernels::cpu::Isa;
+use common::{Random, backend, backends, bits, encode, error, filled, part, plain_step};
+use quire_kernels::cpu::{CpuBackend, Matrix};
 use quire_kernels::{Backend, ChangeKind, Draw, DrawnRow, Error, Format, LogitsRule, Norm, Step};
 
 #[test]
@@ -78,8 +78,9 @@ fn greedy(row: u32) -> Draw {
     }
 }
 
-/// With every other row of a head like another one, so that there are equals, and a not-a-number: largest logits and rows of logits out of one product are what
-/// rows of logits alone say.
+/// A head of parts in formats of their own, every other row like another one, so that there are equals, and of floats one that is not a number.
+type Parts = &'static [(Format, usize)];
+
 #[test]
 fn rows_that_are_drawn_from_give_the_first_of_the_largest_logits_and_the_others_stay_as_they_are() {
     let mut random = Random(31);
@@ -92,73 +93,83 @@ fn rows_that_are_drawn_from_give_the_first_of_the_largest_logits_and_the_others_
         scale: 8.0,
         softcap: Some(0.25),
     };
-    for (case, (format, n, k)) in [
-        (Format::F32, 90, 64),
-        (Format::Q4_0, 3000, 64),
-        (Format::Q6K, 1001, 256),
-        (Format::Bf16, 257, 48),
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let mut values = random.floats(n * k);
-        for pair in values.chunks_exact_mut(2 * k).step_by(2) {
-            let (one, other) = pair.split_at_mut(k);
-            other.copy_from_slice(one);
-        }
-        if format == Format::F32 {
-            values[(n / 2) * k] = f32::NAN;
-        }
-        let (bytes, _) = encode(format, &values);
-        for (rows, threads, isa) in [(1, 1, None), (7, 2, None), (40, 3, Some(Isa::Scalar))] {
-            let mut backend = backend(threads, isa);
-            let head = backend.matrix(&[part(n, k, format, &bytes)], None).unwrap();
-            let input = filled(&backend, rows, k, &random.floats(rows * k));
-            let weight = backend.vector(&vec![1.0; k]).unwrap();
-            let norm = Norm {
-                weight: &weight,
-                eps: 1e-6,
-            };
-            let mut step = plain_step(rows);
-            step.logit_rows = (0..rows as u32).collect();
-            let rule = if case % 2 == 0 { plain } else { capped };
-            let mut of = |step: &Step| {
-                let mut logits = Vec::new();
-                backend.begin(step).unwrap();
-                backend
-                    .logits(&input, &norm, &head, rule, &mut logits)
-                    .unwrap();
-                (logits, backend.drawn().to_vec())
-            };
-            let (all, none) = of(&step);
-            assert!(none.is_empty() && all.len() == rows * n);
-            for apart in [1, 3] {
-                step.draws = (0..rows as u32).step_by(apart).map(greedy).collect();
-                let (logits, drawn) = of(&step);
-                let (mut left, mut tokens) = (logits.chunks(n), drawn.iter());
-                for (row, expected) in all.chunks(n).enumerate() {
-                    if row % apart > 0 {
-                        let bits =
-                            |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-                        assert_eq!(
-                            bits(left.next().unwrap()),
-                            bits(expected),
-                            "{format:?} {row}"
-                        );
-                        continue;
-                    }
-                    let numbers = expected.iter().copied().filter(|x| !x.is_nan());
-                    let largest = numbers.fold(f32::NEG_INFINITY, f32::max);
-                    let first = expected.iter().position(|&x| x == largest).unwrap();
-                    assert_eq!(*tokens.next().unwrap() as usize, first, "{format:?} {row}");
-                }
-                assert!(left.next().is_none() && tokens.next().is_none());
+    let heads: [(Parts, usize, LogitsRule); 5] = [
+        (&[(Format::F32, 90)], 64, plain),
+        (&[(Format::Q4_0, 3000)], 64, capped),
+        (&[(Format::Q6K, 1001)], 256, plain),
+        (&[(Format::Bf16, 257)], 48, capped),
+        (
+            &[(Format::F16, 90), (Format::Q4_0, 700), (Format::F16, 333)],
+            64,
+            plain,
+        ),
+    ];
+    for (parts, k, rule) in heads {
+        let stored = parts.iter().map(|&(format, n)| {
+            let mut values = random.floats(n * k);
+            for pair in values.chunks_exact_mut(2 * k).step_by(2) {
+                let (one, other) = pair.split_at_mut(k);
+                other.copy_from_slice(one);
             }
-            step.draws.clear();
-            let (again, none) = of(&step);
-            assert!(none.is_empty() && bits(&again) == bits(&all));
+            if format == Format::F32 {
+                values[(n / 2) * k] = f32::NAN;
+            }
+            encode(format, &values).0
+        });
+        let stored: Vec<Vec<u8>> = stored.collect();
+        for rows in [1, 7, 40] {
+            let x = random.floats(rows * k);
+            for backend in backends() {
+                let all = parts.iter().zip(&stored);
+                let all = all.map(|(&(format, n), bytes)| part(n, k, format, bytes));
+                let head = backend.matrix(&all.collect::<Vec<_>>(), None).unwrap();
+                drawn_as_sampled(backend, &head, &x, k, rule);
+            }
         }
     }
+}
+
+/// Compares draws from none, all and every third of the rows `x` [rows, k].
+fn drawn_as_sampled(mut backend: CpuBackend, head: &Matrix, x: &[f32], k: usize, rule: LogitsRule) {
+    let rows = x.len() / k;
+    let input = filled(&backend, rows, k, x);
+    let weight = backend.vector(&vec![1.0; k]).unwrap();
+    let norm = Norm {
+        weight: &weight,
+        eps: 1e-6,
+    };
+    let mut step = plain_step(rows);
+    step.logit_rows = (0..rows as u32).collect();
+    let mut of = |step: &Step| {
+        let mut logits = Vec::new();
+        backend.begin(step).unwrap();
+        backend
+            .logits(&input, &norm, head, rule, &mut logits)
+            .unwrap();
+        (logits, backend.drawn().to_vec())
+    };
+    let (all, none) = of(&step);
+    assert!(none.is_empty() && !all.is_empty());
+    let n = all.len() / rows;
+    for apart in [1, 3] {
+        step.draws = (0..rows as u32).step_by(apart).map(greedy).collect();
+        let (logits, drawn) = of(&step);
+        let (mut left, mut tokens) = (logits.chunks(n), drawn.iter());
+        for (row, expected) in all.chunks(n).enumerate() {
+            if row % apart > 0 {
+                assert_eq!(bits(left.next().unwrap()), bits(expected), "row {row}");
+                continue;
+            }
+            let numbers = expected.iter().copied().filter(|x| !x.is_nan());
+            let largest = numbers.fold(f32::NEG_INFINITY, f32::max);
+            let first = expected.iter().position(|&x| x == largest).unwrap();
+            assert_eq!(*tokens.next().unwrap() as usize, first, "row {row}");
+        }
+        assert!(left.next().is_none() && tokens.next().is_none());
+    }
+    step.draws.clear();
+    let (again, none) = of(&step);
+    assert!(none.is_empty() && bits(&again) == bits(&all));
 }
 
 #[test]

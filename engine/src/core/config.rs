@@ -38,7 +38,7 @@ pub struct EngineConfig {
     pub gpu_memory_utilization: f64,
     /// Keep the blocks of finished sequences for prompts that begin alike.
     pub prefix_cache: bool,
-    /// On a device that draws tokens itself (a GPU), plan the next step while one runs. Changes answers as other loads do: not at all with `deterministic`.
+    /// On a device that draws all tokens itself (a GPU), plan the next step while one runs. Changes answers as other loads do: not at all with `deterministic`.
     pub plan_ahead: bool,
     /// Who runs first.
     pub policy: Policy,

@@ -8,7 +8,7 @@ use quire_kernels::{Backend, KvDtype};
 use quire_scheduler::{Config, Scheduler};
 
 use crate::checkpoint::Checkpoint;
-use crate::model::{Decoder, LoadOptions, LoadProgress};
+use crate::model::{Decoder, LoadError, LoadOptions, LoadProgress};
 
 use super::config::{EngineConfig, StartError, StepReport};
 use super::engine_loop::EngineLoop;
@@ -67,6 +67,8 @@ impl Engine {
             }
         }
         let loaded = Loaded::load(checkpoint, backends, options, progress)?;
+        // What it takes is known before the rest is divided up, and what is wrong with it before anything runs.
+        checkpoint.tokenizer().map_err(LoadError::from)?;
         let model = loaded.first().config();
         let block_size = config.block_size as usize;
         let block_bytes =

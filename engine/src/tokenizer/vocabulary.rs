@@ -331,9 +331,13 @@ impl Vocabulary {
                 strip: space_prefix,
             },
         };
+        // By their texts: where two tokens are spelt alike, the library adds the first.
+        let added = self.tokens.iter().filter(|token| token.is_added());
+        let added = added.map(|token| (token.text.as_str(), token.kind.is_special()));
+        let added: HashMap<&str, bool> = added.collect();
         let tokens = (0..).zip(&self.tokens).map(|(id, token)| {
-            let added = token.is_added().then_some(token.kind.is_special());
-            (id, token.text.as_str(), added)
+            let text = token.text.as_str();
+            (id, text, added.get(text).copied())
         });
         TokenBytes::new(spelling, tokens)
     }

@@ -211,7 +211,12 @@ macro_rules! several_tiles {
                             $body::<$keeping, S, 1, 6>($share, panel, begin);
                         }
                         _ => {
-                            const { assert!(matches!(S::FLOAT_ROWS, 4 | 6 | 12)) };
+                            const {
+                                assert!(
+                                    S::FLOAT_PANELS == 1 && S::FLOAT_ROWS == 4
+                                        || matches!(S::FLOAT_ROWS, 6 | 12)
+                                );
+                            };
                             $body::<$keeping, S, 1, 4>($share, panel, begin);
                         }
                     }

@@ -4,6 +4,8 @@
 //! does (Intel's manual, volume 2; tested on an AMD Zen 5 and an Intel Emerald Rapids), on AMD's at twice the speed of multiply-adds (`simd/maker.rs`). Two
 //! multiply-adds give the same bits. (But for sums below 2^-126, which are zero to the instruction.) Activations that are not rounded are multiplied the same way as f32.
 //!
+//! Where widening takes units that multiply, the first of several tiles of rows keeps what it widened for the others, as in [`super::floats`].
+//!
 //! A panel has `[k/2][PANEL][2]` weights. Activations lie in blocks of 32 k of each row of a tile, `[rows / T][k / 32][T][32]`, so that a block is written as
 //! it is read, and a tile finds its rows at constant distances: bfloat16 where they are multiplied as such, f32 elsewhere. Zeroes fill the last block.
 

@@ -1,6 +1,7 @@
 //! What no instruction set says of a processor's speed, by who made it. Measured on an AMD Zen 5 and an Intel Emerald Rapids (benches/NOTES.md).
 
-/// Whether shifting and masking vectors of 512 bits takes turns with multiplying them: two units do both on Intel's processors, four share the work on AMD's.
+/// Whether shifting and masking vectors takes turns with multiplying them. Of 512 bits, two units do both on Intel's processors, and four share the work on AMD's; of 256 bits, two of
+/// Intel's three vector units multiply, and only those shift.
 pub(crate) fn shares_units() -> bool {
     is_intel()
 }
