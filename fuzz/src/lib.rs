@@ -58,7 +58,7 @@ impl Directory {
         match Checkpoint::open(&ModelSource::Path(path)) {
             Ok(checkpoint) => {
                 let summary = Summary::of(&checkpoint);
-                assert!(summary.bits_per_weight.is_finite());
+                assert!(summary.expect("it was opened").bits_per_weight.is_finite());
                 for name in checkpoint.tensors.names() {
                     if let Some(shape) = checkpoint.tensors.shape(name) {
                         let _ = checkpoint.tensors.get(name, shape);
