@@ -7,6 +7,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -48,7 +49,48 @@ fn a_cache_of_eight_bits() {
     same_bits(&golden("gpt-oss"), None, KvDtype::Q8, 21);
 }
 
-/// One for each kernel: groups with biases and with zeros of 4 and 8 bits, sorted columns, two bits, E4M3.
+#[test]
+fn a_cache_of_bf16() {
+    same_bits(&demo_checkpoint(), None, KvDtype::Bf16, 22);
+}
+
+#[test]
+fn activations_rounded_to_bf16() {
+    let machines = Machine::SEVERAL.map(|machine| Machine {
+        rounded: true,
+        ..machine
+    });
+    same_bits_on(machines, &demo_checkpoint(), None, KvDtype::F16, 23);
+}
+
+/// The other formats of GGUF: each that a backend knows is in one of these files.
+#[test]
+fn weights_of_every_format_of_gguf() {
+    let names = [
+        "llama3-rope",
+        "llama3-rope-q4_1",
+        "llama3-rope-q5_0",
+        "llama3-rope-q5_1",
+        "wide-q4_k_m",
+        "wide-low",
+        "wide-uneven",
+        "wide-ternary",
+    ];
+    let of_tests_above = [Format::F32, Format::Bf16, Format::Q8_0, Format::Q4_0];
+    let mut seen: BTreeSet<_> = of_tests_above.map(|format| format.name().to_owned()).into();
+    for (seed, name) in (24..).zip(names) {
+        let checkpoint = golden(&format!("gguf/{name}.gguf"));
+        let stored = checkpoint.tensors.names();
+        let formats = stored.filter_map(|name| checkpoint.tensors.stored(name));
+        seen.extend(formats.map(|(_, format)| format.to_lowercase()));
+        same_bits(&checkpoint, None, KvDtype::F16, seed);
+    }
+    for format in Format::ALL {
+        assert!(seen.contains(format.name()), "{format:?} in {seen:?}");
+    }
+}
+
+/// One for each kernel of formats that are not GGUF's: groups with biases and with zeros of 4 and 8 bits, sorted columns, two bits, E4M3.
 #[test]
 fn weights_of_other_formats() {
     let names = [
@@ -113,16 +155,27 @@ struct Machine {
     nodes: u16,
     /// Ranks of so many threads each that add parts of sums up.
     ranks: usize,
+    /// Activations are rounded to bfloat16 where weights are.
+    rounded: bool,
 }
 
 impl Machine {
     const ONE_THREAD: Self = Self::new(1, 1);
+    const SEVERAL: [Self; 5] = [
+        Self::ONE_THREAD,
+        Self::new(1, 1),
+        Self::new(2, 1),
+        // One node has more threads than the other, and some models have a single KV head.
+        Self::new(3, 2),
+        Self::new(2, 2),
+    ];
 
     const fn new(threads: usize, nodes: u16) -> Self {
         Self {
             threads,
             nodes,
             ranks: 1,
+            rounded: false,
         }
     }
 }
@@ -134,15 +187,7 @@ fn golden(name: &str) -> Checkpoint {
 }
 
 fn same_bits(checkpoint: &Checkpoint, quantize: Option<Format>, kv_dtype: KvDtype, seed: u64) {
-    let machines = [
-        Machine::ONE_THREAD,
-        Machine::new(1, 1),
-        Machine::new(2, 1),
-        // One node has more threads than the other, and some models have a single KV head.
-        Machine::new(3, 2),
-        Machine::new(2, 2),
-    ];
-    same_bits_on(machines, checkpoint, quantize, kv_dtype, seed);
+    same_bits_on(Machine::SEVERAL, checkpoint, quantize, kv_dtype, seed);
 }
 
 /// `alone`: what requests run on by themselves; `machines`: on what together.
@@ -355,9 +400,10 @@ fn start(
         threads,
         nodes,
         ranks,
+        rounded,
     } = machine;
     if ranks == 1 {
-        let backend = common::backend_on_nodes(nodes, threads);
+        let backend = common::backend_on_nodes(nodes, threads, rounded);
         let observer = draws.cloned().map(|draws| {
             let observe = move |step: StepReport| {
                 let steps = match step.drawn {

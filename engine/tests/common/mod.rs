@@ -139,9 +139,10 @@ pub fn options(threads: usize) -> CpuOptions {
 }
 
 /// A backend whose threads, weights and KV heads are divided among nodes that are none.
-pub fn backend_on_nodes(nodes: u16, threads: usize) -> CpuBackend {
+pub fn backend_on_nodes(nodes: u16, threads: usize, bf16_activations: bool) -> CpuBackend {
     CpuBackend::new(CpuOptions {
         numa: Numa::Emulated(NonZero::new(nodes).unwrap()),
+        bf16_activations,
         ..options(threads)
     })
     .unwrap()
