@@ -33,6 +33,11 @@ impl Who {
         }
     }
 
+    /// Whether it is somebody else's.
+    pub fn is_peer(self) -> bool {
+        !matches!(self, Self::Quire | Self::QuireSame)
+    }
+
     /// How many times its output tokens a second ours are to be.
     pub fn bar(self) -> Option<f64> {
         match self {

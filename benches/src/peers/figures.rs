@@ -51,17 +51,65 @@ impl Figures {
     }
 }
 
+/// One server under one load, round by round.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Rounds(Vec<Figures>);
+
+impl Rounds {
+    /// Keeps what the next round found.
+    pub fn push(&mut self, figures: Figures) {
+        self.0.push(figures);
+    }
+
+    /// Every round, the first one first.
+    pub fn iter(&self) -> impl Iterator<Item = &Figures> {
+        self.0.iter()
+    }
+
+    /// The median of a figure over the rounds; `None`: there were none.
+    pub fn median(&self, of: impl Fn(&Figures) -> f64) -> Option<f64> {
+        let values: Vec<f64> = self.iter().map(of).collect();
+        median(&values)
+    }
+
+    /// Requests that were not answered, of all rounds.
+    pub fn failed(&self) -> u64 {
+        self.iter().map(|figures| figures.failed).sum()
+    }
+
+    /// Each round with its load's name.
+    fn named(&self, load: &str) -> impl Iterator<Item = (String, &Figures)> {
+        (1..)
+            .zip(&self.0)
+            .map(move |(n, figures)| (format!("{load}round {n}"), figures))
+    }
+
+    /// Output tokens a second, round by round.
+    fn output(&self) -> Vec<f64> {
+        self.iter().map(|figures| figures.output).collect()
+    }
+}
+
+/// A peer under an open load that it can bear, and ours under the same.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Paced {
+    /// The peer's.
+    pub theirs: Rounds,
+    /// Ours.
+    pub ours: Rounds,
+}
+
 /// All of a server.
 #[derive(Debug, Clone, Serialize)]
 pub struct Side {
     /// Whose.
     pub who: Who,
-    /// Of the closed load, by round.
-    pub closed: Vec<Figures>,
-    /// Of the open load.
-    pub open: Option<Figures>,
-    /// Of a peer under an open load it can bear, and ours under the same.
-    pub paced: Option<[Figures; 2]>,
+    /// Under the closed load.
+    pub closed: Rounds,
+    /// Under the open load that ours can bear.
+    pub open: Rounds,
+    /// Under the one that it can bear itself.
+    pub paced: Paced,
 }
 
 impl Side {
@@ -69,21 +117,10 @@ impl Side {
     pub fn new(who: Who) -> Self {
         Self {
             who,
-            closed: Vec::new(),
-            open: None,
-            paced: None,
+            closed: Rounds::default(),
+            open: Rounds::default(),
+            paced: Paced::default(),
         }
-    }
-
-    /// The median of a figure over the rounds of the closed load; `None`: there were none.
-    pub fn median(&self, of: impl Fn(&Figures) -> f64) -> Option<f64> {
-        let values: Vec<f64> = self.closed.iter().map(of).collect();
-        median(&values)
-    }
-
-    /// Requests of the closed load that were not answered.
-    pub fn failed(&self) -> u64 {
-        self.closed.iter().map(|figures| figures.failed).sum()
     }
 }
 
@@ -92,17 +129,14 @@ pub fn loads(sides: &[Side], who: Who) -> Vec<(String, &Figures)> {
     let mut loads = Vec::new();
     for side in sides {
         if side.who == who {
-            let rounds = (1..).zip(&side.closed);
-            loads.extend(rounds.map(|(n, figures)| (format!("round {n}"), figures)));
-            loads.extend(side.open.iter().map(|open| ("open load".to_owned(), open)));
+            loads.extend(side.closed.named(""));
+            loads.extend(side.open.named("open load, "));
         }
-        if let Some([theirs, ours]) = &side.paced {
-            let name = format!("open load that {} can bear", side.who.name());
-            if side.who == who {
-                loads.push((name, theirs));
-            } else if who == Who::Quire {
-                loads.push((name, ours));
-            }
+        let name = format!("open load that {} can bear, ", side.who.name());
+        if side.who == who {
+            loads.extend(side.paced.theirs.named(&name));
+        } else if who == Who::Quire {
+            loads.extend(side.paced.ours.named(&name));
         }
     }
     loads
@@ -127,16 +161,24 @@ impl Match<'_> {
         format!("{}{same}", self.theirs.who.name())
     }
 
-    /// Output tokens a second of both. The bar is the one for the file that ours is best with.
+    /// Output tokens a second of both under the closed load. The bar is the one for the file that ours is best with.
     pub fn output(&self) -> Pair {
-        let output = |side: &Side| side.closed.iter().map(|f| f.output).collect();
         Pair {
-            ours: output(self.ours),
-            theirs: output(self.theirs),
+            ours: self.ours.closed.output(),
+            theirs: self.theirs.closed.output(),
             bar: match self.ours.who {
                 Who::QuireSame => None,
                 _ => self.theirs.who.bar(),
             },
+        }
+    }
+
+    /// The same under the open load: a peer that cannot bear it falls behind. There is no bar.
+    pub fn open_output(&self) -> Pair {
+        Pair {
+            ours: self.ours.open.output(),
+            theirs: self.theirs.open.output(),
+            bar: None,
         }
     }
 }

@@ -4,7 +4,7 @@ use comfy_table::{CellAlignment, Table, presets};
 
 use super::contender::Who;
 use super::engine::Column;
-use super::figures::{Match, Side, loads, matches};
+use super::figures::{Figures, Match, Paced, Rounds, Side, loads, matches};
 use super::work::Work;
 use crate::median::median;
 use crate::serve::report::failures as by_kind;
@@ -83,41 +83,43 @@ pub fn figures(columns: &[Column], peer: &str) -> String {
 /// A figure of a server, in words.
 type Show = fn(&Side) -> String;
 
-/// The servers side by side: medians of the closed load, then the open one.
+/// TTFT, p50 and p99.
+fn ttft(rounds: &Rounds) -> String {
+    let p99 = rounds.median(|f| f.ttft.1);
+    figure(rounds.median(|f| f.ttft.0).zip(p99), both)
+}
+
+/// Between tokens, likewise.
+fn inter_token(rounds: &Rounds) -> String {
+    let p99 = rounds.median(|f| f.inter_token.1);
+    figure(rounds.median(|f| f.inter_token.0).zip(p99), both)
+}
+
+fn output(rounds: &Rounds) -> String {
+    figure(rounds.median(|f| f.output), |x| format!("{x:.1}"))
+}
+
+/// The servers side by side: medians of the closed load's rounds, then of the open one's.
 pub fn servers(sides: &[Side]) -> String {
     let names = sides.iter().map(|side| side.who.name().to_owned());
     let mut table = table(std::iter::once(String::new()).chain(names));
     let rows: [(&str, Show); 9] = [
-        ("output tokens/s", |s| {
-            figure(s.median(|f| f.output), |x| format!("{x:.1}"))
-        }),
+        ("output tokens/s", |s| output(&s.closed)),
         ("requests/s", |s| {
-            figure(s.median(|f| f.requests), |x| format!("{x:.2}"))
+            figure(s.closed.median(|f| f.requests), |x| format!("{x:.2}"))
         }),
-        ("TTFT p50 / p99 ms", |s| {
-            let p99 = s.median(|f| f.ttft.1);
-            figure(s.median(|f| f.ttft.0).zip(p99), both)
-        }),
-        ("inter-token p50 / p99 ms", |s| {
-            let p99 = s.median(|f| f.inter_token.1);
-            figure(s.median(|f| f.inter_token.0).zip(p99), both)
-        }),
+        ("TTFT p50 / p99 ms", |s| ttft(&s.closed)),
+        ("inter-token p50 / p99 ms", |s| inter_token(&s.closed)),
         ("start to ready s", |s| {
-            figure(s.median(|f| f.start), |x| format!("{x:.1}"))
+            figure(s.closed.median(|f| f.start), |x| format!("{x:.1}"))
         }),
         ("memory MiB", |s| {
             let mib = |bytes| format!("{:.0}", bytes / f64::from(1 << 20));
-            figure(s.median(|f| f.memory as f64), mib)
+            figure(s.closed.median(|f| f.memory as f64), mib)
         }),
-        ("open: output tokens/s", |s| {
-            figure(s.open.as_ref(), |f| format!("{:.1}", f.output))
-        }),
-        ("open: TTFT p50 / p99 ms", |s| {
-            figure(s.open.as_ref(), |f| both(f.ttft))
-        }),
-        ("open: inter-token p50 / p99 ms", |s| {
-            figure(s.open.as_ref(), |f| both(f.inter_token))
-        }),
+        ("open: output tokens/s", |s| output(&s.open)),
+        ("open: TTFT p50 / p99 ms", |s| ttft(&s.open)),
+        ("open: inter-token p50 / p99 ms", |s| inter_token(&s.open)),
     ];
     for (name, show) in rows {
         table.add_row(std::iter::once(name.to_owned()).chain(sides.iter().map(show)));
@@ -154,40 +156,51 @@ pub fn failures(sides: &[Side]) -> Vec<String> {
     lines
 }
 
+/// One of a round's figures.
+type Of = fn(&Figures) -> f64;
+
 /// A line for each bar: how our server stands to each peer, as far as both were measured.
 pub fn server_bars(sides: &[Side]) -> Vec<String> {
     let mut lines = Vec::new();
     for both in matches(sides) {
         let Match { ours, theirs } = both;
         let who = both.name();
-        let below = |what: &str, ours: f64, theirs: f64| {
+        let below = |what: &str, ours: &Rounds, theirs: &Rounds, of: Of| {
+            let failed = (ours.failed(), theirs.failed());
+            let (ours, theirs) = (ours.median(of)?, theirs.median(of)?);
             let verdict = if ours < theirs { "reached" } else { "missed" };
-            format!("{what}: {ours:.0} ms, {who} {theirs:.0} ms (below, {verdict})")
+            let line = format!("{what}: {ours:.0} ms, {who} {theirs:.0} ms (below, {verdict})");
+            Some(marked(line, failed))
         };
-        let failed = (ours.failed(), theirs.failed());
         let pair = both.output();
         if pair.ratio().is_some() {
             let ratio = format!("output tokens/s, times that of {who}: {}", pair.show());
-            lines.push(marked(ratio, failed));
+            lines.push(marked(
+                ratio,
+                (ours.closed.failed(), theirs.closed.failed()),
+            ));
         }
-        let gap = |side: &Side| side.median(|f| f.inter_token.1);
-        if let (Some(ours), Some(theirs)) = (gap(ours), gap(theirs)) {
-            lines.push(marked(below("p99 between tokens", ours, theirs), failed));
-        }
-        if let (Some(ours), Some(theirs)) = (&ours.open, &theirs.open) {
-            let line = below("open load, p99 TTFT", ours.ttft.1, theirs.ttft.1);
-            lines.push(marked(line, (ours.failed, theirs.failed)));
-        }
-        if let Some([theirs, with_ours]) = &theirs.paced
-            && ours.who == Who::Quire
-        {
-            let failed = (with_ours.failed, theirs.failed);
-            let (of, than) = (with_ours.ttft.1, theirs.ttft.1);
-            let line = below("open load it can bear, p99 TTFT", of, than);
-            lines.push(marked(line, failed));
-            let (of, than) = (with_ours.inter_token.1, theirs.inter_token.1);
-            let line = below("open load it can bear, p99 between tokens", of, than);
-            lines.push(marked(line, failed));
+        let (first, gap): (Of, Of) = (|f| f.ttft.1, |f| f.inter_token.1);
+        lines.extend(below(
+            "p99 between tokens",
+            &ours.closed,
+            &theirs.closed,
+            gap,
+        ));
+        lines.extend(below(
+            "open load, p99 TTFT",
+            &ours.open,
+            &theirs.open,
+            first,
+        ));
+        if ours.who == Who::Quire {
+            let Paced { theirs, ours } = &theirs.paced;
+            for (what, of) in [
+                ("open load it can bear, p99 TTFT", first),
+                ("open load it can bear, p99 between tokens", gap),
+            ] {
+                lines.extend(below(what, ours, theirs, of));
+            }
         }
     }
     lines
@@ -206,7 +219,6 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::super::engine::{Column, Row};
-    use super::super::figures::Figures;
     use super::super::ratio::Pair;
     use super::*;
     use crate::engine::limits::{Limits, Peak};
@@ -271,13 +283,23 @@ mod tests {
         }
     }
 
+    fn rounds(of: impl IntoIterator<Item = Figures>) -> Rounds {
+        let mut rounds = Rounds::default();
+        of.into_iter().for_each(|figures| rounds.push(figures));
+        rounds
+    }
+
     #[test]
     fn servers_are_held_to_their_bars() {
-        let side = |who, output, gap: f64| Side {
-            who,
-            closed: vec![run_of(output, gap)],
-            open: Some(run_of(output, gap)),
-            paced: (who == Who::LlamaServer).then(|| [run_of(output, 90.0), run_of(output, 80.0)]),
+        let side = |who, output, gap: f64| {
+            let mut side = Side::new(who);
+            side.closed = rounds([run_of(output, gap)]);
+            side.open = rounds([run_of(output, gap)]);
+            if who == Who::LlamaServer {
+                side.paced.theirs = rounds([run_of(output, 90.0)]);
+                side.paced.ours = rounds([run_of(output, 80.0)]);
+            }
+            side
         };
         let sides = [
             side(Who::Quire, 90.0, 500.0),
@@ -310,6 +332,34 @@ mod tests {
     }
 
     #[test]
+    fn of_every_load_the_median_of_its_rounds_is_reported() {
+        let late = |ttft: f64| Figures {
+            ttft: (ttft / 10.0, ttft),
+            ..run_of(50.0, 30.0)
+        };
+        let mut ours = Side::new(Who::Quire);
+        ours.open = rounds([late(9000.0), late(400.0), late(500.0)]);
+        let mut theirs = Side::new(Who::LlamaServer);
+        theirs.open = rounds([late(600.0), late(8000.0), late(700.0)]);
+        theirs.paced.ours = rounds([late(300.0), late(200.0), late(100.0)]);
+        theirs.paced.theirs = rounds([late(150.0), late(150.0), late(950.0)]);
+        let sides = [ours, theirs];
+        assert_eq!(
+            server_bars(&sides),
+            [
+                "open load, p99 TTFT: 500 ms, llama-server 700 ms (below, reached)",
+                "open load it can bear, p99 TTFT: 200 ms, llama-server 150 ms (below, missed)",
+                "open load it can bear, p99 between tokens: 30 ms, llama-server 30 ms (below, missed)",
+            ]
+        );
+        let table = servers(&sides);
+        assert!(
+            table.contains("| 50 / 500 |") && table.contains("| 70 / 700 |"),
+            "{table}"
+        );
+    }
+
+    #[test]
     fn what_failed_is_counted_named_and_marks_its_verdicts() {
         let failing = |gap| Figures {
             failed: 3,
@@ -323,10 +373,11 @@ mod tests {
             ..run_of(64.0, gap)
         };
         let mut ours = Side::new(Who::Quire);
-        ours.closed = vec![run_of(90.0, 500.0)];
+        ours.closed = rounds([run_of(90.0, 500.0)]);
         let mut theirs = Side::new(Who::LlamaServer);
-        theirs.closed = vec![run_of(25.0, 800.0), failing(900.0)];
-        theirs.paced = Some([run_of(25.0, 90.0), failing(80.0)]);
+        theirs.closed = rounds([run_of(25.0, 800.0), failing(900.0)]);
+        theirs.paced.theirs = rounds([run_of(25.0, 90.0)]);
+        theirs.paced.ours = rounds([failing(80.0)]);
         let sides = [ours, theirs];
         let table = servers(&sides);
         let failed = table.lines().find(|line| line.contains("failed")).unwrap();
@@ -335,7 +386,7 @@ mod tests {
         assert_eq!(
             failures(&sides),
             [
-                "quire, open load that llama-server can bear: 3 × HTTP 500: out of memory",
+                "quire, open load that llama-server can bear, round 1: 3 × HTTP 500: out of memory",
                 "llama-server, round 2: 3 × HTTP 500: out of memory",
             ]
         );
@@ -355,7 +406,7 @@ mod tests {
     #[test]
     fn of_a_comparison_that_was_cut_short_there_is_what_was_finished() {
         let mut ours = Side::new(Who::Quire);
-        ours.closed = vec![run_of(90.0, 500.0)];
+        ours.closed = rounds([run_of(90.0, 500.0)]);
         let sides = [ours, Side::new(Who::LlamaServer)];
         let table = servers(&sides);
         assert!(table.contains("90.0") && !table.contains("NaN"), "{table}");

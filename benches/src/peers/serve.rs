@@ -8,8 +8,9 @@ use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
 
-use super::contender::{self, Contender, Places, Settings, Who};
-use super::figures::{Figures, Side, matches};
+use super::contender::{self, Contender, Places, Settings};
+use super::figures::{Figures, Match, Side, matches};
+use super::ratio::Pair;
 use super::server::{Server, free_port};
 use super::{quiet, report};
 use crate::engine::setup::Setup;
@@ -26,10 +27,11 @@ use crate::serve::requests::Requests;
 /// Our server beside llama-server and vLLM's CPU build, under the same load over HTTP
 ///
 /// First a closed load: --clients clients, each of which sends its next request when the
-/// last is answered. So many rounds, in each of them every server once, started anew and
-/// left alone for --settle seconds, with prompts no server has seen. Then an open one: Poisson arrivals at --share of the
-/// requests a second that ours answered, whether a server keeps up or not; with
-/// --peer-pace, another for each peer at --share of what that one answered, which it can bear.
+/// last is answered. Then an open one: Poisson arrivals at --share of the requests a second
+/// that ours answered, whether a server keeps up or not; with --peer-pace, another for each
+/// peer at --share of what that one answered, which it can bear. Each load takes --rounds
+/// rounds, in each of them every server once, started anew and left alone for --settle
+/// seconds, with prompts no server has seen. Figures are the rounds' medians.
 /// Where there is vLLM, ours takes part with vLLM's checkpoint as well.
 ///
 /// Bars: three times the output tokens of llama-server, five times vLLM's, with a p99
@@ -88,11 +90,12 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     max_tokens: u32,
 
-    /// Rounds of the closed load, of which the median is reported
+    /// Rounds of every load, of which the median is reported
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
 
-    /// Requests of the open load; 0 leaves it out
+    /// Requests of an open load, for each server and round: 200 at 5 a second are 40 seconds of
+    /// every server's, and more of one that cannot bear them; 0 leaves open loads out
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     open_requests: u32,
 
@@ -135,7 +138,7 @@ takes the best instruction set there is: give it a llama-server that was built n
 /// When a request is given up: a server that is asked for more than it can do has a long queue.
 const TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// Runs both loads and prints what came out.
+/// Runs all loads and prints what came out.
 ///
 /// # Errors
 /// A server that is there does not start, or answers nothing.
@@ -187,64 +190,86 @@ fn write(arguments: &Arguments, load: Option<f64>, sides: &[Side]) -> anyhow::Re
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     if let Some(path) = &arguments.plot {
-        let bars = matches(sides).into_iter().filter_map(|both| {
-            let pair = both.output();
-            Some(plot::Bar {
-                label: both.name(),
-                value: pair.ratio()?,
-                goal: pair.bar,
-            })
-        });
-        let group = plot::Group {
-            label: format!("{} clients", arguments.clients),
-            bars: bars.collect(),
-        };
-        plot::ratios(path, "quire / peer, output tokens a second", &[group])?;
+        let groups = groups(sides, arguments.clients);
+        plot::ratios(path, "quire / peer, output tokens a second", &groups)?;
     }
     Ok(())
 }
 
-/// Runs both loads. What is finished when something fails is in `sides`.
+/// Bars of each load: a ratio to every peer that was under it.
+fn groups(sides: &[Side], clients: u32) -> Vec<plot::Group> {
+    let bar = |both: &Match<'_>, pair: Pair| {
+        Some(plot::Bar {
+            label: both.name(),
+            value: pair.ratio()?,
+            goal: pair.bar,
+        })
+    };
+    let matches = matches(sides);
+    let closed = matches.iter().filter_map(|both| bar(both, both.output()));
+    let open = matches
+        .iter()
+        .filter_map(|both| bar(both, both.open_output()));
+    let mut groups = vec![
+        plot::Group {
+            label: format!("{clients} clients"),
+            bars: closed.collect(),
+        },
+        plot::Group {
+            label: "open load".to_owned(),
+            bars: open.collect(),
+        },
+    ];
+    groups.retain(|group| !group.bars.is_empty());
+    groups
+}
+
+/// Runs all loads. What is finished when something fails is in `sides`.
 async fn measure(
     arguments: &Arguments,
     contenders: &[Contender],
     sides: &mut [Side],
 ) -> anyhow::Result<()> {
+    let seed = |round: u32| arguments.seed.wrapping_add(u64::from(round));
     for round in 0..arguments.rounds {
         for (contender, side) in contenders.iter().zip(&mut *sides) {
             eprintln!("round {}, {} …", round + 1, contender.who.name());
-            let arrivals = Arrivals::Closed {
-                clients: arguments.clients,
-            };
-            let seed = arguments.seed.wrapping_add(u64::from(round));
-            let figures = turn(arguments, contender, arrivals, arguments.requests, seed).await?;
+            let clients = arguments.clients;
+            let arrivals = Arrivals::Closed { clients };
+            let requests = arguments.requests;
+            let figures = turn(arguments, contender, arrivals, requests, seed(round)).await?;
             side.closed.push(figures);
         }
     }
     if arguments.open_requests == 0 {
         return Ok(());
     }
-    let seed = arguments.seed.wrapping_add(u64::from(arguments.rounds));
     let pace = |side: &Side| {
-        let capacity = side.median(|figures| figures.requests);
+        let capacity = side.closed.median(|figures| figures.requests);
         arguments.share * capacity.unwrap_or_default()
     };
-    let open = async |rate: f64, contender: &Contender| {
-        eprintln!("{rate:.2} requests a second, {} …", contender.who.name());
+    let open = async |round: u32, rate: f64, contender: &Contender| {
+        let name = contender.who.name();
+        eprintln!("round {}, {rate:.2} requests a second, {name} …", round + 1);
         let arrivals = Arrivals::Open { rate, burst: 1 };
         let requests = arguments.open_requests;
+        // Not the prompts of the closed load, though every server is a new one: rounds differ in all there is to differ in.
+        let seed = seed(arguments.rounds + round);
         turn(arguments, contender, arrivals, requests, seed).await
     };
+    // One rate for all rounds: what they differ by is not how much was asked for.
     let rate = pace(&sides[0]);
-    for (contender, side) in contenders.iter().zip(&mut *sides) {
-        side.open = Some(open(rate, contender).await?);
-    }
-    for (contender, side) in contenders.iter().zip(&mut *sides) {
-        let peer = !matches!(contender.who, Who::Quire | Who::QuireSame);
-        if peer && arguments.peer_pace {
-            let rate = pace(side);
-            let theirs = open(rate, contender).await?;
-            side.paced = Some([theirs, open(rate, &contenders[0]).await?]);
+    for round in 0..arguments.rounds {
+        for (contender, side) in contenders.iter().zip(&mut *sides) {
+            side.open.push(open(round, rate, contender).await?);
+        }
+        for (contender, side) in contenders.iter().zip(&mut *sides) {
+            if contender.who.is_peer() && arguments.peer_pace {
+                let rate = pace(side);
+                side.paced.theirs.push(open(round, rate, contender).await?);
+                let ours = open(round, rate, &contenders[0]).await?;
+                side.paced.ours.push(ours);
+            }
         }
     }
     Ok(())
