@@ -1,4 +1,4 @@
-//! [`Contender`]: a server that can be started — ours, llama.cpp's, vLLM's — and how.
+//! [`Contender`]: a server that can be started — ours, llama.cpp's, mistral.rs's, vLLM's — and how.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,6 +18,8 @@ pub enum Who {
     QuireSame,
     /// llama.cpp's `llama-server`.
     LlamaServer,
+    /// `mistralrs serve`, or `mistralrs-server`, as it was called before 0.7.
+    MistralRs,
     /// `python -m vllm.entrypoints.openai.api_server`.
     Vllm,
 }
@@ -29,6 +31,7 @@ impl Who {
             Self::Quire => "quire",
             Self::QuireSame => "quire, vLLM's checkpoint",
             Self::LlamaServer => "llama-server",
+            Self::MistralRs => "mistral.rs",
             Self::Vllm => "vLLM",
         }
     }
@@ -41,7 +44,8 @@ impl Who {
     /// How many times its output tokens a second ours are to be.
     pub fn bar(self) -> Option<f64> {
         match self {
-            Self::Quire | Self::QuireSame => None,
+            // No bar was set for mistral.rs.
+            Self::Quire | Self::QuireSame | Self::MistralRs => None,
             Self::LlamaServer => Some(3.0),
             Self::Vllm => Some(5.0),
         }
@@ -50,9 +54,9 @@ impl Who {
     /// How long it may take from its start until it is ready.
     pub fn patience(self) -> Duration {
         match self {
-            Self::Quire | Self::QuireSame | Self::LlamaServer => Duration::from_secs(300),
             // It compiles as it starts.
             Self::Vllm => Duration::from_secs(900),
+            _ => Duration::from_secs(300),
         }
     }
 }
@@ -81,7 +85,7 @@ pub struct Settings {
 /// Where the servers are, as somebody named them.
 #[derive(Debug, Clone, Copy)]
 pub struct Places<'a> {
-    /// The file that quire and llama.cpp read.
+    /// The file that quire, llama.cpp and mistral.rs read.
     pub model: &'a Path,
     /// The same model as a directory, for vLLM.
     pub hf_model: Option<&'a Path>,
@@ -89,6 +93,8 @@ pub struct Places<'a> {
     pub quire: Option<&'a Path>,
     /// The directory of llama-server; `None`: the path.
     pub llama_bin: Option<&'a Path>,
+    /// mistral.rs's program or its directory; `None`: the path.
+    pub mistralrs_bin: Option<&'a Path>,
     /// The Python that has vLLM.
     pub vllm_python: Option<&'a Path>,
     /// More for vLLM's command line.
@@ -123,11 +129,23 @@ pub fn find(places: &Places<'_>) -> anyhow::Result<(Vec<Contender>, Vec<String>)
         Some(program) => there.push(Contender {
             who: Who::LlamaServer,
             program,
-            model,
+            model: model.clone(),
             more: Vec::new(),
         }),
         None => absent.push(
             "llama-server is skipped: build llama.cpp as docs/measure.md says and name its build/bin with --llama-bin, or put it in PATH"
+                .to_owned(),
+        ),
+    }
+    match mistral_rs(places.mistralrs_bin) {
+        Some(program) => there.push(Contender {
+            who: Who::MistralRs,
+            program,
+            model,
+            more: Vec::new(),
+        }),
+        None => absent.push(
+            "mistral.rs is skipped: install its server (cargo install mistralrs-cli; docs/measure.md) and name it with --mistralrs-bin, or put it in PATH"
                 .to_owned(),
         ),
     }
@@ -152,6 +170,18 @@ pub fn find(places: &Places<'_>) -> anyhow::Result<(Vec<Contender>, Vec<String>)
         ),
     }
     Ok((there, absent))
+}
+
+/// What mistral.rs's server was called before there was one program for all it does, [`MISTRAL_RS`].
+const MISTRAL_RS_SERVER: &str = "mistralrs-server";
+const MISTRAL_RS: &str = "mistralrs";
+
+/// Where mistral.rs is: a program, or the directory it is in; `None`: the path.
+fn mistral_rs(place: Option<&Path>) -> Option<PathBuf> {
+    if let Some(program) = place.filter(|place| place.is_file()) {
+        return Some(program.to_path_buf());
+    }
+    program::find(place, MISTRAL_RS).or_else(|| program::find(place, MISTRAL_RS_SERVER))
 }
 
 impl Contender {
@@ -179,6 +209,33 @@ impl Contender {
                 command.args(["-t", &threads.to_string()]);
                 command.arg("-m").arg(&self.model);
             }
+            Who::MistralRs => {
+                let old = self.program.file_stem() == Some(MISTRAL_RS_SERVER.as_ref());
+                if old {
+                    command.args(["--serve-ip", "127.0.0.1", "--port"]);
+                } else {
+                    command.arg("serve").args(listen);
+                }
+                command.arg(port.to_string());
+                // Without --cpu it would look for a GPU. Beyond it, its defaults, as with the others.
+                command.args(["--cpu", "--max-seqs", &clients.to_string()]);
+                command.args(if old {
+                    &["gguf"][..]
+                } else {
+                    &["--format", "gguf"]
+                });
+                // A file is named by its directory, as if it were a repository, and its name there.
+                let folder = self.model.parent().filter(|of| !of.as_os_str().is_empty());
+                command.arg("-m").arg(folder.unwrap_or(Path::new(".")));
+                command.arg("-f");
+                command.args(self.model.file_name());
+                command.envs([
+                    ("HF_HUB_OFFLINE", "1"),
+                    ("RAYON_NUM_THREADS", &threads.to_string()),
+                    // Of a build with MKL.
+                    ("OMP_NUM_THREADS", &threads.to_string()),
+                ]);
+            }
             Who::Vllm => {
                 command.args(["-m", "vllm.entrypoints.openai.api_server"]);
                 command.args(listen).arg(port.to_string());
@@ -202,11 +259,11 @@ impl Contender {
 mod tests {
     use super::*;
 
-    fn words(who: Who, more: &str) -> String {
+    fn command(who: Who, program: &str, model: &str, more: &str) -> Command {
         let contender = Contender {
             who,
-            program: PathBuf::from("program"),
-            model: PathBuf::from("model"),
+            program: PathBuf::from(program),
+            model: PathBuf::from(model),
             more: more.split_whitespace().map(str::to_owned).collect(),
         };
         let settings = Settings {
@@ -214,9 +271,16 @@ mod tests {
             clients: 32,
             room: 320,
         };
-        let command = contender.command(8123, settings);
+        contender.command(8123, settings)
+    }
+
+    fn line(command: &Command) -> String {
         let words: Vec<_> = command.get_args().map(|a| a.to_string_lossy()).collect();
         words.join(" ")
+    }
+
+    fn words(who: Who, more: &str) -> String {
+        line(&command(who, "program", "model", more))
     }
 
     #[test]
@@ -235,6 +299,38 @@ mod tests {
     }
 
     #[test]
+    fn mistral_rs_is_started_as_either_of_its_programs_wants_it() {
+        let line_of = |program, model| line(&command(Who::MistralRs, program, model, ""));
+        assert_eq!(
+            line_of("bin/mistralrs", "models/q4_0.gguf"),
+            "serve --host 127.0.0.1 --port 8123 --cpu --max-seqs 32 --format gguf -m models -f q4_0.gguf"
+        );
+        assert_eq!(
+            line_of("bin/mistralrs-server", "q4_0.gguf"),
+            "--serve-ip 127.0.0.1 --port 8123 --cpu --max-seqs 32 gguf -m . -f q4_0.gguf"
+        );
+        let command = command(Who::MistralRs, "mistralrs", "q4_0.gguf", "");
+        let threads = command
+            .get_envs()
+            .find(|(name, _)| *name == "RAYON_NUM_THREADS");
+        assert_eq!(threads.and_then(|(_, value)| value), Some("2".as_ref()));
+    }
+
+    #[test]
+    fn mistral_rs_is_found_by_its_name_or_in_its_directory() {
+        let here = std::env::temp_dir().join(format!("quire-mistralrs-{}", std::process::id()));
+        std::fs::create_dir_all(&here).unwrap();
+        assert_eq!(mistral_rs(Some(&here)), None);
+        let [old, new] = [MISTRAL_RS_SERVER, MISTRAL_RS].map(|name| here.join(name));
+        std::fs::write(&old, "").unwrap();
+        assert_eq!(mistral_rs(Some(&here)).as_ref(), Some(&old));
+        std::fs::write(&new, "").unwrap();
+        assert_eq!(mistral_rs(Some(&here)).as_ref(), Some(&new));
+        assert_eq!(mistral_rs(Some(&old)).as_ref(), Some(&old));
+        std::fs::remove_dir_all(here).unwrap();
+    }
+
+    #[test]
     fn who_is_absent_is_named_with_the_way_to_install_it() {
         let quire = std::env::current_exe().unwrap();
         let places = Places {
@@ -242,13 +338,16 @@ mod tests {
             hf_model: None,
             quire: Some(&quire),
             llama_bin: Some(Path::new("/nowhere")),
+            mistralrs_bin: Some(Path::new("/nowhere")),
             vllm_python: None,
             vllm_args: "",
         };
         let (there, absent) = find(&places).unwrap();
         assert_eq!(there.len(), 1);
         assert!(absent[0].contains("llama-server is skipped") && absent[0].contains("--llama-bin"));
-        assert!(absent[1].contains("vLLM is skipped") && absent[1].contains("--vllm-python"));
+        assert!(absent[1].contains("mistral.rs is skipped") && absent[1].contains("cargo install"));
+        assert!(absent[1].contains("--mistralrs-bin"));
+        assert!(absent[2].contains("vLLM is skipped") && absent[2].contains("--vllm-python"));
         let nowhere = Places {
             quire: Some(Path::new("/nowhere/quire")),
             ..places

@@ -92,6 +92,9 @@ Examples:
     quire-bench peers engine --isa avx2 --llama-bin llama.cpp/build/bin --model q4_0.gguf --long --long-only --json long.json
 How to build llama.cpp is in docs/measure.md. Without it our own figures are printed, and no ratio.";
 
+/// Why mistral.rs, which has a benchmark, is no peer here.
+const MISTRAL_RS: &str = "mistral.rs is skipped: `mistralrs bench` times one sequence alone, and prints a table for people whose columns differ from release to release; docs/measure.md has the command that does by hand what it can do";
+
 /// Most tokens of a step, on both sides.
 const CHUNK: u32 = 512;
 
@@ -157,6 +160,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             llama::INSTALL
         );
     }
+    eprintln!("{MISTRAL_RS}");
     let mut rows: Vec<Work> = Vec::new();
     if !arguments.long_only {
         rows.extend(work::short());

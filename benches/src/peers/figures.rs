@@ -189,6 +189,7 @@ pub fn matches(sides: &[Side]) -> Vec<Match<'_>> {
     let mut matches = Vec::new();
     for (ours, theirs) in [
         (Who::Quire, Who::LlamaServer),
+        (Who::Quire, Who::MistralRs),
         (Who::Quire, Who::Vllm),
         (Who::QuireSame, Who::Vllm),
     ] {

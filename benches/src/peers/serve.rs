@@ -24,7 +24,7 @@ use crate::serve::prompt::Prompts;
 use crate::serve::report::failures;
 use crate::serve::requests::Requests;
 
-/// Our server beside llama-server and vLLM's CPU build, under the same load over HTTP
+/// Our server beside llama-server, mistral.rs and vLLM's CPU build, under the same load over HTTP
 ///
 /// First a closed load: --clients clients, each of which sends its next request when the
 /// last is answered. Then an open one: Poisson arrivals at --share of the requests a second
@@ -35,11 +35,12 @@ use crate::serve::requests::Requests;
 /// Where there is vLLM, ours takes part with vLLM's checkpoint as well.
 ///
 /// Bars: three times the output tokens of llama-server, five times vLLM's, with a p99
-/// between tokens below both; and below both in p99 TTFT under the open load.
+/// between tokens below both; and below both in p99 TTFT under the open load. For mistral.rs
+/// none was set.
 #[derive(Debug, Clone, Args, Serialize)]
 #[command(verbatim_doc_comment, after_help = EXAMPLES)]
 pub struct Arguments {
-    /// The GGUF file that quire and llama-server read
+    /// The GGUF file that quire, llama-server and mistral.rs read
     #[arg(long, short, value_name = "FILE")]
     model: PathBuf,
 
@@ -54,6 +55,10 @@ pub struct Arguments {
     /// Where llama-server is [default: the directories in PATH]
     #[arg(long, value_name = "DIR")]
     llama_bin: Option<PathBuf>,
+
+    /// mistral.rs's program, or the directory it is in [default: mistralrs or mistralrs-server in PATH]
+    #[arg(long, value_name = "PATH")]
+    mistralrs_bin: Option<PathBuf>,
 
     /// The Python that vLLM's CPU build is installed for
     #[arg(long, value_name = "FILE", requires = "hf_model")]
@@ -130,6 +135,8 @@ const EXAMPLES: &str = "\
 Examples:
   Against llama-server:
     quire-bench peers serve --model q4_0.gguf --llama-bin llama.cpp/build/bin
+  Against mistral.rs:
+    quire-bench peers serve --model q4_0.gguf --mistralrs-bin ~/.cargo/bin/mistralrs
   Against vLLM's CPU build too:
     quire-bench peers serve --model q4_0.gguf --llama-bin llama.cpp/build/bin --vllm-python vllm/bin/python --hf-model qwen3-0.6b --vllm-args \"--dtype bfloat16\"
 How to build and install them is in docs/measure.md. Who is absent is skipped by name. Our server
@@ -158,6 +165,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         hf_model: arguments.hf_model.as_deref(),
         quire: arguments.quire.as_deref(),
         llama_bin: arguments.llama_bin.as_deref(),
+        mistralrs_bin: arguments.mistralrs_bin.as_deref(),
         vllm_python: arguments.vllm_python.as_deref(),
         vllm_args: &arguments.vllm_args,
     })?;

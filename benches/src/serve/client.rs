@@ -30,6 +30,8 @@ pub struct Answer {
     pub completion_tokens: u64,
     /// Prompt tokens the server found in its prefix cache, if it says so.
     pub cached_tokens: u64,
+    /// Whether the server counted. If it did not, the prompt's tokens are unknown, and those generated are what was asked for.
+    pub counted: bool,
 }
 
 impl Answer {
@@ -42,6 +44,7 @@ impl Answer {
             prompt_tokens: 0,
             completion_tokens: 0,
             cached_tokens: 0,
+            counted: true,
         }
     }
 }

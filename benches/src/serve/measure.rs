@@ -98,6 +98,8 @@ pub struct Measured {
     pub resent: u64,
     /// Answers shorter than asked for.
     pub short: u64,
+    /// Answers whose tokens the server did not count.
+    pub uncounted: u64,
     /// Prompt tokens of answered requests.
     pub prompt_tokens: u64,
     /// Those the server found in its prefix cache.
@@ -130,6 +132,7 @@ impl Measured {
             failures: BTreeMap::new(),
             resent: 0,
             short: 0,
+            uncounted: 0,
             prompt_tokens: 0,
             cached_tokens: 0,
             completion_tokens: 0,
@@ -168,6 +171,7 @@ impl Measured {
     fn answered(&mut self, answer: &Answer, asked: u32, meant: Instant, ended: Instant) {
         self.completed += 1;
         self.short += u64::from(answer.completion_tokens < u64::from(asked));
+        self.uncounted += u64::from(!answer.counted);
         self.prompt_tokens += answer.prompt_tokens;
         self.cached_tokens += answer.cached_tokens;
         self.completion_tokens += answer.completion_tokens;
@@ -256,6 +260,7 @@ mod tests {
                     prompt_tokens: 10,
                     completion_tokens: 4,
                     cached_tokens: 5,
+                    counted: true,
                 }),
             },
             began,

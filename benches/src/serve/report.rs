@@ -79,6 +79,12 @@ fn remarks(measured: &Measured) -> Vec<String> {
             measured.short
         ));
     }
+    if measured.uncounted > 0 {
+        lines.push(format!(
+            "{} answers came without usage: each is taken to have as many tokens as were asked for, and those of its prompt are not counted",
+            measured.uncounted
+        ));
+    }
     if measured.resent > 0 {
         lines.push(format!(
             "{} requests were sent again: the server closed the connection it had kept for them",
@@ -158,6 +164,7 @@ pub fn json(arguments: &impl Serialize, measured: &Measured) -> Value {
         "failures": measured.failures,
         "resent": measured.resent,
         "short_answers": measured.short,
+        "uncounted_answers": measured.uncounted,
         "prompt_tokens": measured.prompt_tokens,
         "cached_tokens": measured.cached_tokens,
         "completion_tokens": measured.completion_tokens,
@@ -192,6 +199,7 @@ mod tests {
             prompt_tokens: 7,
             completion_tokens: 3,
             cached_tokens: 0,
+            counted: false,
         };
         let refusal = Failure::new("HTTP 429", "full\n");
         for result in [Ok(answer), Err(refusal)] {
@@ -213,6 +221,7 @@ mod tests {
             "1 answered, 1 failed in 0.50 s",
             "6.0 output tokens/s, 20.0 tokens/s",
             "1 × HTTP 429: full",
+            "1 answers came without usage",
             "goodput: 2.00 requests/s within ttft=300, 50.0 % of all",
         ] {
             assert!(page.contains(part), "{part:?} is not in\n{page}");
