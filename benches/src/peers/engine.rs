@@ -78,10 +78,10 @@ pub struct Arguments {
     #[serde(skip)]
     json: Option<PathBuf>,
 
-    /// Draw the ratios and their bars into this SVG file
+    /// Draw the ratios and their bars into this file, .svg or .png
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
-    plot: Option<PathBuf>,
+    plot: Option<plot::File>,
 }
 
 const EXAMPLES: &str = "\
@@ -214,9 +214,9 @@ fn write(
         std::fs::write(path, serde_json::to_string_pretty(&json)? + "\n")
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    if let Some(path) = &arguments.plot {
+    if let Some(file) = &arguments.plot {
         plot::ratios(
-            path,
+            file,
             "quire / llama.cpp, tokens a second",
             &groups(columns, rows),
         )?;

@@ -125,10 +125,10 @@ pub struct Arguments {
     #[serde(skip)]
     json: Option<PathBuf>,
 
-    /// Draw the ratios of output tokens a second and their bars into this SVG file
+    /// Draw the ratios of output tokens a second and their bars into this file, .svg or .png
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
-    plot: Option<PathBuf>,
+    plot: Option<plot::File>,
 }
 
 const EXAMPLES: &str = "\
@@ -197,9 +197,9 @@ fn write(arguments: &Arguments, load: Option<f64>, sides: &[Side]) -> anyhow::Re
         std::fs::write(path, serde_json::to_string_pretty(&json)? + "\n")
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    if let Some(path) = &arguments.plot {
+    if let Some(file) = &arguments.plot {
         let groups = groups(sides, arguments.clients);
-        plot::ratios(path, "quire / peer, output tokens a second", &groups)?;
+        plot::ratios(file, "quire / peer, output tokens a second", &groups)?;
     }
     Ok(())
 }

@@ -1,10 +1,10 @@
 //! Bars side by side in groups, each with the line it is to reach.
 
-use std::path::Path;
-
-use anyhow::Context;
+use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+use super::file::{Drawing, File};
 
 /// One bar.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,28 +34,41 @@ const PLAIN: RGBColor = RGBColor(69, 117, 180);
 ///
 /// # Errors
 /// The file cannot be written.
-pub fn ratios(path: &Path, title: &str, groups: &[Group]) -> anyhow::Result<()> {
-    let picture = svg(title, groups).context("drawing")?;
-    std::fs::write(path, picture).with_context(|| format!("cannot write {}", path.display()))
+pub fn ratios(file: &File, title: &str, groups: &[Group]) -> anyhow::Result<()> {
+    file.write(&Ratios { title, groups })
 }
 
-fn svg(title: &str, groups: &[Group]) -> anyhow::Result<String> {
-    let slots = groups
-        .iter()
-        .map(|group| group.bars.len() + 1)
-        .sum::<usize>();
-    let highest = groups
-        .iter()
-        .flat_map(|group| &group.bars)
-        .map(|bar| bar.value.max(bar.goal.unwrap_or(0.0)))
-        .fold(1.0_f64, f64::max);
-    let mut out = String::new();
+struct Ratios<'a> {
+    title: &'a str,
+    groups: &'a [Group],
+}
+
+impl Ratios<'_> {
+    /// Places for bars, one of them free after each group.
+    fn slots(&self) -> usize {
+        self.groups.iter().map(|group| group.bars.len() + 1).sum()
+    }
+}
+
+impl Drawing for Ratios<'_> {
+    fn size(&self) -> (u32, u32) {
+        ((120 + 90 * self.slots().max(4)) as u32, 420)
+    }
+
+    fn draw<DB>(&self, root: &DrawingArea<DB, Shift>) -> anyhow::Result<()>
+    where
+        DB: DrawingBackend<ErrorType: 'static>,
     {
-        let width = (120 + 90 * slots.max(4)) as u32;
-        let root = SVGBackend::with_string(&mut out, (width, 420)).into_drawing_area();
+        let slots = self.slots();
+        let highest = self
+            .groups
+            .iter()
+            .flat_map(|group| &group.bars)
+            .map(|bar| bar.value.max(bar.goal.unwrap_or(0.0)))
+            .fold(1.0_f64, f64::max);
         root.fill(&WHITE)?;
-        let mut chart = ChartBuilder::on(&root)
-            .caption(title, ("sans-serif", 20))
+        let mut chart = ChartBuilder::on(root)
+            .caption(self.title, ("sans-serif", 20))
             .margin(12)
             .y_label_area_size(44)
             .x_label_area_size(48)
@@ -85,7 +98,7 @@ fn svg(title: &str, groups: &[Group]) -> anyhow::Result<String> {
             .pos(Pos::new(HPos::Center, VPos::Bottom));
         let unit = 1.15 * highest / 310.0;
         let mut at = 0.5;
-        for group in groups {
+        for group in self.groups {
             let middle = at + group.bars.len() as f64 / 2.0;
             below(&chart.backend_coord(&(middle, 0.0)), 22, &group.label)?;
             for bar in &group.bars {
@@ -115,13 +128,13 @@ fn svg(title: &str, groups: &[Group]) -> anyhow::Result<String> {
         }
         let peer = vec![(0.0, 1.0), (slots as f64, 1.0)];
         chart.draw_series([PathElement::new(peer, RED.mix(0.7).stroke_width(1))])?;
-        root.present()?;
+        Ok(())
     }
-    Ok(out)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::file::svg;
     use super::*;
 
     #[test]
@@ -141,7 +154,11 @@ mod tests {
                 bars: vec![bar("f16", 1.55, None)],
             },
         ];
-        let picture = svg("ratios", &groups).unwrap();
+        let picture = svg(&Ratios {
+            title: "ratios",
+            groups: &groups,
+        })
+        .unwrap();
         assert!(picture.starts_with("<svg") && picture.trim_end().ends_with("</svg>"));
         for text in [
             "ratios", "prefill", "decode", "q4_0", "q8_0", "f16", "3.21", "1.02", "1.55",

@@ -1,9 +1,10 @@
 //! Latency over throughput: what a server's users wait as more of them come.
 
-use std::path::Path;
-
-use anyhow::Context;
+use plotters::coord::Shift;
 use plotters::prelude::*;
+
+use super::axis::{SHORTEST, decades, label};
+use super::file::{Drawing, File};
 
 /// What one rate of a sweep found.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -26,17 +27,27 @@ const P99: RGBColor = RGBColor(215, 48, 39);
 ///
 /// # Errors
 /// The file cannot be written.
-pub fn sweep(path: &Path, title: &str, points: &[Point]) -> anyhow::Result<()> {
-    let picture = svg(title, points).context("drawing")?;
-    std::fs::write(path, picture).with_context(|| format!("cannot write {}", path.display()))
+pub fn sweep(file: &File, title: &str, points: &[Point]) -> anyhow::Result<()> {
+    file.write(&Sweep { title, points })
 }
 
-fn svg(title: &str, points: &[Point]) -> anyhow::Result<String> {
-    let mut out = String::new();
+struct Sweep<'a> {
+    title: &'a str,
+    points: &'a [Point],
+}
+
+impl Drawing for Sweep<'_> {
+    fn size(&self) -> (u32, u32) {
+        (960, 420)
+    }
+
+    fn draw<DB>(&self, root: &DrawingArea<DB, Shift>) -> anyhow::Result<()>
+    where
+        DB: DrawingBackend<ErrorType: 'static>,
     {
-        let root = SVGBackend::with_string(&mut out, (960, 420)).into_drawing_area();
+        let points = self.points;
         root.fill(&WHITE)?;
-        let root = root.titled(title, ("sans-serif", 20))?;
+        let root = root.titled(self.title, ("sans-serif", 20))?;
         let most = points.iter().map(|p| p.throughput).fold(1.0, f64::max);
         let of: [(&str, Of); 2] = [
             ("TTFT, ms", |point| point.ttft),
@@ -44,31 +55,18 @@ fn svg(title: &str, points: &[Point]) -> anyhow::Result<String> {
         ];
         for (area, (name, latency)) in root.split_evenly((1, 2)).iter().zip(of) {
             let values = points.iter().filter_map(latency);
-            // A logarithmic axis has no 0.
-            let (least, highest) = values
-                .fold((f64::MAX, 0.01_f64), |(least, most), (p50, p99)| {
-                    (least.min(p50.max(0.01)), most.max(p99))
-                });
-            // Whole decades: only their ends are sure to have labels.
-            let decade = |value: f64, round: fn(f64) -> f64| 10_f64.powf(round(value.log10()));
-            let lowest = decade(least.min(highest), f64::floor);
-            let highest = decade(1.01 * highest, f64::ceil);
+            let values = values.flat_map(|(p50, p99)| [p50, p99]);
             let mut chart = ChartBuilder::on(area)
                 .caption(name, ("sans-serif", 15))
                 .margin(12)
                 .x_label_area_size(36)
                 .y_label_area_size(56)
-                .build_cartesian_2d(0.0..1.05 * most, (lowest..highest).log_scale())?;
+                .build_cartesian_2d(0.0..1.05 * most, decades(values).log_scale())?;
             chart
                 .configure_mesh()
                 .x_desc("output tokens a second")
                 .max_light_lines(0)
-                .y_label_formatter(&|y| {
-                    format!("{y:.4}")
-                        .trim_end_matches('0')
-                        .trim_end_matches('.')
-                        .to_owned()
-                })
+                .y_label_formatter(&|ms| label(*ms))
                 .draw()?;
             for (label, color) in [("p50", P50), ("p99", P99)] {
                 let line: Vec<(f64, f64)> = points
@@ -76,13 +74,11 @@ fn svg(title: &str, points: &[Point]) -> anyhow::Result<String> {
                     .filter_map(|point| {
                         let (p50, p99) = latency(point)?;
                         let ms = if label == "p50" { p50 } else { p99 };
-                        Some((point.throughput, ms.max(0.01)))
+                        Some((point.throughput, ms.max(SHORTEST)))
                     })
                     .collect();
                 chart
-                    .draw_series(
-                        LineSeries::new(line.clone(), color.stroke_width(2)).point_size(3),
-                    )?
+                    .draw_series(LineSeries::new(line, color.stroke_width(2)).point_size(3))?
                     .label(label)
                     .legend(move |(x, y)| {
                         PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2))
@@ -95,14 +91,18 @@ fn svg(title: &str, points: &[Point]) -> anyhow::Result<String> {
                 .border_style(BLACK.mix(0.3))
                 .draw()?;
         }
-        root.present()?;
+        Ok(())
     }
-    Ok(out)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::file::svg;
     use super::*;
+
+    fn drawn(title: &str, points: &[Point]) -> String {
+        svg(&Sweep { title, points }).unwrap()
+    }
 
     #[test]
     fn a_picture_has_both_latencies_and_both_percentiles() {
@@ -118,7 +118,7 @@ mod tests {
                 inter_token: Some((8.0, 40.0)),
             },
         ];
-        let picture = svg("a sweep", &points).unwrap();
+        let picture = drawn("a sweep", &points);
         for text in ["a sweep", "TTFT, ms", "between tokens, ms", "p50", "p99"] {
             assert!(picture.contains(text), "{text} is missing");
         }
@@ -138,13 +138,13 @@ mod tests {
             ttft: Some((20.0, 50.0)),
             inter_token: None,
         });
-        let picture = svg("a sweep", &points).unwrap();
+        let picture = drawn("a sweep", &points);
         // A point is a circle: two of each percentile.
         assert_eq!(picture.matches("<circle").count(), 4, "{picture}");
     }
 
     #[test]
     fn nothing_measured_is_drawn_too() {
-        assert!(svg("nothing", &[]).is_ok());
+        assert!(drawn("nothing", &[]).contains("nothing"));
     }
 }

@@ -57,6 +57,22 @@ impl Latency {
             max_ms: ms(self.0.max()),
         })
     }
+
+    /// At `x`, all but one of 10^x were no longer than so many milliseconds, from `x` = 0 to where only the longest is left; empty: nothing was measured.
+    pub fn by_nines(&self) -> Vec<(f64, f64)> {
+        const STEPS: u32 = 200;
+        if self.0.is_empty() {
+            return Vec::new();
+        }
+        let end = (self.0.len() as f64).log10();
+        (0..=STEPS)
+            .map(|step| {
+                let x = end * f64::from(step) / f64::from(STEPS);
+                let micros = self.0.value_at_quantile(1.0 - 10_f64.powf(-x));
+                (x, micros as f64 / 1000.0)
+            })
+            .collect()
+    }
 }
 
 /// One request, from the harness's side.
@@ -225,6 +241,7 @@ mod tests {
     fn percentiles_are_those_of_the_sorted_values() {
         let mut latency = Latency::new();
         assert_eq!(latency.summary(), None);
+        assert!(latency.by_nines().is_empty());
         for ms in (1..=1000).rev() {
             latency.record(Duration::from_millis(ms));
         }
@@ -239,6 +256,12 @@ mod tests {
         ] {
             assert!((got / expected - 1.0).abs() < 2e-3, "{got}, not {expected}");
         }
+        let curve = latency.by_nines();
+        let (x, longest) = curve.last().unwrap();
+        assert!((x - 3.0).abs() < 1e-9 && (longest / 999.0 - 1.0).abs() < 2e-3);
+        // 100 of the 200 steps are at half of the nines: 1.5.
+        let expected = 1000.0 * (1.0 - 10_f64.powf(-1.5));
+        assert!((curve[100].1 / expected - 1.0).abs() < 3e-3, "{curve:?}");
     }
 
     #[test]

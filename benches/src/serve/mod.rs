@@ -34,6 +34,7 @@ use clap::{ArgGroup, Args};
 use serde::Serialize;
 
 use crate::numbers::{positive, probability, temperature};
+use crate::plot;
 use ask::Sampling;
 use client::Client;
 use lengths::Lengths;
@@ -157,10 +158,10 @@ pub struct Arguments {
     #[serde(skip)]
     json: Option<PathBuf>,
 
-    /// Draw latency over throughput into this SVG file
-    #[arg(long, value_name = "FILE", requires = "sweep")]
+    /// Draw into this file (.svg or .png) latency over throughput, of a sweep, or latencies by percentile, of a single load
+    #[arg(long, value_name = "FILE")]
     #[serde(skip)]
-    plot: Option<PathBuf>,
+    plot: Option<plot::File>,
 }
 
 const EXAMPLES: &str = "\
@@ -219,6 +220,9 @@ async fn measure(arguments: &Arguments) -> anyhow::Result<()> {
     let measured = load::run(client, requests, load).await?;
     println!("{}", report::table(&measured));
     write(arguments, &report::json(arguments, &measured))?;
+    if let Some(file) = &arguments.plot {
+        plot::percentiles(file, &measured.server, &report::curves(&measured))?;
+    }
     anyhow::ensure!(measured.completed > 0, "no request was answered");
     Ok(())
 }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::measure::{Failed, Latency, Measured};
 use super::sweep::Run;
+use crate::plot;
 
 fn latencies(measured: &Measured) -> [(&'static str, &'static str, &Latency); 5] {
     [
@@ -17,6 +18,18 @@ fn latencies(measured: &Measured) -> [(&'static str, &'static str, &Latency); 5]
         ("end to end", "end_to_end", &measured.end_to_end),
         ("sent late by", "lateness", &measured.lateness),
     ]
+}
+
+/// What users wait for, for a picture.
+pub fn curves(measured: &Measured) -> Vec<plot::Curve> {
+    let latencies = latencies(measured).into_iter().take(4);
+    latencies
+        .map(|(name, _, latency)| plot::Curve {
+            name,
+            points: latency.by_nines(),
+        })
+        .filter(|curve| !curve.points.is_empty())
+        .collect()
 }
 
 /// A page for the terminal.
@@ -226,6 +239,9 @@ mod tests {
         ] {
             assert!(page.contains(part), "{part:?} is not in\n{page}");
         }
+        let curves = curves(&measured);
+        let names: Vec<_> = curves.iter().map(|curve| curve.name).collect();
+        assert_eq!(names, ["TTFT", "inter-token", "per token", "end to end"]);
         let swept = sweep(&[Run {
             rate: 4.0,
             seed: 1,

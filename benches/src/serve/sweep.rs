@@ -60,9 +60,9 @@ pub async fn run(
         })
         .collect();
     write(arguments, &json.into())?;
-    if let Some(path) = &arguments.plot {
+    if let Some(file) = &arguments.plot {
         let points: Vec<_> = runs.iter().map(|run| point(&run.measured)).collect();
-        plot::sweep(path, client.description(), &points)?;
+        plot::sweep(file, client.description(), &points)?;
     }
     done?;
     anyhow::ensure!(
