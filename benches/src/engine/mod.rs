@@ -6,6 +6,7 @@
 
 mod cost;
 pub mod limits;
+mod precision;
 pub mod report;
 mod scaling;
 pub mod setup;
@@ -39,8 +40,10 @@ use workload::{Kind, Line, Shape};
 /// is the median of --repeat runs. A small model stays in the caches, and reads
 /// more than the memory could give.
 ///
-/// Several numbers of --threads are measured one after the other, each with its own
-/// limits, and a last table says how many times the first one's speed the others have.
+/// Several lengths of --prompt are measured one after the other, for how speed falls with
+/// the context. Several precisions of --kv-cache-dtype take turns, run by run, and a table
+/// says how many times the first one's speed and memory the others have. So one says of
+/// several numbers of --threads, each of which has its own limits.
 #[derive(Debug, Clone, Args, Serialize)]
 #[command(verbatim_doc_comment, after_help = EXAMPLES)]
 pub struct Arguments {
@@ -56,9 +59,14 @@ pub struct Arguments {
     #[arg(long)]
     bf16_activations: bool,
 
-    /// Precision of the KV cache
-    #[arg(long, value_name = "DTYPE", default_value = "f16")]
-    kv_cache_dtype: KvCacheDtype,
+    /// Precision of the KV cache; several are compared, and are in memory all at once
+    #[arg(
+        long,
+        value_name = "DTYPE,…",
+        default_value = "f16",
+        value_delimiter = ','
+    )]
+    kv_cache_dtype: Vec<KvCacheDtype>,
 
     /// Threads that compute; several numbers are compared [default: the cores this process may use]
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -73,9 +81,9 @@ pub struct Arguments {
     #[arg(long, value_name = "SET")]
     isa: Option<InstructionSet>,
 
-    /// Tokens of each prompt
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
-    prompt: u32,
+    /// Tokens of each prompt, which is the context that is generated after; several numbers make several rounds
+    #[arg(long, value_name = "N,…", default_value = "512", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    prompt: Vec<u32>,
 
     /// Tokens to generate for each sequence
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
@@ -105,7 +113,9 @@ Examples:
     quire-bench engine --model PATH
     quire-bench engine --model PATH --quantize q4_0 --batch 1,8,32 --json q4_0.json
   How decoding slows down with the length of the context:
-    quire-bench engine --model PATH --batch 1 --prompt 8192
+    quire-bench engine --model PATH --batch 1 --prompt 512,2048,8192
+  What 8-bit keys and values cost in speed and save in memory:
+    quire-bench engine --model PATH --batch 1,8 --prompt 8192 --kv-cache-dtype f16,q8
   How speed grows with threads, and what dividing memory among two nodes costs:
     quire-bench engine --model PATH --threads 1,2 --batch 1,32
     quire-bench engine --model PATH --numa 2";
@@ -207,6 +217,18 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
+impl KvCacheDtype {
+    /// The kernels' name for it.
+    fn dtype(self) -> KvDtype {
+        match self {
+            Self::F16 => KvDtype::F16,
+            Self::Bf16 => KvDtype::Bf16,
+            Self::F32 => KvDtype::F32,
+            Self::Q8 => KvDtype::Q8,
+        }
+    }
+}
+
 /// What was measured on some number of threads.
 #[derive(Debug, Clone, Serialize)]
 struct Round {
@@ -223,11 +245,11 @@ fn measure(arguments: &Arguments, threads: usize) -> anyhow::Result<Round> {
         Some(path) => ModelSource::Path(path.clone()),
     };
     let checkpoint = Checkpoint::open(&source)?;
-    let context = arguments.prompt + arguments.r#gen;
+    let prompt = arguments.prompt.iter().copied().max().unwrap_or(1);
+    let context = prompt + arguments.r#gen;
     anyhow::ensure!(
         context as usize <= checkpoint.config.max_position,
-        "--prompt {} and --gen {} make {context} tokens, the model's context is {}",
-        arguments.prompt,
+        "--prompt {prompt} and --gen {} make {context} tokens, the model's context is {}",
         arguments.r#gen,
         checkpoint.config.max_position
     );
@@ -237,6 +259,8 @@ fn measure(arguments: &Arguments, threads: usize) -> anyhow::Result<Round> {
     let isa = arguments.isa.map(InstructionSet::isa);
     let limits = Limits::measure(threads, isa.unwrap_or_else(Isa::best))?;
     eprintln!("loading {} …", checkpoint.name);
+    let dtypes = arguments.kv_cache_dtype.iter().map(|kv| kv.dtype());
+    let kv_dtypes: Vec<KvDtype> = dtypes.collect();
     let setup = Setup {
         threads,
         isa,
@@ -247,12 +271,7 @@ fn measure(arguments: &Arguments, threads: usize) -> anyhow::Result<Round> {
             Quantize::Tq2_0 => Format::Tq2_0,
         }),
         bf16_activations: arguments.bf16_activations,
-        kv_dtype: match arguments.kv_cache_dtype {
-            KvCacheDtype::F16 => KvDtype::F16,
-            KvCacheDtype::Bf16 => KvDtype::Bf16,
-            KvCacheDtype::F32 => KvDtype::F32,
-            KvCacheDtype::Q8 => KvDtype::Q8,
-        },
+        kv_dtypes: &kv_dtypes,
         rows: arguments.chunk.max(largest),
     };
     let mut workload = setup.load(&checkpoint)?;
@@ -267,26 +286,31 @@ fn measure(arguments: &Arguments, threads: usize) -> anyhow::Result<Round> {
         workload.description(),
     );
     println!("{about}\n{}", report::limits(&limits));
-    let room = workload.shape(Shape {
-        prompt: arguments.prompt,
-        generated: arguments.r#gen,
-        chunk: arguments.chunk,
-        // One more than the largest batch: the prompt that is read while the others generate.
-        sequences: largest + 1,
-    });
-    room.context("the KV cache")?;
     let mut lines: Vec<Line> = Vec::new();
-    for &batch in &arguments.batch {
-        for kind in [Kind::Prefill, Kind::Decode, Kind::Mixed] {
-            if kind == Kind::Mixed && batch >= arguments.chunk {
-                // Nothing of a step is left for the prompt.
-                continue;
+    for &prompt in &arguments.prompt {
+        let room = workload.shape(Shape {
+            prompt,
+            generated: arguments.r#gen,
+            chunk: arguments.chunk,
+            // One more than the largest batch: the prompt that is read while the others generate.
+            sequences: largest + 1,
+        });
+        room.context("the KV cache")?;
+        for &batch in &arguments.batch {
+            for kind in [Kind::Prefill, Kind::Decode, Kind::Mixed] {
+                if kind == Kind::Mixed && batch >= arguments.chunk {
+                    // Nothing of a step is left for the prompt.
+                    continue;
+                }
+                eprintln!("{kind:?} of {batch}, prompts of {prompt} …");
+                lines.extend(workload.measure(kind, batch, arguments.repeat, &limits)?);
             }
-            eprintln!("{kind:?} of {batch} …");
-            lines.push(workload.measure(kind, batch, arguments.repeat, &limits)?);
         }
     }
     println!("{}", report::table(&lines));
+    if kv_dtypes.len() > 1 {
+        println!("\n{}", precision::table(&lines, kv_dtypes.len()));
+    }
     Ok(Round {
         threads,
         about,

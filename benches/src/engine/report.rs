@@ -3,7 +3,7 @@
 use comfy_table::{CellAlignment, Table, presets};
 
 use super::limits::Limits;
-use super::workload::{Kind, Line};
+use super::workload::Line;
 
 /// The machine, in a line.
 pub fn limits(limits: &Limits) -> String {
@@ -33,7 +33,10 @@ pub fn table(lines: &[Line]) -> String {
     table.load_style(presets::ASCII_MARKDOWN);
     table.set_header([
         "",
+        "prompt",
         "sequences",
+        "KV cache",
+        "KV MiB",
         "tokens/s",
         "ms a step",
         "memory",
@@ -41,14 +44,12 @@ pub fn table(lines: &[Line]) -> String {
         "runs ± %",
     ]);
     for line in lines {
-        let kind = match line.kind {
-            Kind::Prefill => "prefill",
-            Kind::Decode => "decode",
-            Kind::Mixed => "mixed",
-        };
         table.add_row([
-            kind.to_owned(),
+            line.kind.name().to_owned(),
+            line.prompt.to_string(),
             line.batch.to_string(),
+            line.kv_dtype.to_owned(),
+            format!("{:.1}", line.kv_mib()),
             format!("{:.1}", line.tokens_per_second()),
             format!("{:.2}", 1000.0 * line.seconds / f64::from(line.steps)),
             format!("{:.0} %", 100.0 * line.memory),

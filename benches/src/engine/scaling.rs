@@ -4,7 +4,6 @@ use comfy_table::{CellAlignment, Table, presets};
 
 use super::Round;
 use super::limits::Limits;
-use super::workload::Kind;
 
 /// Each line's tokens a second on every number of threads, as a multiple of the first's, and below them what the machine's limits grow by: a line that
 /// waits for memory can grow no more than the memory does.
@@ -14,19 +13,21 @@ pub fn table(rounds: &[Round]) -> String {
     };
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN);
-    let mut header = vec!["tokens/s".to_owned(), "sequences".to_owned()];
+    let mut header = ["tokens/s", "prompt", "sequences", "KV cache"]
+        .map(str::to_owned)
+        .to_vec();
     header.extend(rounds.iter().map(|round| match round.threads {
         1 => "1 thread".to_owned(),
         threads => format!("{threads} threads"),
     }));
     table.set_header(header);
     for (at, line) in first.lines.iter().enumerate() {
-        let kind = match line.kind {
-            Kind::Prefill => "prefill",
-            Kind::Decode => "decode",
-            Kind::Mixed => "mixed",
-        };
-        let mut row = vec![kind.to_owned(), line.batch.to_string()];
+        let mut row = vec![
+            line.kind.name().to_owned(),
+            line.prompt.to_string(),
+            line.batch.to_string(),
+            line.kv_dtype.to_owned(),
+        ];
         row.extend(rounds.iter().map(|round| {
             let speed = round.lines[at].tokens_per_second();
             format!("{speed:.1} = {:.2} ×", speed / line.tokens_per_second())
@@ -35,7 +36,8 @@ pub fn table(rounds: &[Round]) -> String {
     }
     let mut limit = |what: &str, of: &dyn Fn(&Limits) -> Option<f64>| {
         if let Some(alone) = of(&first.limits) {
-            let mut row = vec![format!("limit: {what}"), String::new()];
+            let mut row = vec![format!("limit: {what}")];
+            row.resize(4, String::new());
             let reached = rounds.iter().filter_map(|round| of(&round.limits));
             row.extend(reached.map(|limit| format!("{:.0} = {:.2} ×", limit / 1e9, limit / alone)));
             table.add_row(row);

@@ -7,11 +7,11 @@ use quire_kernels::{Format, KvDtype};
 
 use super::cost::Cost;
 use super::limits::Operands;
-use super::workload::Workload;
+use super::workload::{Cache, Workload};
 
 /// How a checkpoint is loaded.
 #[derive(Debug, Clone, Copy)]
-pub struct Setup {
+pub struct Setup<'a> {
     /// Threads that compute.
     pub threads: usize,
     /// Instruction set of the kernels; `None`: the best there is.
@@ -22,13 +22,13 @@ pub struct Setup {
     pub quantize: Option<Format>,
     /// Activations are rounded to bfloat16 where weights are.
     pub bf16_activations: bool,
-    /// Precision of the KV cache.
-    pub kv_dtype: KvDtype,
+    /// Precisions of the KV cache that are compared; at least one.
+    pub kv_dtypes: &'a [KvDtype],
     /// Most rows of a step.
     pub rows: u32,
 }
 
-impl Setup {
+impl Setup<'_> {
     /// Threads that compute where nobody says how many: one for each core this process may use.
     pub fn cores() -> usize {
         std::thread::available_parallelism().map_or(1, usize::from)
@@ -56,12 +56,12 @@ impl Setup {
         let shape = checkpoint.tensors.shape(stands_for_all).unwrap_or_default();
         let stored = checkpoint.tensors.get(stands_for_all, shape)?.format;
         let operands = Operands::of(self.quantize.unwrap_or(stored), self.bf16_activations);
-        let cost = Cost::of(
-            decoder.config(),
-            decoder.weight_bytes(),
-            operands,
-            self.kv_dtype,
-        );
-        Ok(Workload::new(decoder, self.kv_dtype, cost, self.rows))
+        let caches = self.kv_dtypes.iter().map(|&dtype| {
+            let bytes = decoder.weight_bytes();
+            let cost = Cost::of(decoder.config(), bytes, operands, dtype);
+            Cache::new(dtype, cost)
+        });
+        let caches = caches.collect();
+        Ok(Workload::new(decoder, caches, self.rows))
     }
 }

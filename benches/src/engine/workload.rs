@@ -24,6 +24,17 @@ pub enum Kind {
     Mixed,
 }
 
+impl Kind {
+    /// In a word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+            Self::Mixed => "mixed",
+        }
+    }
+}
+
 /// Positions of a KV-cache block.
 const BLOCK: u32 = 16;
 
@@ -45,8 +56,14 @@ pub struct Shape {
 pub struct Line {
     /// What was timed.
     pub kind: Kind,
+    /// Tokens of a prompt.
+    pub prompt: u32,
     /// Sequences at once.
     pub batch: u32,
+    /// Precision of the KV cache.
+    pub kv_dtype: &'static str,
+    /// Bytes of it that these sequences have for themselves.
+    pub kv_bytes: usize,
     /// Tokens computed in a run.
     pub tokens: u32,
     /// Steps of a run.
@@ -66,15 +83,37 @@ impl Line {
     pub fn tokens_per_second(&self) -> f64 {
         f64::from(self.tokens) / self.seconds
     }
+
+    /// The cache's memory.
+    pub fn kv_mib(&self) -> f64 {
+        self.kv_bytes as f64 / f64::from(1 << 20)
+    }
+}
+
+/// A KV cache of some precision.
+pub struct Cache {
+    dtype: KvDtype,
+    /// What steps cost with it.
+    cost: Cost,
+    kv: Option<KvCache>,
+}
+
+impl Cache {
+    /// Without room yet.
+    pub fn new(dtype: KvDtype, cost: Cost) -> Self {
+        let kv = None;
+        Self { dtype, cost, kv }
+    }
 }
 
 /// A decoder and sequences to run on it.
 pub struct Workload {
     decoder: Decoder<CpuBackend>,
-    kv: Option<KvCache>,
-    kv_dtype: KvDtype,
+    /// The same sequences in each.
+    caches: Vec<Cache>,
+    /// The one that is computed with.
+    at: usize,
     shape: Shape,
-    cost: Cost,
     tokens: Random,
     step: Step,
     logits: Vec<f32>,
@@ -98,18 +137,17 @@ fn middle(seconds: &[f64]) -> (f64, (f64, f64)) {
 
 impl Workload {
     /// No sequences yet: [`Workload::shape`] makes room for them. `rows`: most of a step.
-    pub fn new(decoder: Decoder<CpuBackend>, kv_dtype: KvDtype, cost: Cost, rows: u32) -> Self {
+    pub fn new(decoder: Decoder<CpuBackend>, caches: Vec<Cache>, rows: u32) -> Self {
         Self {
             decoder,
-            kv: None,
-            kv_dtype,
+            caches,
+            at: 0,
             shape: Shape {
                 prompt: 0,
                 generated: 0,
                 chunk: rows,
                 sequences: 0,
             },
-            cost,
             tokens: Random::nth(0, 0),
             step: Step::default(),
             logits: Vec::new(),
@@ -132,18 +170,20 @@ impl Workload {
     /// No memory.
     pub fn shape(&mut self, shape: Shape) -> Result<(), Error> {
         self.shape = shape;
-        // Before the next is made: both need not fit.
-        self.kv = None;
-        let blocks = shape.sequences as usize * self.blocks() as usize;
-        let mut kv = self
-            .decoder
-            .kv_cache(blocks, BLOCK as usize, self.kv_dtype)?;
-        let backend = self.decoder.backend_mut();
-        let mut part = 0;
-        while backend.claim(&mut kv, part) > 0 {
-            part += 1;
+        // Before the next are made: old and new need not fit.
+        for cache in &mut self.caches {
+            cache.kv = None;
         }
-        self.kv = Some(kv);
+        let blocks = shape.sequences as usize * self.blocks() as usize;
+        for cache in &mut self.caches {
+            let mut kv = self.decoder.kv_cache(blocks, BLOCK as usize, cache.dtype)?;
+            let backend = self.decoder.backend_mut();
+            let mut part = 0;
+            while backend.claim(&mut kv, part) > 0 {
+                part += 1;
+            }
+            cache.kv = Some(kv);
+        }
         Ok(())
     }
 
@@ -158,8 +198,11 @@ impl Workload {
     /// # Errors
     /// The device failed.
     pub fn read(&mut self) -> Result<(), Error> {
-        if self.shape.prompt > 0 {
-            self.prefill(1)?;
+        for at in 0..self.caches.len() {
+            self.at = at;
+            if self.shape.prompt > 0 {
+                self.prefill(1)?;
+            }
         }
         Ok(())
     }
@@ -174,13 +217,17 @@ impl Workload {
         let copies: Vec<(u32, u32)> = (1..batch)
             .flat_map(|sequence| (0..blocks).map(move |b| (b, sequence * blocks + b)))
             .collect();
-        // Blocks are copied as a step begins: one of a token that is written again later.
-        self.step.clear();
-        self.span(0, self.shape.prompt, 1, true);
-        self.forward(&copies)
+        for at in 0..self.caches.len() {
+            self.at = at;
+            // Blocks are copied as a step begins: one of a token that is written again later.
+            self.step.clear();
+            self.span(0, self.shape.prompt, 1, true);
+            self.forward(&copies)?;
+        }
+        Ok(())
     }
 
-    /// Runs it `repeat` times.
+    /// Runs it `repeat` times with each precision of the KV cache, in turn: a line of each.
     ///
     /// # Errors
     /// The device failed.
@@ -190,29 +237,49 @@ impl Workload {
         batch: u32,
         repeat: u32,
         limits: &Limits,
-    ) -> Result<Line, Error> {
-        let runs = (0..repeat)
-            .map(|_| match kind {
-                Kind::Prefill => self.prefill(batch),
-                Kind::Decode => self.decode(batch),
-                Kind::Mixed => self.mixed(batch),
-            })
-            .collect::<Result<Vec<Run>, Error>>()?;
+    ) -> Result<Vec<Line>, Error> {
+        let mut runs: Vec<Vec<Run>> = self.caches.iter().map(|_| Vec::new()).collect();
+        for _ in 0..repeat {
+            for (at, runs) in runs.iter_mut().enumerate() {
+                self.at = at;
+                runs.push(match kind {
+                    Kind::Prefill => self.prefill(batch)?,
+                    Kind::Decode => self.decode(batch)?,
+                    Kind::Mixed => self.mixed(batch)?,
+                });
+            }
+        }
+        let lines = self.caches.iter().zip(runs);
+        let lines = lines.map(|(cache, runs)| self.line(cache, kind, batch, runs, limits));
+        Ok(lines.collect())
+    }
+
+    fn line(&self, cache: &Cache, kind: Kind, batch: u32, runs: Vec<Run>, limits: &Limits) -> Line {
         let took: Vec<f64> = runs.iter().map(|run| run.took.as_secs_f64()).collect();
         // All runs do the same, but for the tokens.
         let run = runs.into_iter().next().unwrap_or_default();
-        let (memory, arithmetic) = self.cost.at_least(run.need, limits);
+        let (memory, arithmetic) = cache.cost.at_least(run.need, limits);
         let (seconds, range) = middle(&took);
-        Ok(Line {
+        let sequences = match kind {
+            Kind::Prefill | Kind::Decode => batch,
+            Kind::Mixed => batch + 1,
+        };
+        let blocks = (sequences * self.blocks()) as usize;
+        let config = self.decoder.config();
+        let shape = Decoder::<CpuBackend>::kv_shape(config, blocks, BLOCK as usize, cache.dtype);
+        Line {
             kind,
+            prompt: self.shape.prompt,
             batch,
+            kv_dtype: cache.dtype.name(),
+            kv_bytes: shape.blocks * shape.block_bytes(),
             tokens: run.tokens,
             steps: run.steps,
             seconds,
             range,
             memory: memory / seconds,
             arithmetic: arithmetic / seconds,
-        })
+        }
     }
 
     fn prefill(&mut self, batch: u32) -> Result<Run, Error> {
@@ -305,12 +372,13 @@ impl Workload {
         run.tokens += self.step.rows() as u32;
         run.steps += 1;
         let spans = self.step.spans.iter().map(|span| (span.start, span.rows));
-        run.need += self.cost.step(spans, self.step.logit_rows.len() as u32);
+        let cost = &self.caches[self.at].cost;
+        run.need += cost.step(spans, self.step.logit_rows.len() as u32);
         Ok(())
     }
 
     fn forward(&mut self, copies: &[(u32, u32)]) -> Result<(), Error> {
-        let Some(kv) = &mut self.kv else {
+        let Some(kv) = &mut self.caches[self.at].kv else {
             return Err(Error::Shape("no sequences: `shape` makes room".to_owned()));
         };
         self.decoder
@@ -320,7 +388,72 @@ impl Workload {
 
 #[cfg(test)]
 mod tests {
+    use quire::checkpoint::{Checkpoint, ModelSource};
+    use quire_kernels::cpu::Numa;
+
+    use super::super::limits::Peak;
+    use super::super::setup::Setup;
     use super::*;
+
+    #[test]
+    fn precisions_of_the_cache_do_the_same_work_in_turn() {
+        let setup = Setup {
+            threads: 1,
+            isa: None,
+            numa: Numa::Off,
+            quantize: None,
+            bf16_activations: false,
+            kv_dtypes: &[KvDtype::F16, KvDtype::Q8],
+            rows: 16,
+        };
+        let peak = Peak {
+            per_second: 1e9,
+            with: "",
+        };
+        let limits = Limits {
+            threads: 1,
+            memory_bytes_per_second: 1e9,
+            f32: peak,
+            bf16: None,
+            int8: Some(peak),
+        };
+        let demo = Checkpoint::open(&ModelSource::Demo).unwrap();
+        let mut workload = setup.load(&demo).unwrap();
+        let shape = |prompt| Shape {
+            prompt,
+            generated: 2,
+            chunk: 16,
+            sequences: 3,
+        };
+        workload.shape(shape(30)).unwrap();
+        for (kind, tokens, sequences) in [
+            (Kind::Prefill, 60, 2),
+            (Kind::Decode, 4, 2),
+            // Three steps of 14 tokens of a prompt beside two that generate.
+            (Kind::Mixed, 36, 3),
+        ] {
+            let lines = workload.measure(kind, 2, 2, &limits).unwrap();
+            let [f16, q8] = lines[..] else {
+                panic!("{lines:?}")
+            };
+            assert_eq!((f16.kv_dtype, q8.kv_dtype), ("f16", "q8"));
+            assert_eq!((f16.tokens, q8.tokens), (tokens, tokens), "{kind:?}");
+            let config = &demo.config;
+            // Two blocks of 16 hold 30 tokens and the two that are generated.
+            let elements =
+                sequences * 32 * 2 * config.layers.len() * config.kv_heads * config.head_dim;
+            assert_eq!(f16.kv_bytes, 2 * elements, "{kind:?}");
+            let half = q8.kv_bytes as f64 / f16.kv_bytes as f64;
+            assert!((0.5..0.6).contains(&half), "{half}");
+            // What is read is billed by what it is.
+            assert!(q8.memory * q8.seconds < f16.memory * f16.seconds);
+        }
+        workload.shape(shape(62)).unwrap();
+        let [long, _] = workload.measure(Kind::Decode, 1, 1, &limits).unwrap()[..] else {
+            panic!("a line for each precision")
+        };
+        assert_eq!((long.prompt, long.tokens), (62, 2));
+    }
 
     #[test]
     fn of_two_runs_the_time_is_their_mean() {

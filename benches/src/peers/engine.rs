@@ -258,7 +258,7 @@ fn compare(
         isa,
         quantize: None,
         bf16_activations: arguments.bf16_activations,
-        kv_dtype: KvDtype::F16,
+        kv_dtypes: &[KvDtype::F16],
         rows: CHUNK,
     };
     let format = checkpoint.tensors.prevailing_format().to_owned();
@@ -390,7 +390,7 @@ fn measure(
         if kind == Kind::Decode {
             workload.copy(work.sequences())?;
         }
-        lines.push(workload.measure(kind, work.sequences(), repeat, limits)?);
+        lines.extend(workload.measure(kind, work.sequences(), repeat, limits)?);
     }
     Ok(lines)
 }
