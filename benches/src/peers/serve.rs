@@ -99,8 +99,7 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
 
-    /// Requests of an open load, for each server and round: 200 at 5 a second are 40 seconds of
-    /// every server's, and more of one that cannot bear them; 0 leaves open loads out
+    /// Requests of an open load, for each server and round; 0 leaves open loads out. 200 at 1.4 a second are two and a half minutes a round of a server that bears them, more of one that does not
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     open_requests: u32,
 
