@@ -100,9 +100,13 @@ pub fn backends() -> Vec<CpuBackend> {
     let mut all = vec![backend(1, None), backend(3, None)];
     // As many threads on each node, and more on one than on the other.
     all.extend([on_nodes(2, 2), on_nodes(2, 3), on_nodes(4, 4)]);
-    let available = Isa::ALL.into_iter().filter(|isa| isa.is_available());
-    all.extend(available.map(|isa| backend(1, Some(isa))));
+    all.extend(isas().map(|isa| backend(1, Some(isa))));
     all
+}
+
+/// The instruction sets this processor has.
+pub fn isas() -> impl Iterator<Item = Isa> {
+    Isa::ALL.into_iter().filter(|isa| isa.is_available())
 }
 
 /// The bytes a checkpoint holds for `x`, and the values they stand for; rows have whole blocks.
@@ -251,6 +255,25 @@ pub fn step(spans: &[(usize, usize)], block_size: usize) -> Step {
             .extend((start..start + rows).map(|p| p as u32));
     }
     step
+}
+
+/// Each row of `x` [rows, weight], normalised by its root mean square.
+pub fn normalised(x: &[f32], weight: &[f32], eps: f64) -> Vec<f64> {
+    let rows = x.chunks(weight.len()).flat_map(|row| {
+        let squares = row.iter().map(|v| f64::from(*v).powi(2));
+        let root = (squares.sum::<f64>() / row.len() as f64 + eps).sqrt();
+        let of = move |(x, w): (&f32, &f32)| f64::from(*x) / root * f64::from(*w);
+        row.iter().zip(weight).map(of)
+    });
+    rows.collect()
+}
+
+/// `x · wᵀ`, `[rows, n]`, of `x` [rows, k] and `w` [n, k].
+pub fn multiplied(x: &[f64], w: &[f32], k: usize) -> Vec<f64> {
+    let dot = |x: &[f64], w: &[f32]| x.iter().zip(w).map(|(x, w)| x * f64::from(*w)).sum::<f64>();
+    let rows = x.chunks(k);
+    rows.flat_map(|x| w.chunks(k).map(move |w| dot(x, w)))
+        .collect()
 }
 
 pub fn bits(x: &[f32]) -> Vec<u32> {
