@@ -4,7 +4,8 @@
 mod common;
 
 use common::{
-    Random, backend, backends, bits, encode, error, filled, part, plain_step, rounding, step,
+    Random, backend, backends, bits, encode, error, filled, normalised, part, plain_step, rounding,
+    step,
 };
 use quire_kernels::cpu::{CpuBackend, Isa};
 use quire_kernels::quantize::{Bits, Grouped, Scale, Zero};
@@ -118,23 +119,82 @@ fn a_branch_is_normalised_scaled_and_added() {
 }
 
 #[test]
-fn a_norm_in_place_is_the_norm() {
+fn a_norm_equals_its_definition_and_is_the_same_in_place_on_any_backend() {
     let mut random = Random(3);
-    let (rows, n) = (4, 77);
-    let (x, weight) = (random.floats(rows * n), random.floats(n));
-    let mut backend = backend(2, None);
-    backend.begin(&plain_step(rows)).unwrap();
-    let weight = backend.vector(&weight).unwrap();
-    let mut place = filled(&backend, rows, n, &x);
-    let input = filled(&backend, rows, n, &x);
-    let mut out = backend.activations(rows, n).unwrap();
-    backend.rms_norm(&input, &weight, 1e-6, &mut out).unwrap();
-    let norm = Norm {
-        weight: &weight,
-        eps: 1e-6,
-    };
-    backend.rms_norm_in_place(&mut place, &norm).unwrap();
-    assert_eq!(bits(place.as_slice()), bits(out.as_slice()));
+    for n in [1, 3, 7, 8, 15, 16, 17, 33, 77, 255, 1021, 2749] {
+        let rows = 1 + random.below(40);
+        // Rows of different size: of the smallest, what is added to their squares decides.
+        let x: Vec<f32> = (0..rows)
+            .flat_map(|row| {
+                let size = 10_f32.powi(2 - row as i32 % 6);
+                let row = random.floats(n).into_iter();
+                row.map(move |v| v * size).collect::<Vec<_>>()
+            })
+            .collect();
+        let weight = random.floats(n);
+        let mut all = Vec::new();
+        for mut backend in backends() {
+            backend.begin(&plain_step(rows)).unwrap();
+            let norm = Norm {
+                weight: &backend.vector(&weight).unwrap(),
+                eps: 1e-6,
+            };
+            let mut place = filled(&backend, rows, n, &x);
+            let input = filled(&backend, rows, n, &x);
+            let mut out = filled(&backend, rows, n, &vec![f32::NAN; rows * n]);
+            backend
+                .rms_norm(&input, norm.weight, norm.eps, &mut out)
+                .unwrap();
+            backend.rms_norm_in_place(&mut place, &norm).unwrap();
+            assert_eq!(bits(place.as_slice()), bits(out.as_slice()), "{n}");
+            all.push(out.as_slice().to_vec());
+        }
+        let expected = normalised(&x, &weight, 1e-6);
+        for (row, expected) in all[0].chunks(n).zip(expected.chunks(n)) {
+            let error = error(row, expected);
+            assert!(error < 1e-6, "{rows} rows of {n}: {error}");
+        }
+        assert!(all.iter().all(|x| bits(x) == bits(&all[0])), "{n}");
+    }
+}
+
+#[test]
+fn rotary_tables_equal_their_definition_at_any_position() {
+    let mut random = Random(7);
+    for n in [1, 2, 5, 16, 31, 64, 128] {
+        let base = 10_f32.powf(2.0 + 5.0 * random.float().abs());
+        let frequencies: Vec<f32> = (0..n).map(|i| base.powf(-(i as f32) / n as f32)).collect();
+        let scale = 0.5 + random.float().abs();
+        let spans =
+            [0, 1000, 1_000_000].map(|start| (start + random.below(1000), 1 + random.below(20)));
+        let step = step(&spans, 16);
+        let rows = step.rows();
+        let expected: Vec<f64> = step
+            .positions
+            .iter()
+            .flat_map(|&position| {
+                let angle = move |f: &f32| f64::from(position) * f64::from(*f);
+                let cosines = frequencies.iter().map(move |f| angle(f).cos());
+                cosines.chain(frequencies.iter().map(move |f| angle(f).sin()))
+            })
+            .map(|v| v * f64::from(scale))
+            .collect();
+        let mut all = Vec::new();
+        for mut backend in backends() {
+            backend.begin(&step).unwrap();
+            let rule = Rotary {
+                frequencies: &backend.vector(&frequencies).unwrap(),
+                beyond: None,
+                scale,
+            };
+            let mut out = filled(&backend, rows, 2 * n, &vec![f32::NAN; rows * 2 * n]);
+            backend.rotary(&rule, &mut out).unwrap();
+            all.push(out.as_slice().to_vec());
+        }
+        let error = error(&all[0], &expected);
+        assert!(error < 2e-7, "{n}: {error}");
+        assert!(all.iter().all(|x| bits(x) == bits(&all[0])), "{n}");
+    }
 }
 
 #[test]
