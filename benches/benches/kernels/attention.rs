@@ -91,10 +91,11 @@ impl Case {
 }
 
 #[rustfmt::skip]
-const CASES: [Case; 13] = [
+const CASES: [Case; 18] = [
     Case::new("decode at 1024", 1, 1024, 1),
     Case::new("decode at 8192", 1, 8192, 1),
     Case { dtype: KvDtype::Q8, ..Case::new("decode at 8192, q8", 1, 8192, 1) },
+    Case { dtype: KvDtype::Bf16, ..Case::new("decode at 8192, bf16", 1, 8192, 1) },
     Case { dtype: KvDtype::F32, ..Case::new("decode at 8192, f32", 1, 8192, 1) },
     Case { window: Some(1024), ..Case::new("decode at 8192, window of 1024", 1, 8192, 1) },
     Case { softcap: Some(50.0), ..Case::new("decode at 8192, capped", 1, 8192, 1) },
@@ -104,7 +105,11 @@ const CASES: [Case; 13] = [
     Case::new("prefill of 512 at 0", 1, 0, 512),
     Case::new("prefill of 512 at 4096", 1, 4096, 512),
     Case { dtype: KvDtype::Q8, ..Case::new("prefill of 512 at 4096, q8", 1, 4096, 512) },
+    Case { dtype: KvDtype::Bf16, ..Case::new("prefill of 512 at 4096, bf16", 1, 4096, 512) },
+    Case { dtype: KvDtype::F32, ..Case::new("prefill of 512 at 4096, f32", 1, 4096, 512) },
     Case { window: Some(1024), ..Case::new("prefill of 512 at 4096, window of 1024", 1, 4096, 512) },
+    Case { softcap: Some(50.0), ..Case::new("prefill of 512 at 4096, capped", 1, 4096, 512) },
+    Case { sinks: true, ..Case::new("prefill of 512 at 4096, sinks", 1, 4096, 512) },
 ];
 
 fn attention(c: &mut Criterion, roofline: &Roofline) {
@@ -146,7 +151,7 @@ fn attention(c: &mut Criterion, roofline: &Roofline) {
 }
 
 fn norm_rope_store(c: &mut Criterion, roofline: &Roofline) {
-    for dtype in [KvDtype::F16, KvDtype::Q8] {
+    for dtype in [KvDtype::F16, KvDtype::Bf16, KvDtype::F32, KvDtype::Q8] {
         let mut group = c.benchmark_group(format!(
             "norm_rope_store, 16 query and 8 KV heads of 128, {}",
             dtype.name()

@@ -1,9 +1,9 @@
 //! Both ends of the vocabulary: embeddings of a step's tokens, and logits of the rows that ask for them.
 
 use criterion::{Criterion, Throughput};
-use quire_kernels::{Backend, Format, LogitsRule, Norm, Step};
+use quire_kernels::{Backend, ChangeKind, Draw, Format, LogitsRule, Norm, Step};
 
-use crate::inputs::{activations, backend, matrix, numbers, step};
+use crate::inputs::{activations, backend, matrix, numbers, rounding, step};
 use crate::roofline::{Need, Operands, Roofline};
 
 const VOCABULARY: usize = 151_936;
@@ -16,8 +16,9 @@ const APART: usize = 7919;
 pub fn benches(c: &mut Criterion, roofline: &Roofline) {
     for format in FORMATS {
         embed(c, roofline, format);
-        logits(c, roofline, format);
+        logits(c, roofline, format, false);
     }
+    logits(c, roofline, Format::Bf16, true);
     softcap(c, roofline);
 }
 
@@ -57,9 +58,29 @@ fn asking(rows: usize, asked: usize) -> Step {
     step
 }
 
-fn logits(c: &mut Criterion, roofline: &Roofline, format: Format) {
-    let mut group = c.benchmark_group(format!("logits [{VOCABULARY}, {HIDDEN}] {}", format.name()));
-    let mut backend = backend();
+/// A greedy draw from each row of logits: the tokens leave the device, and no logits.
+fn drawing(mut step: Step) -> Step {
+    let draw = |row| Draw {
+        row,
+        greedy: true,
+        inverse_temperature: 1.0,
+        top_k: 0,
+        top_p: 1.0,
+        within: f32::INFINITY,
+        place: 0.0,
+        first_change: 0,
+        changes: [0; ChangeKind::COUNT],
+    };
+    step.draws
+        .extend((0..step.logit_rows.len() as u32).map(draw));
+    step
+}
+
+fn logits(c: &mut Criterion, roofline: &Roofline, format: Format, rounded: bool) {
+    let how = if rounded { ", rows rounded" } else { "" };
+    let name = format!("logits [{VOCABULARY}, {HIDDEN}] {}{how}", format.name());
+    let mut group = c.benchmark_group(name);
+    let mut backend = if rounded { rounding() } else { backend() };
     let head = matrix(&backend, VOCABULARY, HIDDEN, format);
     let head_bytes = backend.matrix_bytes(&head);
     let weight: Vec<f32> = numbers(HIDDEN).collect();
@@ -73,11 +94,14 @@ fn logits(c: &mut Criterion, roofline: &Roofline, format: Format) {
         softcap: None,
     };
     let mut out = Vec::new();
-    for (name, rows, asked) in [
-        ("1 row", 1, 1),
-        ("1 of a prompt's 512 rows", 512, 1),
-        ("8 rows", 8, 8),
-        ("32 rows", 32, 32),
+    for (name, rows, asked, drawn) in [
+        ("1 row", 1, 1, false),
+        ("1 row, drawn", 1, 1, true),
+        ("1 of a prompt's 512 rows", 512, 1, false),
+        ("8 rows", 8, 8, false),
+        ("8 rows, drawn", 8, 8, true),
+        ("32 rows", 32, 32, false),
+        ("32 rows, drawn", 32, 32, true),
     ] {
         let operations = (2 * asked * VOCABULARY * HIDDEN) as f64;
         group.throughput(if asked == 1 {
@@ -86,10 +110,13 @@ fn logits(c: &mut Criterion, roofline: &Roofline, format: Format) {
             Throughput::Elements(operations as u64)
         });
         let x = activations(&backend, rows, HIDDEN);
-        backend.begin(&asking(rows, asked)).expect("a valid step");
+        let asking = asking(rows, asked);
+        let step = if drawn { drawing(asking) } else { asking };
+        backend.begin(&step).expect("a valid step");
+        let written = if drawn { 0 } else { VOCABULARY };
         let need = Need {
-            bytes: (head_bytes + 4 * asked * (HIDDEN + VOCABULARY)) as f64,
-            products: Some((Operands::of(format, false), operations)),
+            bytes: (head_bytes + 4 * asked * (HIDDEN + written)) as f64,
+            products: Some((Operands::of(format, rounded), operations)),
             ..Need::default()
         };
         roofline.bench(&mut group, name, need, || {

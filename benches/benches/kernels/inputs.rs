@@ -4,13 +4,26 @@ use half::{bf16, f16};
 use quire_kernels::cpu::{Activations, CpuBackend, CpuOptions, Matrix};
 use quire_kernels::{Backend, Format, MatrixPart, Span, Step};
 
+use crate::options::options;
+
 /// Positions of a KV block.
 pub const BLOCK: usize = 16;
 /// More bytes of weights than any cache holds.
 pub const WORKING_SET: usize = 192 << 20;
 
 pub fn backend() -> CpuBackend {
-    CpuBackend::new(CpuOptions::default()).expect("the best instruction set is available")
+    with(|_| ())
+}
+
+/// One that rounds activations to bfloat16 where weights are.
+pub fn rounding() -> CpuBackend {
+    with(|options| options.bf16_activations = true)
+}
+
+fn with(change: impl FnOnce(&mut CpuOptions)) -> CpuBackend {
+    let mut options = options().expect("`main` has looked at them");
+    change(&mut options);
+    CpuBackend::new(options).expect("the instruction set is available")
 }
 
 /// Numbers in [-1, 1), the same every time (SplitMix64, Steele et al. 2014).

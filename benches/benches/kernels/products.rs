@@ -4,7 +4,7 @@ use criterion::{Criterion, Throughput};
 use quire_kernels::quantize::{Bits, Grouped, Scale, Zero};
 use quire_kernels::{Backend, Format};
 
-use crate::inputs::{WORKING_SET, activations, backend, matrix, part, step, stored};
+use crate::inputs::{WORKING_SET, activations, backend, matrix, part, rounding, step, stored};
 use crate::roofline::{Need, Operands, Roofline};
 
 const ROWS: [usize; 4] = [1, 8, 32, 512];
@@ -54,14 +54,27 @@ fn products(c: &mut Criterion, roofline: &Roofline) {
     for (name, features, inputs) in [("gate and up", 6144, 1024), ("down", 1024, 3072)] {
         for (format_name, format) in formats(inputs) {
             let name = format!("{name} [{features}, {inputs}] {format_name}");
-            product(c, roofline, &name, [features, inputs], format, false);
+            product(c, roofline, &name, [features, inputs], format, How::Plainly);
         }
+        let name = format!("{name} [{features}, {inputs}] bf16, activations rounded");
+        let shape = [features, inputs];
+        product(c, roofline, &name, shape, Format::Bf16, How::Rounded);
     }
     // Into the residual stream: the same kernels, which read what they write.
     for format in [Format::Bf16, Format::Q4_0, Format::Q4K] {
         let name = format!("down, added [1024, 3072] {}", format.name());
-        product(c, roofline, &name, [1024, 3072], format, true);
+        product(c, roofline, &name, [1024, 3072], format, How::Added);
     }
+}
+
+/// How a product is made.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum How {
+    Plainly,
+    /// It is added to what is there.
+    Added,
+    /// Of activations that are rounded to bfloat16.
+    Rounded,
 }
 
 fn product(
@@ -70,9 +83,10 @@ fn product(
     name: &str,
     [features, inputs]: [usize; 2],
     format: Format,
-    added: bool,
+    how: How,
 ) {
-    let mut backend = backend();
+    let (added, rounded) = (how == How::Added, how == How::Rounded);
+    let mut backend = if rounded { rounding() } else { backend() };
     let first = matrix(&backend, features, inputs, format);
     let bytes = backend.matrix_bytes(&first);
     let mut matrices = vec![first];
@@ -96,7 +110,7 @@ fn product(
         let passes = if added { 2 } else { 1 };
         let need = Need {
             bytes: (bytes + 4 * rows * (passes * features + inputs)) as f64,
-            products: Some((Operands::of(format, false), operations as f64)),
+            products: Some((Operands::of(format, rounded), operations as f64)),
             ..Need::default()
         };
         roofline.bench(&mut group, rows, need, || {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId};
-use quire_kernels::cpu::Isa;
+use quire_kernels::cpu::{CpuOptions, Isa};
 
 pub use limits::Operands;
 
@@ -31,18 +31,29 @@ pub struct Need {
 pub struct Roofline(Limits);
 
 impl Roofline {
-    /// Measures them on all cores, as the kernels are, and says what they are.
-    pub fn measure() -> Self {
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let limits = Limits::measure(threads, Isa::best()).expect("a gigabyte to read");
+    /// Measures them on the threads and with the instruction set that the kernels have, and says what they are.
+    ///
+    /// # Errors
+    /// There is no memory to read.
+    pub fn measure(options: &CpuOptions) -> anyhow::Result<Self> {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = options.threads.unwrap_or_else(cores);
+        let isa = options.isa.unwrap_or_else(Isa::best);
+        let limits = Limits::measure(threads, isa)?;
         println!(
-            "limits on {threads} threads: memory {:.1} GB/s, f32 {:.0} GFLOP/s, bf16 {:.0} GFLOP/s, 8-bit {:.0} GOP/s",
+            "limits of {} on {threads} threads: memory {:.1} GB/s, f32 {:.0} GFLOP/s, bf16 {:.0} GFLOP/s, 8-bit {:.0} GOP/s",
+            isa.name(),
             limits.memory_bytes_per_second / 1e9,
             limits.f32.per_second / 1e9,
             limits.of(Operands::Bf16).per_second / 1e9,
             limits.of(Operands::Int8).per_second / 1e9
         );
-        Self(limits)
+        Ok(Self(limits))
+    }
+
+    /// Threads they were measured on.
+    pub fn threads(&self) -> usize {
+        self.0.threads
     }
 
     /// Times a kernel and prints, after what criterion says of it, the share of the nearer limit that its median sample reaches.

@@ -5,6 +5,7 @@
 //! multiply-add, and products of bfloat16 (where there is an instruction for them) and of 8 bits.
 
 mod cost;
+mod instructions;
 pub mod limits;
 mod precision;
 pub mod report;
@@ -20,6 +21,8 @@ use quire::checkpoint::{Checkpoint, ModelSource};
 use quire_kernels::cpu::{Isa, Numa};
 use quire_kernels::{Format, KvDtype};
 use serde::Serialize;
+
+pub use instructions::InstructionSet;
 
 use limits::Limits;
 use setup::Setup;
@@ -142,41 +145,6 @@ enum Quantize {
     #[value(name = "tq2_0")]
     #[serde(rename = "tq2_0")]
     Tq2_0,
-}
-
-/// Instruction sets of the CPU kernels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum InstructionSet {
-    /// AVX-512 with VNNI and products of bfloat16
-    Avx512Bf16,
-    /// AVX-512 with VNNI
-    Avx512,
-    /// AVX2, FMA and F16C, and AVX-VNNI's products of bytes
-    AvxVnni,
-    /// AVX2, FMA and F16C
-    Avx2,
-    /// NEON with dot products of bytes
-    Dotprod,
-    /// NEON
-    Neon,
-    /// Plain Rust
-    Scalar,
-}
-
-impl InstructionSet {
-    /// The kernels' name for it.
-    pub fn isa(self) -> Isa {
-        match self {
-            Self::Avx512Bf16 => Isa::Avx512Bf16,
-            Self::Avx512 => Isa::Avx512,
-            Self::AvxVnni => Isa::AvxVnni,
-            Self::Avx2 => Isa::Avx2,
-            Self::Dotprod => Isa::NeonDotprod,
-            Self::Neon => Isa::Neon,
-            Self::Scalar => Isa::Scalar,
-        }
-    }
 }
 
 /// Precision of the KV cache.
