@@ -145,7 +145,7 @@ pub fn find(places: &Places<'_>) -> anyhow::Result<(Vec<Contender>, Vec<String>)
             more: Vec::new(),
         }),
         None => absent.push(
-            "mistral.rs is skipped: install its server (cargo install mistralrs-cli; docs/measure.md) and name it with --mistralrs-bin, or put it in PATH"
+            "mistral.rs is skipped: install its server (cargo install mistralrs-cli, for this processor, as docs/measure.md says) and name it with --mistralrs-bin, or put it in PATH"
                 .to_owned(),
         ),
     }
