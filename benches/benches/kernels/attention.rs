@@ -4,7 +4,7 @@ use criterion::{Criterion, Throughput};
 use quire_kernels::cpu::{CpuBackend, KvCache};
 use quire_kernels::{AttentionShape, Backend, KvDtype, KvLayer, KvShape, QkvLayer, Rotary, Step};
 
-use crate::inputs::{BLOCK, activations, backend, step};
+use crate::inputs::{BLOCK, WORKING_SET, activations, backend, step};
 use crate::roofline::{Need, Roofline};
 
 const SHAPE: AttentionShape = AttentionShape {
@@ -23,7 +23,7 @@ pub fn benches(c: &mut Criterion, roofline: &Roofline) {
     copy_blocks(c, roofline);
 }
 
-/// A cache of one layer for the step's blocks, each written once: memory that nobody has written is one page of zeroes, which is read from the
+/// A cache of so many layers for the step's blocks, each written once: memory that nobody has written is one page of zeroes, which is read from the
 /// processor's caches.
 fn cache(backend: &mut CpuBackend, blocks: usize, layers: usize, dtype: KvDtype) -> KvCache {
     let shape = KvShape {
@@ -91,7 +91,7 @@ impl Case {
 }
 
 #[rustfmt::skip]
-const CASES: [Case; 18] = [
+const CASES: [Case; 19] = [
     Case::new("decode at 1024", 1, 1024, 1),
     Case::new("decode at 8192", 1, 8192, 1),
     Case { dtype: KvDtype::Q8, ..Case::new("decode at 8192, q8", 1, 8192, 1) },
@@ -100,6 +100,7 @@ const CASES: [Case; 18] = [
     Case { window: Some(1024), ..Case::new("decode at 8192, window of 1024", 1, 8192, 1) },
     Case { softcap: Some(50.0), ..Case::new("decode at 8192, capped", 1, 8192, 1) },
     Case { sinks: true, ..Case::new("decode at 8192, sinks", 1, 8192, 1) },
+    Case::new("decode at 160, 32 sequences", 32, 160, 1),
     Case::new("decode at 1024, 32 sequences", 32, 1024, 1),
     Case { dtype: KvDtype::Q8, ..Case::new("decode at 1024, 32 sequences, q8", 32, 1024, 1) },
     Case::new("prefill of 512 at 0", 1, 0, 512),
@@ -117,7 +118,13 @@ fn attention(c: &mut Criterion, roofline: &Roofline) {
     for case in &CASES {
         let mut backend = backend();
         let step = step(case.sequences, case.start, case.rows);
-        let kv = cache(&mut backend, step.block_tables.len(), 1, case.dtype);
+        let bytes = kv_bytes(case.read(), case.dtype);
+        // Layers in turn, so that what is decoded from is in no cache; a prompt is arithmetic.
+        let layers = match case.rows {
+            1 => WORKING_SET.div_ceil(bytes as usize),
+            _ => 1,
+        };
+        let kv = cache(&mut backend, step.block_tables.len(), layers, case.dtype);
         backend.begin(&step).expect("a valid step");
         let shape = AttentionShape {
             window: case.window,
@@ -130,7 +137,6 @@ fn attention(c: &mut Criterion, roofline: &Roofline) {
         let qkv = activations(&backend, step.rows(), qkv_cols);
         let mut out = activations(&backend, step.rows(), SHAPE.heads * SHAPE.head_dim);
         let operations = case.seen(&step) * (4 * SHAPE.heads * SHAPE.head_dim) as u64;
-        let bytes = kv_bytes(case.read(), case.dtype);
         group.throughput(if case.rows == 1 {
             Throughput::Bytes(bytes)
         } else {
@@ -141,9 +147,14 @@ fn attention(c: &mut Criterion, roofline: &Roofline) {
             f32: operations as f64,
             products: None,
         };
+        let mut layers = (0..layers).cycle();
         roofline.bench(&mut group, case.name, need, || {
+            let layer = KvLayer {
+                index: layers.next().expect("there are layers"),
+                ..LAYER
+            };
             backend
-                .attention(&qkv, LAYER, &shape, sinks, &kv, &mut out)
+                .attention(&qkv, layer, &shape, sinks, &kv, &mut out)
                 .expect("shapes that belong together");
         });
     }

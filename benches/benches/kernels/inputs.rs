@@ -8,8 +8,8 @@ use crate::options::options;
 
 /// Positions of a KV block.
 pub const BLOCK: usize = 16;
-/// More bytes of weights than any cache holds.
-pub const WORKING_SET: usize = 192 << 20;
+/// More bytes of weights, or keys and values, than any cache holds: servers have third-level caches of 300 MiB.
+pub const WORKING_SET: usize = 512 << 20;
 
 pub fn backend() -> CpuBackend {
     with(|_| ())

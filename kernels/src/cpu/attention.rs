@@ -15,6 +15,7 @@ mod span;
 
 use std::cmp::Reverse;
 use std::f32::consts::LOG2_E;
+use std::ops::Range;
 
 use elements::Element;
 use span::{Batch, CHUNK, KeysAndValues, SPAN, TILES, few, many};
@@ -31,8 +32,10 @@ use crate::{AttentionShape, Error, KvDtype, KvLayer, Span};
 const TASK_ROWS: usize = 48;
 /// So many queries pass over a span together, with parts of it widened for all of them.
 const FEW: usize = 12;
-/// Tasks for each thread, at least, before one takes several KV heads: with many short sequences, only a head's first span has nobody to ask for it.
-const TASKS: usize = 32;
+/// KV heads that a task with a few queries takes at once, at most: it walks their spans in the order they lie in memory, head by head.
+const TOGETHER: usize = 8;
+/// Tasks for each thread that work is divided into, at least, before one takes several KV heads.
+const TASKS: u64 = 8;
 
 /// A run of query rows of one sequence.
 #[derive(Debug, Clone, Copy)]
@@ -43,9 +46,20 @@ struct Run {
     rows: u32,
 }
 
+/// What a thread takes at a time.
+#[derive(Debug, Clone, Copy)]
+struct Task {
+    run: Run,
+    /// The first of its KV heads, and the one after the last.
+    heads: (usize, usize),
+}
+
 /// Working memory, kept from step to step.
 pub(crate) struct Scratch {
     runs: Vec<Run>,
+    /// Node by node, and where those of each node begin.
+    tasks: Vec<Task>,
+    nodes: Vec<usize>,
     /// Per thread: a task's [`Queries`].
     floats: Buffer<f32>,
 }
@@ -54,6 +68,8 @@ impl Scratch {
     pub fn new() -> Result<Self, Error> {
         Ok(Self {
             runs: Vec::new(),
+            tasks: Vec::new(),
+            nodes: Vec::new(),
             floats: Buffer::zeroed(0, "attention scratch")?,
         })
     }
@@ -77,12 +93,41 @@ impl Scratch {
             (Reverse(end), run.span.row, Reverse(run.row))
         });
     }
+
+    /// Divides a layer's runs into tasks of about as much work each, if that takes no less than a head of a run.
+    fn divide(&mut self, shape: &AttentionShape, kv: &KvCache, pool: &Pool) {
+        // Queries multiply what they see, and all of it has to be read, which takes about as long as a row.
+        let window = shape.window.map_or(u64::MAX, u64::from);
+        let work = |run: &Run| {
+            let seen = u64::from(run.span.start + run.row - run.span.row) + u64::from(run.rows);
+            let rows = u64::from(run.rows);
+            seen.min(window.saturating_add(rows)) * (rows + 1)
+        };
+        let all = self.runs.iter().map(work).sum::<u64>() * shape.kv_heads as u64;
+        let each = all / (TASKS * pool.threads() as u64);
+        self.tasks.clear();
+        self.nodes.clear();
+        for node in 0..pool.nodes() {
+            self.nodes.push(self.tasks.len());
+            let heads = kv.heads(node);
+            for run in &self.runs {
+                let together = (each / work(run)).max(1) as usize;
+                for first in heads.clone().step_by(together) {
+                    self.tasks.push(Task {
+                        run: *run,
+                        heads: (first, heads.end.min(first.saturating_add(together))),
+                    });
+                }
+            }
+        }
+        self.nodes.push(self.tasks.len());
+    }
 }
 
 /// Floats a thread needs.
 fn per_thread(shape: &AttentionShape) -> usize {
     let queries = TASK_ROWS * (shape.heads / shape.kv_heads);
-    widened(shape.head_dim) + queries * floats_each(shape.head_dim)
+    widened(shape.head_dim) + queries.max(TOGETHER * FEW) * floats_each(shape.head_dim)
 }
 
 /// Floats of what is widened at once: a tile of keys, or two vectors of a span's values.
@@ -160,23 +205,16 @@ impl Attention<'_> {
         scratch
             .floats
             .reserve(each * pool.threads(), "attention scratch")?;
+        scratch.divide(&self.shape, self.kv, pool);
         let floats = Shared::new(scratch.floats.as_mut_slice());
-        let runs = &scratch.runs;
+        let (tasks, nodes) = (&scratch.tasks, &scratch.nodes);
         let out = Shared::new(out);
-        let kv = self.kv;
-        let together = (runs.len() * self.shape.kv_heads / (TASKS * pool.threads())).max(1);
-        let tasks = |node| runs.len() * kv.heads(node).len().div_ceil(together);
-        pool.near(&tasks, &|turn| {
+        pool.near(&|node| nodes[node + 1] - nodes[node], &|turn| {
             // SAFETY: each thread has its own part.
             let floats = unsafe { floats.range(turn.thread * each, each) };
-            let heads = kv.heads(turn.node);
-            let parts = heads.len().div_ceil(together);
-            let first = heads.start + turn.task % parts * together;
             let work = Work {
                 attention: self,
-                run: runs[turn.task / parts],
-                kv_head: first,
-                last_head: (first + together).min(heads.end) - 1,
+                task: tasks[nodes[turn.node] + turn.task],
                 out,
             };
             let work = &work;
@@ -186,14 +224,10 @@ impl Attention<'_> {
     }
 }
 
-/// A run of query rows against one KV head.
-#[derive(Clone, Copy)]
+/// A task of a layer's.
 struct Work<'a> {
     attention: &'a Attention<'a>,
-    run: Run,
-    kv_head: usize,
-    /// A task goes on to this one.
-    last_head: usize,
+    task: Task,
     out: Shared<f32>,
 }
 
@@ -211,76 +245,66 @@ unsafe fn attend<S: Simd>(work: &Work<'_>, floats: &mut [f32]) {
     }
 }
 
-/// A task, head by head. `E`: an element of the cache. (No closures here and below: see `linear.rs`.)
+/// A task: several KV heads at once, or one after the other. `E`: an element of the cache. (No closures that compute, here and below: see `linear.rs`.)
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)] // as above
 unsafe fn attend_over<S: Simd, E: Element>(work: &Work<'_>, floats: &mut [f32]) {
-    let mut work = *work;
-    let oldest = work.oldest();
-    let mut first = work.keys_and_values::<E>(oldest / SPAN * SPAN, oldest);
-    loop {
-        let mut following = work;
-        following.kv_head += 1;
-        let next = (work.kv_head < work.last_head)
-            .then(|| following.keys_and_values::<E>(oldest / SPAN * SPAN, oldest));
-        unsafe { one_head::<S, E>(&work, &first, next.as_ref(), floats) };
-        let Some(next) = next else { return };
-        (work, first) = (following, next);
-    }
-}
-
-/// A head, whose first span is known, and what comes after its last one.
-#[inline(always)]
-#[allow(clippy::undocumented_unsafe_blocks)] // as above
-unsafe fn one_head<S: Simd, E: Element>(
-    work: &Work<'_>,
-    first: &KeysAndValues<E>,
-    following: Option<&KeysAndValues<E>>,
-    floats: &mut [f32],
-) {
     let shape = &work.attention.shape;
     let (group, d) = (shape.heads / shape.kv_heads, shape.head_dim);
-    let rows = work.run.rows as usize;
-    let first_position = (work.run.span.start + work.run.row - work.run.span.row) as usize;
+    let rows = work.task.run.rows as usize;
+    let first_position = work.first_position();
     let window = work.window();
+    let (begin, end) = (work.oldest() / SPAN * SPAN, first_position + rows);
+    // Heads of a block lie one after the other. What a few queries wait for is memory, which is fastest in order; many wait for arithmetic, and those
+    // of one head fill a cache.
+    let together = if rows * group < FEW { TOGETHER } else { 1 };
     let (wide, floats) = floats.split_at_mut(widened(d));
-    let mut own = work.queries::<S>(floats);
-    let oldest = work.oldest();
-    let mut span = *first;
-    for begin in (oldest / SPAN * SPAN..first_position + rows).step_by(SPAN) {
-        let last = begin + SPAN >= first_position + rows;
-        let next = if last {
-            following.copied()
-        } else {
-            Some(work.keys_and_values::<E>(begin + SPAN, oldest))
-        };
-        // Rows before the span's begin have nothing in it, and rows whose window begins after it have not either.
-        let after = (begin + SPAN)
-            .saturating_add(window - 1)
-            .saturating_sub(first_position);
-        let end = after.min(rows) * group;
-        let batch = Batch {
-            first: begin.saturating_sub(first_position) * group,
-            group,
-            rows,
-            position: first_position,
-            begin,
-            window,
-            whole: begin + SPAN <= first_position + 1
-                && (first_position + rows).saturating_sub(window) <= begin,
-            leads: true,
-        };
-        // SAFETY: as above.
-        unsafe { over::<S, E>(shape, &span, next.as_ref(), batch, end, &mut own, wide) };
-        if let Some(next) = next {
-            span = next;
-        }
-    }
+    let padded = work.padded::<S>();
+    let each = padded * floats_each(d);
 
-    for (query, weighed) in own.out.chunks_exact(d).take(rows * group).enumerate() {
-        let inverse = 1.0 / own.sums[query];
-        for (out, x) in work.out_of(query).iter_mut().zip(weighed) {
-            *out = x * inverse;
+    let mut span = work.keys_and_values::<E>(work.task.heads.0, begin);
+    for first in (work.task.heads.0..work.task.heads.1).step_by(together) {
+        let last = (first + together).min(work.task.heads.1);
+        for head in first..last {
+            let floats = &mut floats[(head - first) * each..][..each];
+            work.begin(head, &mut Queries::within(floats, padded, d));
+        }
+        for begin in (begin..end).step_by(SPAN) {
+            // Rows before the span's begin have nothing in it, and rows whose window begins after it have not either.
+            let after = (begin + SPAN)
+                .saturating_add(window - 1)
+                .saturating_sub(first_position);
+            let batch = Batch {
+                first: begin.saturating_sub(first_position) * group,
+                group,
+                rows,
+                position: first_position,
+                begin,
+                window,
+                whole: begin + SPAN <= first_position + 1 && end.saturating_sub(window) <= begin,
+                leads: true,
+            };
+            for head in first..last {
+                let next = work.after::<E>(head, begin, first..last);
+                let floats = &mut floats[(head - first) * each..][..each];
+                let mut own = Queries::within(floats, padded, d);
+                let seen = after.min(rows) * group;
+                // SAFETY: as above.
+                unsafe { over::<S, E>(shape, &span, next.as_ref(), batch, seen, &mut own, wide) };
+                if let Some(next) = next {
+                    span = next;
+                }
+            }
+        }
+        for head in first..last {
+            let floats = &mut floats[(head - first) * each..][..each];
+            let own = Queries::within(floats, padded, d);
+            for (query, weighed) in own.out.chunks_exact(d).take(rows * group).enumerate() {
+                let inverse = 1.0 / own.sums[query];
+                for (out, x) in work.out_of(head, query).iter_mut().zip(weighed) {
+                    *out = x * inverse;
+                }
+            }
         }
     }
 }
@@ -337,20 +361,27 @@ unsafe fn over<S: Simd, E: Element>(
 }
 
 impl Work<'_> {
-    /// The queries, and nothing that has become of them yet.
+    /// Queries of a head that there is room for.
     #[inline(always)]
-    fn queries<'a, S: Simd>(&self, floats: &'a mut [f32]) -> Queries<'a> {
+    fn padded<S: Simd>(&self) -> usize {
         let shape = &self.attention.shape;
-        let queries = self.run.rows as usize * (shape.heads / shape.kv_heads);
+        let queries = self.task.run.rows as usize * (shape.heads / shape.kv_heads);
         // Many are multiplied with `S::QUERIES` at once, the last of which may stand for none.
-        let padded = if queries < FEW {
+        if queries < FEW {
             queries
         } else {
             queries.next_multiple_of(S::QUERIES)
-        };
-        let own = Queries::within(floats, padded, shape.head_dim);
+        }
+    }
+
+    /// The queries of a head, and nothing that has become of them yet.
+    #[inline(always)]
+    fn begin(&self, kv_head: usize, own: &mut Queries<'_>) {
+        let shape = &self.attention.shape;
+        let queries = self.task.run.rows as usize * (shape.heads / shape.kv_heads);
+        let padded = own.sums.len();
         for query in 0..padded {
-            let vector = self.query(query.min(queries - 1));
+            let vector = self.query(kv_head, query.min(queries - 1));
             for (chunk, part) in vector.chunks(CHUNK).enumerate() {
                 own.vectors[(chunk * padded + query) * CHUNK..][..part.len()].copy_from_slice(part);
             }
@@ -360,11 +391,10 @@ impl Work<'_> {
         own.sums.fill(0.0);
         if let Some(sinks) = self.attention.sinks {
             for (query, maximum) in own.maxima[..queries].iter_mut().enumerate() {
-                *maximum = sinks[self.place(query).1] * LOG2_E;
+                *maximum = sinks[self.place(kv_head, query).1] * LOG2_E;
             }
             own.sums.fill(1.0);
         }
-        own
     }
 
     /// A query's part of the output.
@@ -373,9 +403,9 @@ impl Work<'_> {
         reason = "a task's queries are its own; see below"
     )]
     #[inline(always)]
-    fn out_of(&self, query: usize) -> &mut [f32] {
+    fn out_of(&self, kv_head: usize, query: usize) -> &mut [f32] {
         let (d, heads) = (self.attention.shape.head_dim, self.attention.shape.heads);
-        let (row, head) = self.place(query);
+        let (row, head) = self.place(kv_head, query);
         // SAFETY: rows of a run and heads of a group belong to this task alone, and it uses one query's part at a time.
         unsafe { self.out.range(row * heads * d + head * d, d) }
     }
@@ -389,44 +419,71 @@ impl Work<'_> {
             .map_or(usize::MAX, |window| window as usize)
     }
 
+    /// The position of the run's first row.
+    #[inline(always)]
+    fn first_position(&self) -> usize {
+        (self.task.run.span.start + self.task.run.row - self.task.run.span.row) as usize
+    }
+
     /// The oldest position that any of the rows sees.
     #[inline(always)]
     fn oldest(&self) -> usize {
-        let first = (self.run.span.start + self.run.row - self.run.span.row) as usize;
-        (first + 1).saturating_sub(self.window())
+        (self.first_position() + 1).saturating_sub(self.window())
     }
 
     /// A query's vector.
     #[inline(always)]
-    fn query(&self, query: usize) -> &[f32] {
+    fn query(&self, kv_head: usize, query: usize) -> &[f32] {
         let shape = &self.attention.shape;
         let d = shape.head_dim;
         let columns = (shape.heads + 2 * shape.kv_heads) * d;
-        let (row, head) = self.place(query);
+        let (row, head) = self.place(kv_head, query);
         &self.attention.qkv[row * columns + head * d..][..d]
     }
 
-    /// The row and head of a query.
+    /// The row and head of one of a KV head's queries.
     #[inline(always)]
-    fn place(&self, query: usize) -> (usize, usize) {
+    fn place(&self, kv_head: usize, query: usize) -> (usize, usize) {
         let group = self.attention.shape.heads / self.attention.shape.kv_heads;
-        let row = self.run.row as usize + query / group;
-        (row, self.kv_head * group + query % group)
+        let row = self.task.run.row as usize + query / group;
+        (row, kv_head * group + query % group)
     }
 
-    /// The tiles of the span that begins at position `begin`. Those after the run's last position and those before the `oldest` it sees need not be
+    /// What comes after a head's span, if `heads` are walked at once: the span of the next of them, the first one's next span, or what the heads after
+    /// them begin with.
+    #[inline(always)]
+    fn after<E>(
+        &self,
+        kv_head: usize,
+        begin: usize,
+        heads: Range<usize>,
+    ) -> Option<KeysAndValues<E>> {
+        let end = self.first_position() + self.task.run.rows as usize;
+        let (kv_head, begin) = if kv_head + 1 < heads.end {
+            (kv_head + 1, begin)
+        } else if begin + SPAN < end {
+            (heads.start, begin + SPAN)
+        } else if heads.end < self.task.heads.1 {
+            (heads.end, self.oldest() / SPAN * SPAN)
+        } else {
+            return None;
+        };
+        Some(self.keys_and_values(kv_head, begin))
+    }
+
+    /// The tiles of a head's span that begins at position `begin`. Those after the run's last position and those before the oldest it sees need not be
     /// there: another stands for them, and nobody looks.
-    fn keys_and_values<E>(&self, begin: usize, oldest: usize) -> KeysAndValues<E> {
+    fn keys_and_values<E>(&self, kv_head: usize, begin: usize) -> KeysAndValues<E> {
         let kv = self.attention.kv;
         let (d, block_size) = (kv.shape.head_dim, kv.shape.block_size);
-        let end = (self.run.span.start + self.run.row - self.run.span.row + self.run.rows) as usize;
+        let end = self.first_position() + self.task.run.rows as usize;
         let data = kv.data.as_slice();
         let layer = self.attention.layer;
         let layout = kv.layout();
         // Bytes of a tile's keys, or values, and of its keys' scales.
         let (tile_bytes, scales) = (TILE * d * size_of::<E>(), layout.key_groups * TILE * SCALE);
         assert_eq!(layout.size, size_of::<E>(), "the cache's own elements");
-        let there = begin.max(oldest) / TILE * TILE;
+        let there = begin.max(self.oldest()) / TILE * TILE;
         let tile = |tile: usize| {
             let position = begin + tile * TILE;
             let position = if (there..end).contains(&position) {
@@ -434,11 +491,11 @@ impl Work<'_> {
             } else {
                 there
             };
-            let entry = self.run.span.table as usize
+            let entry = self.task.run.span.table as usize
                 + position / block_size * self.attention.groups
                 + layer.group;
             let block = self.attention.block_tables[entry] as usize;
-            let first = kv.offset(layer.index, block, self.kv_head);
+            let first = kv.offset(layer.index, block, kv_head);
             let at = position % block_size / TILE;
             assert!(first + layout.bytes <= data.len() && at * TILE < block_size);
             // SAFETY: in bounds by the assertion and by how a head's part of a block is laid out.

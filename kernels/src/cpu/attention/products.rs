@@ -62,7 +62,7 @@ pub(super) unsafe fn score<S: Simd, E: Element, const N: usize, const M: usize>(
                         && i % lines == 0
                     {
                         for m in 0..M {
-                            S::prefetch(values[m].wrapping_add(row).cast());
+                            S::prefetch_l2(values[m].wrapping_add(row).cast());
                         }
                     }
                     let mut wide = [[S::vsplat(0.0); 2]; M];
@@ -193,20 +193,24 @@ impl<E: Element, const N: usize> Weighed<'_, E, N> {
                     weigh!(all, |n, p| true);
                 }
                 Some((keys, d)) => {
-                    // Every group of vectors asks for a part of the lines: all of them at once would be more than a core can wait for.
-                    let (group, groups) = (i / (U * S::WIDE), (d / (U * S::WIDE)).max(1));
-                    // Rows of a tile's keys that are asked for at each position: all there are, however few positions there are.
-                    let rows = SPAN.div_ceil(all.len().max(1));
-                    let bytes = d * size_of::<E>();
+                    // Every group of vectors asks for a part of the lines, in the order they lie: processors foresee that, and fetch ahead.
+                    let lines = (TILE * d * size_of::<E>()).div_ceil(LINE);
+                    let total = TILES * lines;
+                    let mut line = total * i / d;
+                    let end = total * (i + U * S::WIDE) / d;
+                    // Lines asked for at each position: all there are, however few positions there are.
+                    let each = (end - line).div_ceil(all.len().max(1));
+                    let mut at = (line % lines) * LINE;
+                    let mut tile = line / lines;
                     weigh!(all, |n, p| {
                         if n == 0 {
-                            let row = (p - all.start) * rows;
-                            for row in row..(row + rows).min(SPAN) {
-                                let keys = keys[row / TILE].cast::<u8>();
-                                let mut line = group * LINE;
-                                while line < bytes {
-                                    S::prefetch(keys.wrapping_add(row % TILE * bytes + line));
-                                    line += groups * LINE;
+                            let until = (line + each).min(end);
+                            while line < until {
+                                S::prefetch_l2(keys[tile].cast::<u8>().wrapping_add(at));
+                                line += 1;
+                                at += LINE;
+                                if at == lines * LINE {
+                                    (tile, at) = (tile + 1, 0);
                                 }
                             }
                         }

@@ -48,6 +48,10 @@ impl Simd for Avx512 {
         unsafe { Eight::prefetch(p) }
     }
     #[inline(always)]
+    unsafe fn prefetch_l2(p: *const u8) {
+        unsafe { Eight::prefetch_l2(p) }
+    }
+    #[inline(always)]
     unsafe fn splat(x: f32) -> Self::F {
         unsafe { Eight::splat(x) }
     }

@@ -167,6 +167,8 @@ pub(crate) trait Simd: Copy {
 
     /// Asks for the cache line at `p`, which need not be there.
     unsafe fn prefetch(p: *const u8);
+    /// Asks for it to be brought as far as the core's second-level cache, which waits for three times as many lines as the first.
+    unsafe fn prefetch_l2(p: *const u8);
 
     unsafe fn splat(x: f32) -> Self::F;
     unsafe fn load(p: *const f32) -> Self::F;

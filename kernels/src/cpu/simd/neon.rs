@@ -58,6 +58,17 @@ impl<P: Products> Simd for Neon<P> {
         }
     }
     #[inline(always)]
+    unsafe fn prefetch_l2(p: *const u8) {
+        // SAFETY: a prefetch may name any address.
+        unsafe {
+            asm!(
+                "prfm pldl2keep, [{address}]",
+                address = in(reg) p.addr(),
+                options(nomem, nostack, preserves_flags),
+            );
+        }
+    }
+    #[inline(always)]
     unsafe fn splat(x: f32) -> Self::F {
         unsafe { [vdupq_n_f32(x); REGISTERS] }
     }
