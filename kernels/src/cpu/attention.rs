@@ -94,7 +94,7 @@ impl Scratch {
         });
     }
 
-    /// Divides a layer's runs into tasks of about as much work each, if that takes no less than a head of a run.
+    /// Divides a layer's runs into tasks of about as much work each, each a KV head of a run at least.
     fn divide(&mut self, shape: &AttentionShape, kv: &KvCache, pool: &Pool) {
         // Queries multiply what they see, and all of it has to be read, which takes about as long as a row.
         let window = shape.window.map_or(u64::MAX, u64::from);
