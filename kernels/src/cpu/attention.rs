@@ -46,6 +46,14 @@ struct Run {
     rows: u32,
 }
 
+impl Run {
+    /// Where its rows are in their sequence.
+    fn positions(&self) -> Range<usize> {
+        let start = (self.span.start + self.row - self.span.row) as usize;
+        start..start + self.rows as usize
+    }
+}
+
 /// What a thread takes at a time.
 #[derive(Debug, Clone, Copy)]
 struct Task {
@@ -99,8 +107,7 @@ impl Scratch {
         // Queries multiply what they see, and all of it has to be read, which takes about as long as a row.
         let window = shape.window.map_or(u64::MAX, u64::from);
         let work = |run: &Run| {
-            let seen = u64::from(run.span.start + run.row - run.span.row) + u64::from(run.rows);
-            let rows = u64::from(run.rows);
+            let (seen, rows) = (run.positions().end as u64, u64::from(run.rows));
             seen.min(window.saturating_add(rows)) * (rows + 1)
         };
         let all = self.runs.iter().map(work).sum::<u64>() * shape.kv_heads as u64;
@@ -251,13 +258,13 @@ unsafe fn attend<S: Simd>(work: &Work<'_>, floats: &mut [f32]) {
 unsafe fn attend_over<S: Simd, E: Element>(work: &Work<'_>, floats: &mut [f32]) {
     let shape = &work.attention.shape;
     let (group, d) = (shape.heads / shape.kv_heads, shape.head_dim);
-    let rows = work.task.run.rows as usize;
-    let first_position = work.first_position();
+    let (rows, queries) = (work.task.run.rows as usize, work.queries());
+    let Range { start, end } = work.task.run.positions();
     let window = work.window();
-    let (begin, end) = (work.oldest() / SPAN * SPAN, first_position + rows);
+    let begin = work.oldest() / SPAN * SPAN;
     // Heads of a block lie one after the other. What a few queries wait for is memory, which is fastest in order; many wait for arithmetic, and those
     // of one head fill a cache.
-    let together = if rows * group < FEW { TOGETHER } else { 1 };
+    let together = if queries < FEW { TOGETHER } else { 1 };
     let (wide, floats) = floats.split_at_mut(widened(d));
     let padded = work.padded::<S>();
     let each = padded * floats_each(d);
@@ -273,15 +280,15 @@ unsafe fn attend_over<S: Simd, E: Element>(work: &Work<'_>, floats: &mut [f32]) 
             // Rows before the span's begin have nothing in it, and rows whose window begins after it have not either.
             let after = (begin + SPAN)
                 .saturating_add(window - 1)
-                .saturating_sub(first_position);
+                .saturating_sub(start);
             let batch = Batch {
-                first: begin.saturating_sub(first_position) * group,
+                first: begin.saturating_sub(start) * group,
                 group,
                 rows,
-                position: first_position,
+                position: start,
                 begin,
                 window,
-                whole: begin + SPAN <= first_position + 1 && end.saturating_sub(window) <= begin,
+                whole: begin + SPAN <= start + 1 && end.saturating_sub(window) <= begin,
                 leads: true,
             };
             for head in first..last {
@@ -299,7 +306,7 @@ unsafe fn attend_over<S: Simd, E: Element>(work: &Work<'_>, floats: &mut [f32]) 
         for head in first..last {
             let floats = &mut floats[(head - first) * each..][..each];
             let own = Queries::within(floats, padded, d);
-            for (query, weighed) in own.out.chunks_exact(d).take(rows * group).enumerate() {
+            for (query, weighed) in own.out.chunks_exact(d).take(queries).enumerate() {
                 let inverse = 1.0 / own.sums[query];
                 for (out, x) in work.out_of(head, query).iter_mut().zip(weighed) {
                     *out = x * inverse;
@@ -361,11 +368,17 @@ unsafe fn over<S: Simd, E: Element>(
 }
 
 impl Work<'_> {
-    /// Queries of a head that there is room for.
+    /// Queries of a KV head.
+    #[inline(always)]
+    fn queries(&self) -> usize {
+        let shape = &self.attention.shape;
+        self.task.run.rows as usize * (shape.heads / shape.kv_heads)
+    }
+
+    /// Queries of a KV head that there is room for.
     #[inline(always)]
     fn padded<S: Simd>(&self) -> usize {
-        let shape = &self.attention.shape;
-        let queries = self.task.run.rows as usize * (shape.heads / shape.kv_heads);
+        let queries = self.queries();
         // Many are multiplied with `S::QUERIES` at once, the last of which may stand for none.
         if queries < FEW {
             queries
@@ -377,9 +390,7 @@ impl Work<'_> {
     /// The queries of a head, and nothing that has become of them yet.
     #[inline(always)]
     fn begin(&self, kv_head: usize, own: &mut Queries<'_>) {
-        let shape = &self.attention.shape;
-        let queries = self.task.run.rows as usize * (shape.heads / shape.kv_heads);
-        let padded = own.sums.len();
+        let (queries, padded) = (self.queries(), own.sums.len());
         for query in 0..padded {
             let vector = self.query(kv_head, query.min(queries - 1));
             for (chunk, part) in vector.chunks(CHUNK).enumerate() {
@@ -419,16 +430,10 @@ impl Work<'_> {
             .map_or(usize::MAX, |window| window as usize)
     }
 
-    /// The position of the run's first row.
-    #[inline(always)]
-    fn first_position(&self) -> usize {
-        (self.task.run.span.start + self.task.run.row - self.task.run.span.row) as usize
-    }
-
     /// The oldest position that any of the rows sees.
     #[inline(always)]
     fn oldest(&self) -> usize {
-        (self.first_position() + 1).saturating_sub(self.window())
+        (self.task.run.positions().start + 1).saturating_sub(self.window())
     }
 
     /// A query's vector.
@@ -458,7 +463,7 @@ impl Work<'_> {
         begin: usize,
         heads: Range<usize>,
     ) -> Option<KeysAndValues<E>> {
-        let end = self.first_position() + self.task.run.rows as usize;
+        let end = self.task.run.positions().end;
         let (kv_head, begin) = if kv_head + 1 < heads.end {
             (kv_head + 1, begin)
         } else if begin + SPAN < end {
@@ -476,7 +481,7 @@ impl Work<'_> {
     fn keys_and_values<E>(&self, kv_head: usize, begin: usize) -> KeysAndValues<E> {
         let kv = self.attention.kv;
         let (d, block_size) = (kv.shape.head_dim, kv.shape.block_size);
-        let end = self.first_position() + self.task.run.rows as usize;
+        let end = self.task.run.positions().end;
         let data = kv.data.as_slice();
         let layer = self.attention.layer;
         let layout = kv.layout();

@@ -5,11 +5,8 @@
 use super::super::kv::TILE;
 use super::super::simd::Simd;
 use super::elements::Element;
-use super::span::{CHUNK, SPAN, Seen, TILES};
+use super::span::{CHUNK, LINE, Lines, SPAN, Seen, TILES};
 use crate::KvDtype;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Where queries are: [`super::Queries::vectors`] from one of them on.
 #[derive(Clone, Copy)]
@@ -123,12 +120,10 @@ pub(super) struct Weighed<'a, E, const N: usize> {
     pub(super) values: [*const E; TILES],
     /// Elements between a value and the next.
     pub(super) apart: usize,
-    /// The keys of the span to ask for meanwhile, and how many elements a value has.
-    pub(super) next: Option<([*const E; TILES], usize)>,
 }
 
 impl<E: Element, const N: usize> Weighed<'_, E, N> {
-    /// `U` vectors of each query's sum, from element `i` of the outputs and `from` of the values.
+    /// `U` vectors of each query's sum, from element `i` of the outputs and `from` of the values. Meanwhile it asks for its share of what lies `ahead`.
     ///
     /// # Safety
     /// Weights, values and outputs are there, and the processor has the instructions of `S`.
@@ -138,6 +133,7 @@ impl<E: Element, const N: usize> Weighed<'_, E, N> {
         &self,
         i: usize,
         from: usize,
+        ahead: Option<&mut Lines<'_, E>>,
     ) {
         unsafe {
             let mut sums = [[S::vsplat(0.0); U]; N];
@@ -188,34 +184,27 @@ impl<E: Element, const N: usize> Weighed<'_, E, N> {
             if N > 1 {
                 weigh!(before, |n, p| self.seen.sees(n, p));
             }
-            match self.next {
+            match ahead {
                 None => {
                     weigh!(all, |n, p| true);
                 }
-                Some((keys, d)) => {
-                    // Every group of vectors asks for a part of the lines, in the order they lie: processors foresee that, and fetch ahead.
-                    let lines = (TILE * d * size_of::<E>()).div_ceil(LINE);
-                    let total = TILES * lines;
-                    let mut line = total * i / d;
-                    let end = total * (i + U * S::WIDE) / d;
-                    // Lines asked for at each position: all there are, however few positions there are.
-                    let each = (end - line).div_ceil(all.len().max(1));
-                    let mut at = (line % lines) * LINE;
-                    let mut tile = line / lines;
+                Some(ahead) => {
+                    let mut left = Lines::<E>::share(U * S::WIDE);
+                    let each = left.div_ceil(SPAN);
                     weigh!(all, |n, p| {
                         if n == 0 {
-                            let until = (line + each).min(end);
-                            while line < until {
-                                S::prefetch_l2(keys[tile].cast::<u8>().wrapping_add(at));
-                                line += 1;
-                                at += LINE;
-                                if at == lines * LINE {
-                                    (tile, at) = (tile + 1, 0);
-                                }
+                            let now = each.min(left);
+                            left -= now;
+                            for line in ahead.by_ref().take(now) {
+                                S::prefetch_l2(line);
                             }
                         }
                         true
                     });
+                    // There may be few positions that all see.
+                    for line in ahead.by_ref().take(left) {
+                        S::prefetch_l2(line);
+                    }
                 }
             }
             if N > 1 {

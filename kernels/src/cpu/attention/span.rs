@@ -22,7 +22,7 @@ pub(super) const SPAN: usize = TILES * TILE;
 /// foresee where a loop of 32 turns ends among others.
 pub(super) const CHUNK: usize = 128;
 /// Bytes of a cache line.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 
 /// Queries that pass over a span together.
 #[derive(Clone, Copy)]
@@ -113,6 +113,49 @@ pub(super) struct KeysAndValues<E> {
     pub(super) value_scales: [*const u16; TILES],
 }
 
+/// The cache lines of a span's keys or values, tile by tile in the order they lie: processors foresee that, and fetch ahead. (Nothing need be there:
+/// they are only asked for.)
+pub(super) struct Lines<'a, E> {
+    tiles: &'a [*const E],
+    /// Bytes of a tile.
+    bytes: usize,
+    /// The next one: of which tile, and how far from where that begins.
+    tile: usize,
+    at: usize,
+}
+
+impl<'a, E> Lines<'a, E> {
+    /// Those of `tiles` with `d` elements for each position.
+    fn of(tiles: &'a [*const E], d: usize) -> Self {
+        Self {
+            tiles,
+            bytes: TILE * d * size_of::<E>(),
+            tile: 0,
+            at: 0,
+        }
+    }
+
+    /// How many of a span's there are for each `elements` of the `d` that a position has.
+    pub(super) const fn share(elements: usize) -> usize {
+        SPAN * elements * size_of::<E>() / LINE
+    }
+}
+
+impl<E> Iterator for Lines<'_, E> {
+    type Item = *const u8;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<*const u8> {
+        let tile = self.tiles.get(self.tile)?.cast::<u8>();
+        let line = tile.wrapping_add(self.at);
+        self.at += LINE;
+        if self.at >= self.bytes {
+            (self.tile, self.at) = (self.tile + 1, 0);
+        }
+        Some(line)
+    }
+}
+
 impl Queries<'_> {
     /// Where the vectors of those from `query` on are.
     #[inline(always)]
@@ -179,7 +222,6 @@ impl Queries<'_> {
             seen,
             values,
             apart,
-            next: None,
         }
     }
 }
@@ -238,27 +280,29 @@ pub(super) unsafe fn few<S: Simd, E: Element, const N: usize>(
             };
         }
         own.soften::<S, E, N>(first, span, &seen, shape);
-        let weighed = Weighed {
-            next: next.map(|next| (next.keys, d)),
-            ..own.weighed::<E, N>(first, seen, d, span.values, d)
-        };
+        let weighed = own.weighed::<E, N>(first, seen, d, span.values, d);
+        let mut ahead = next.map(|next| Lines::of(&next.keys, d));
         let vectors = d / S::WIDE * S::WIDE;
         let mut i = 0;
         // As with scores: the fewer queries, the more vectors of each at once.
         while N <= 2 && i + 4 * S::WIDE <= vectors {
-            weighed.vectors::<S, 4, false>(i, i);
+            weighed.vectors::<S, 4, false>(i, i, ahead.as_mut());
             i += 4 * S::WIDE;
         }
         while i + 2 * S::WIDE <= vectors {
-            weighed.vectors::<S, 2, false>(i, i);
+            weighed.vectors::<S, 2, false>(i, i, ahead.as_mut());
             i += 2 * S::WIDE;
         }
         while i < vectors {
-            weighed.vectors::<S, 1, false>(i, i);
+            weighed.vectors::<S, 1, false>(i, i, ahead.as_mut());
             i += S::WIDE;
         }
         for i in vectors..d {
             weighed.element(i, i);
+        }
+        // Those of what no vector was left for.
+        for line in ahead.into_iter().flatten() {
+            S::prefetch_l2(line);
         }
     }
 }
@@ -279,36 +323,6 @@ unsafe fn widen<S: Simd, E: Element>(from: *const E, to: *mut f32, count: usize)
     }
 }
 
-/// Asks for the lines of a tile of `bytes` bytes, or of its `part`th of so many `parts`.
-#[inline(always)]
-#[allow(clippy::undocumented_unsafe_blocks)] // nothing need be there
-unsafe fn ask<S: Simd>(tile: *const u8, bytes: usize, part: usize, parts: usize) {
-    let lines = bytes / LINE;
-    for line in lines * part / parts..lines * (part + 1) / parts {
-        unsafe { S::prefetch(tile.wrapping_add(line * LINE)) };
-    }
-}
-
-/// Asks for a part of a span's keys: the `part`th of so many `parts` of what the `panel`th of so many `panels` asks for.
-#[inline(always)]
-#[allow(clippy::undocumented_unsafe_blocks)] // nothing need be there
-unsafe fn ask_of<S: Simd, E>(
-    span: &KeysAndValues<E>,
-    d: usize,
-    panel: usize,
-    panels: usize,
-    part: usize,
-    parts: usize,
-) {
-    let bytes = TILE * d * size_of::<E>();
-    // A tile for several panels, or several tiles for one.
-    let (shared, each) = ((panels / TILES).max(1), TILES.div_ceil(panels));
-    for tile in panel / shared * each..((panel / shared + 1) * each).min(TILES) {
-        let (part, parts) = (panel % shared * parts + part, shared * parts);
-        unsafe { ask::<S>(span.keys[tile].cast(), bytes, part, parts) };
-    }
-}
-
 /// Queries `batch.first..end` over one span, of whose keys and values a part is widened at a time, in `wide` (memory for a tile of keys, or for two
 /// vectors of each value). `N` at once: there is room for as many as make the last of them whole.
 ///
@@ -326,7 +340,6 @@ pub(super) unsafe fn many<S: Simd, E: Element, const N: usize>(
     wide: &mut [f32],
 ) {
     let d = shape.head_dim;
-    let bytes = TILE * d * size_of::<E>();
     let batches = (end - batch.first).div_ceil(N);
     let of = |i: usize| Batch {
         first: batch.first + i * N,
@@ -336,11 +349,16 @@ pub(super) unsafe fn many<S: Simd, E: Element, const N: usize>(
     let positions = first.from[0]..last.valid[N - 1];
     let tiles = positions.start / TILE..positions.end.div_ceil(TILE);
     unsafe {
-        for tile in tiles.clone() {
+        // Whoever passes over a tile asks for a part of its values, and later for a part of the keys that come next.
+        let mut ahead = Lines::of(&span.values[tiles.clone()], d);
+        let each = Lines::<E>::share(d).div_ceil(TILES * batches);
+        for tile in tiles {
             widen::<S, E>(span.keys[tile], wide.as_mut_ptr(), TILE * d);
             for i in 0..batches {
                 let batch = of(i);
-                ask::<S>(span.values[tile].cast(), bytes, i, batches);
+                for line in ahead.by_ref().take(each) {
+                    S::prefetch(line);
+                }
                 let scores = own.scores[batch.first..batch.first + N].as_mut_ptr();
                 if batch.seen::<N>().tiles().contains(&tile) {
                     score::<S, E::Wide, N, 1>(
@@ -358,6 +376,7 @@ pub(super) unsafe fn many<S: Simd, E: Element, const N: usize>(
             let batch = of(i);
             own.soften::<S, E, N>(batch.first, span, &batch.seen(), shape);
         }
+        let mut ahead = Lines::of(next.map_or(&[][..], |next| &next.keys[..]), d);
         // A panel: so many vectors of each value, from element `i`.
         macro_rules! weigh {
             ($i:expr, $vectors:expr) => {{
@@ -369,16 +388,17 @@ pub(super) unsafe fn many<S: Simd, E: Element, const N: usize>(
                         S::vstore(to, E::load::<S>(value.add(u * S::WIDE)));
                     }
                 }
+                let each = Lines::<E>::share(width).div_ceil(batches);
                 for part in 0..batches {
                     let batch = of(part);
-                    if let Some(next) = next {
-                        ask_of::<S, E>(next, d, i / width, d.div_ceil(width), part, batches);
+                    for line in ahead.by_ref().take(each) {
+                        S::prefetch(line);
                     }
                     let values = wide.as_ptr();
                     let values =
                         std::array::from_fn(|tile| values.wrapping_add(tile * TILE * width));
                     own.weighed::<f32, N>(batch.first, batch.seen(), width, values, d)
-                        .vectors::<S, { $vectors }, true>(i, 0);
+                        .vectors::<S, { $vectors }, true>(i, 0, None);
                 }
                 i + width
             }};

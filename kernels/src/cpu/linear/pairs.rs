@@ -50,11 +50,15 @@ trait Multiply<S: Simd> {
     /// They are there; the processor has the instructions.
     unsafe fn weights(pairs: *const u16, product: usize) -> S::V;
 
-    /// Adds the products of weights and activations to sums.
+    /// Adds the products of weights and activations to sums: each with an addition of its own, if nothing else is said.
     ///
     /// # Safety
     /// The processor has the instructions.
-    unsafe fn add(weights: S::V, x: S::V, sums: S::V) -> S::V;
+    #[inline(always)]
+    unsafe fn add(weights: S::V, x: S::V, sums: S::V) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::vfma(weights, x, sums) }
+    }
 }
 
 /// Multiply-adds of f32: first of every pair's second elements, then of the first ones.
@@ -73,12 +77,6 @@ impl<S: Simd> Multiply<S> for Widened {
             }
         }
     }
-
-    #[inline(always)]
-    unsafe fn add(weights: S::V, x: S::V, sums: S::V) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { S::vfma(weights, x, sums) }
-    }
 }
 
 /// The same, and what was widened is kept.
@@ -93,12 +91,6 @@ impl<S: Simd> Multiply<S> for Keeping {
         // SAFETY: the caller's promise.
         unsafe { <Widened as Multiply<S>>::weights(pairs, product) }
     }
-
-    #[inline(always)]
-    unsafe fn add(weights: S::V, x: S::V, sums: S::V) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { S::vfma(weights, x, sums) }
-    }
 }
 
 /// The same, of what was kept.
@@ -112,12 +104,6 @@ impl<S: Simd> Multiply<S> for Kept {
     unsafe fn weights(kept: *const u16, _: usize) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { S::vload(kept.cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn add(weights: S::V, x: S::V, sums: S::V) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { S::vfma(weights, x, sums) }
     }
 }
 
