@@ -5,6 +5,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::file::{Drawing, File};
+use super::legend::{BLUE, GREEN};
 
 /// One bar.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,9 +27,9 @@ pub struct Group {
     pub bars: Vec<Bar>,
 }
 
-const REACHED: RGBColor = RGBColor(46, 125, 50);
+const REACHED: RGBColor = GREEN;
 const MISSED: RGBColor = RGBColor(230, 145, 56);
-const PLAIN: RGBColor = RGBColor(69, 117, 180);
+const PLAIN: RGBColor = BLUE;
 
 /// Draws ratios: green bars reach their goal, orange ones miss it, the line at 1 is the peer.
 ///

@@ -5,6 +5,7 @@ use plotters::prelude::*;
 
 use super::axis::{SHORTEST, decades, label};
 use super::file::{Drawing, File};
+use super::legend::{BLUE, RED, legend, piece};
 
 /// What one rate of a sweep found.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -19,9 +20,6 @@ pub struct Point {
 
 /// A latency's percentiles.
 type Of = fn(&Point) -> Option<(f64, f64)>;
-
-const P50: RGBColor = RGBColor(69, 117, 180);
-const P99: RGBColor = RGBColor(215, 48, 39);
 
 /// Draws TTFT and inter-token latency over throughput, both logarithmic.
 ///
@@ -68,7 +66,7 @@ impl Drawing for Sweep<'_> {
                 .max_light_lines(0)
                 .y_label_formatter(&|ms| label(*ms))
                 .draw()?;
-            for (label, color) in [("p50", P50), ("p99", P99)] {
+            for (label, color) in [("p50", BLUE), ("p99", RED)] {
                 let line: Vec<(f64, f64)> = points
                     .iter()
                     .filter_map(|point| {
@@ -80,16 +78,9 @@ impl Drawing for Sweep<'_> {
                 chart
                     .draw_series(LineSeries::new(line, color.stroke_width(2)).point_size(3))?
                     .label(label)
-                    .legend(move |(x, y)| {
-                        PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2))
-                    });
+                    .legend(piece(color));
             }
-            chart
-                .configure_series_labels()
-                .position(SeriesLabelPosition::UpperLeft)
-                .background_style(WHITE.mix(0.8))
-                .border_style(BLACK.mix(0.3))
-                .draw()?;
+            legend(&mut chart, SeriesLabelPosition::UpperLeft)?;
         }
         Ok(())
     }

@@ -4,6 +4,7 @@ mod axis;
 mod bars;
 mod file;
 mod latency;
+mod legend;
 mod percentiles;
 
 pub use bars::{Bar, Group, ratios};

@@ -8,6 +8,7 @@ use plotters::prelude::*;
 
 use super::axis::{SHORTEST, decades, label};
 use super::file::{Drawing, File};
+use super::legend::{BLUE, GREEN, PURPLE, RED, legend, piece};
 
 /// One latency.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,12 +32,7 @@ struct Percentiles<'a> {
     curves: &'a [Curve],
 }
 
-const COLORS: [RGBColor; 4] = [
-    RGBColor(69, 117, 180),
-    RGBColor(215, 48, 39),
-    RGBColor(46, 125, 50),
-    RGBColor(117, 112, 179),
-];
+const COLORS: [RGBColor; 4] = [BLUE, RED, GREEN, PURPLE];
 
 /// What is written below the axis.
 const MARKS: [(f64, &str); 7] = [
@@ -111,16 +107,9 @@ impl Drawing for Percentiles<'_> {
             chart
                 .draw_series(LineSeries::new(line, color.stroke_width(2)))?
                 .label(curve.name)
-                .legend(move |(x, y)| {
-                    PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2))
-                });
+                .legend(piece(color));
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::LowerRight)
-            .background_style(WHITE.mix(0.8))
-            .border_style(BLACK.mix(0.3))
-            .draw()?;
+        legend(&mut chart, SeriesLabelPosition::LowerRight)?;
         Ok(())
     }
 }
