@@ -115,7 +115,7 @@ fn a_row_has_the_same_bits_alone_and_among_others_on_any_backend() {
 }
 
 /// To the bit: of every two k first the product of the second is added, then that of the first, each rounded once. With activations rounded to bfloat16,
-/// ties to even, that is `vdpbf16ps` as Intel's manual defines it.
+/// ties to even, that is `vdpbf16ps` as Intel's manual defines it; and AMX is as it defines `tdpbf16ps`.
 #[test]
 fn bfloat16_products_are_what_the_instruction_for_them_gives() {
     let mut random = Random(15);
@@ -151,16 +151,58 @@ fn bfloat16_products_are_what_the_instruction_for_them_gives() {
             }
             expected
         };
+        let (tiles, others): (Vec<_>, Vec<_>) = isas().partition(|&isa| isa == Isa::Amx);
+        let rounding = |isas: Vec<Isa>| isas.into_iter().map(|isa| rounding(2, isa)).collect();
         for (backends, expected) in [
             (backends(), expected(&x)),
-            (
-                isas().map(|isa| rounding(2, isa)).collect(),
-                expected(&rounded),
-            ),
+            (rounding(others), expected(&rounded)),
+            (rounding(tiles), products_of_tiles(&rounded, &w, k)),
         ] {
             for mut backend in backends {
                 let got = product(&mut backend, (Format::Bf16, &bytes), (n, k), &x, None);
                 assert_eq!(bits(&got), bits(&expected), "{rows} × {k} × {n}");
+            }
+        }
+    }
+}
+
+/// What `tdpbf16ps` gives: of 32 of k the products of even ones and of odd ones are summed in their order, each rounded once, then the two sums, then what was there.
+fn products_of_tiles(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
+    let dot = |x: &[f32], w: &[f32]| {
+        let blocks = x.chunks(32).zip(w.chunks(32));
+        blocks.fold(0.0_f32, |sum, (x, w)| {
+            let mut sums = [0.0_f32; 2];
+            for (i, (x, w)) in x.iter().zip(w).enumerate() {
+                sums[i % 2] = x.mul_add(*w, sums[i % 2]);
+            }
+            sum + (sums[0] + sums[1])
+        })
+    };
+    let rows = x.chunks(k);
+    rows.flat_map(|x| w.chunks(k).map(move |w| dot(x, w)))
+        .collect()
+}
+
+#[test]
+fn a_row_rounded_to_bfloat16_has_the_same_bits_alone_and_among_others() {
+    let mut random = Random(17);
+    for rows in [1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 70] {
+        let (n, k) = (1 + random.below(200), 1 + random.below(300));
+        let (bytes, _) = encode(Format::Bf16, &random.floats(n * k));
+        let x = random.floats(rows * k);
+        for isa in isas() {
+            for threads in [1, 3] {
+                let backend = &mut rounding(threads, isa);
+                let together = product(backend, (Format::Bf16, &bytes), (n, k), &x, None);
+                let mut alone = Vec::new();
+                for row in x.chunks(k) {
+                    alone.extend(product(backend, (Format::Bf16, &bytes), (n, k), row, None));
+                }
+                assert_eq!(
+                    bits(&together),
+                    bits(&alone),
+                    "{rows} × {k} × {n}, {backend:?}"
+                );
             }
         }
     }

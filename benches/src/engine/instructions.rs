@@ -8,6 +8,8 @@ use serde::Serialize;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum InstructionSet {
+    /// AVX-512 with VNNI and AMX's products of matrices
+    Amx,
     /// AVX-512 with VNNI and products of bfloat16
     Avx512Bf16,
     /// AVX-512 with VNNI
@@ -28,6 +30,7 @@ impl InstructionSet {
     /// The kernels' name for it.
     pub fn isa(self) -> Isa {
         match self {
+            Self::Amx => Isa::Amx,
             Self::Avx512Bf16 => Isa::Avx512Bf16,
             Self::Avx512 => Isa::Avx512,
             Self::AvxVnni => Isa::AvxVnni,

@@ -167,8 +167,10 @@ impl Loop {
     /// Whether kernels for `isa` may use its instructions.
     fn belongs_to(&self, isa: Isa) -> bool {
         match isa {
-            Isa::Avx512Bf16 => true,
-            Isa::Avx512 => self.isa != Isa::Avx512Bf16,
+            Isa::Avx512Bf16 | Isa::Amx => {
+                self.isa == isa || !matches!(self.isa, Isa::Avx512Bf16 | Isa::Amx)
+            }
+            Isa::Avx512 => !matches!(self.isa, Isa::Avx512Bf16 | Isa::Amx),
             _ => self.isa == Isa::Avx2 || self.isa == isa,
         }
     }
@@ -306,13 +308,60 @@ mod x86 {
         },
     ];
 
-    pub const BF16: &[Loop] = &[Loop {
-        with: "AVX-512 BF16",
-        isa: Isa::Avx512Bf16,
-        available: || is_x86_feature_detected!("avx512bf16"),
-        operations: 12.0 * 32.0 * 2.0,
-        run: |turns| one_instruction!(turns, "zmm", PAIR, "vdpbf16ps"),
-    }];
+    pub const BF16: &[Loop] = &[
+        Loop {
+            with: "AVX-512 BF16",
+            isa: Isa::Avx512Bf16,
+            available: || is_x86_feature_detected!("avx512bf16"),
+            operations: 12.0 * 32.0 * 2.0,
+            run: |turns| one_instruction!(turns, "zmm", PAIR, "vdpbf16ps"),
+        },
+        Loop {
+            with: "AMX",
+            isa: Isa::Amx,
+            available: || Isa::Amx.is_available(),
+            operations: 4.0 * 16.0 * 16.0 * 32.0 * 2.0,
+            run: products_of_tiles,
+        },
+    ];
+
+    /// Shapes of eight tiles for `ldtilecfg`: 16 rows of 64 bytes each.
+    #[repr(align(64))]
+    struct Shapes([u8; 64]);
+
+    static SHAPES: Shapes = {
+        let mut shapes = [0; 64];
+        // The palette; then bytes of a row in 16 bits each, and rows.
+        shapes[0] = 1;
+        let mut tile = 0;
+        while tile < 8 {
+            shapes[16 + 2 * tile] = 64;
+            shapes[48 + tile] = 16;
+            tile += 1;
+        }
+        Shapes(shapes)
+    };
+
+    /// Four products of tiles, each added to a tile of its own. The tiles are zero, which takes as long as other numbers.
+    fn products_of_tiles(turns: u64) {
+        // SAFETY: it is run only where this process may use tiles, of which none are in use. They touch no memory.
+        unsafe {
+            asm!(
+                "ldtilecfg [{shapes}]",
+                "2:",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "dec {turns}",
+                "jnz 2b",
+                "tilerelease",
+                shapes = in(reg) SHAPES.0.as_ptr(),
+                turns = inout(reg) turns => _,
+                options(readonly, nostack),
+            );
+        }
+    }
 
     pub const INT8: &[Loop] = &[
         Loop {

@@ -91,6 +91,8 @@ pub struct Places<'a> {
     pub hf_model: Option<&'a Path>,
     /// Our binary; `None`: beside this one.
     pub quire: Option<&'a Path>,
+    /// More for its command line.
+    pub quire_args: &'a str,
     /// The directory of llama-server; `None`: the path.
     pub llama_bin: Option<&'a Path>,
     /// mistral.rs's program or its directory; `None`: the path.
@@ -118,11 +120,12 @@ pub fn find(places: &Places<'_>) -> anyhow::Result<(Vec<Contender>, Vec<String>)
         );
     };
     let model = places.model.to_path_buf();
+    let words = |arguments: &str| arguments.split_whitespace().map(str::to_owned).collect();
     let mut there = vec![Contender {
         who: Who::Quire,
         program: quire.clone(),
         model: model.clone(),
-        more: Vec::new(),
+        more: words(places.quire_args),
     }];
     let mut absent = Vec::new();
     match program::find(places.llama_bin, "llama-server") {
@@ -155,13 +158,13 @@ pub fn find(places: &Places<'_>) -> anyhow::Result<(Vec<Contender>, Vec<String>)
                 who: Who::QuireSame,
                 program: quire,
                 model: model.to_path_buf(),
-                more: Vec::new(),
+                more: words(places.quire_args),
             },
             Contender {
                 who: Who::Vllm,
                 program: python.to_path_buf(),
                 model: model.to_path_buf(),
-                more: places.vllm_args.split_whitespace().map(str::to_owned).collect(),
+                more: words(places.vllm_args),
             },
         ]),
         _ => absent.push(
@@ -200,6 +203,7 @@ impl Contender {
                 // A free one: nobody asks it.
                 command.args(["--grpc", "127.0.0.1:0", "--threads", &threads.to_string()]);
                 command.arg("--model").arg(&self.model);
+                command.args(&self.more);
             }
             Who::LlamaServer => {
                 command.args(listen).arg(port.to_string());
@@ -331,12 +335,13 @@ mod tests {
     }
 
     #[test]
-    fn who_is_absent_is_named_with_the_way_to_install_it() {
+    fn who_is_there_is_told_all_and_who_is_absent_is_named_with_the_way_to_install_it() {
         let quire = std::env::current_exe().unwrap();
         let places = Places {
             model: Path::new("m.gguf"),
             hf_model: None,
             quire: Some(&quire),
+            quire_args: "--bf16-activations --kv-cache-dtype f32",
             llama_bin: Some(Path::new("/nowhere")),
             mistralrs_bin: Some(Path::new("/nowhere")),
             vllm_python: None,
@@ -344,6 +349,14 @@ mod tests {
         };
         let (there, absent) = find(&places).unwrap();
         assert_eq!(there.len(), 1);
+        let settings = Settings {
+            threads: 2,
+            clients: 1,
+            room: 256,
+        };
+        let command = there[0].command(1, settings);
+        let told: Vec<_> = command.get_args().rev().take(3).collect();
+        assert_eq!(told, ["f32", "--kv-cache-dtype", "--bf16-activations"]);
         assert!(absent[0].contains("llama-server is skipped") && absent[0].contains("--llama-bin"));
         assert!(absent[1].contains("mistral.rs is skipped") && absent[1].contains("cargo install"));
         assert!(absent[1].contains("--mistralrs-bin"));

@@ -52,6 +52,16 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     quire: Option<PathBuf>,
 
+    /// What ours is told beside model, ports and threads, as "--bf16-activations"
+    #[arg(
+        long,
+        value_name = "ARGUMENTS",
+        default_value = "",
+        hide_default_value = true,
+        allow_hyphen_values = true
+    )]
+    quire_args: String,
+
     /// Where llama-server is [default: the directories in PATH]
     #[arg(long, value_name = "DIR")]
     llama_bin: Option<PathBuf>,
@@ -138,6 +148,8 @@ Examples:
     quire-bench peers serve --model q4_0.gguf --mistralrs-bin ~/.cargo/bin/mistralrs
   Against vLLM's CPU build too:
     quire-bench peers serve --model q4_0.gguf --llama-bin llama.cpp/build/bin --vllm-python vllm/bin/python --hf-model qwen3-0.6b --vllm-args \"--dtype bfloat16\"
+  Both with bfloat16, where the processor multiplies it:
+    quire-bench peers serve --model bf16.gguf --quire-args=--bf16-activations --vllm-python vllm/bin/python --hf-model qwen3-0.6b
 How to build and install them is in docs/measure.md. Who is absent is skipped by name. Our server
 takes the best instruction set there is: give it a llama-server that was built natively (GGML_NATIVE).";
 
@@ -163,6 +175,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         model: &arguments.model,
         hf_model: arguments.hf_model.as_deref(),
         quire: arguments.quire.as_deref(),
+        quire_args: &arguments.quire_args,
         llama_bin: arguments.llama_bin.as_deref(),
         mistralrs_bin: arguments.mistralrs_bin.as_deref(),
         vllm_python: arguments.vllm_python.as_deref(),

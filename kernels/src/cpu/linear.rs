@@ -15,6 +15,8 @@ mod pairs;
 mod parts;
 mod quants;
 mod rows;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod unpacked;
 
 pub(crate) use head::Head;
@@ -320,7 +322,7 @@ impl Next {
                 .as_ptr()
                 .wrapping_add((first - share.first) * bytes),
             left,
-            each: left.div_ceil(tiles * (share.segment.cols / BLOCK)),
+            each: left.div_ceil(tiles * (share.segment.cols / BLOCK).max(1)),
         }
     }
 

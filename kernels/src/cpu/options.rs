@@ -15,8 +15,8 @@ pub struct CpuOptions {
     pub isa: Option<Isa>,
     /// The NUMA nodes that weights, KV cache and threads are divided among.
     pub numa: Numa,
-    /// Round activations to bfloat16 where weights are bfloat16: what most engines do, and twice as fast where the best instruction
-    /// set is [`Isa::Avx512Bf16`]. Otherwise they are multiplied as f32.
+    /// Round activations to bfloat16 where weights are bfloat16: what most engines do, and several times as fast where the instruction
+    /// set is [`Isa::Amx`] or [`Isa::Avx512Bf16`]. Otherwise they are multiplied as f32. Under [`Isa::Amx`] answers have bits of their own.
     pub bf16_activations: bool,
 }
 

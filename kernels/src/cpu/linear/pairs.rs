@@ -3,6 +3,7 @@
 //! Both products of a pair are added to the sum in turn, the second first, each rounded once. With activations rounded to bfloat16 that is what `vdpbf16ps`
 //! does (Intel's manual, volume 2; tested on an AMD Zen 5 and an Intel Emerald Rapids), on AMD's at twice the speed of multiply-adds (`simd/maker.rs`). Two
 //! multiply-adds give the same bits. (But for sums below 2^-126, which are zero to the instruction.) Activations that are not rounded are multiplied the same way as f32.
+//! AMX multiplies rounded ones in another way: see [`super::tiles`].
 //!
 //! Where widening takes units that multiply, the first of several tiles of rows keeps what it widened for the others, as in [`super::floats`].
 //!
@@ -22,6 +23,8 @@ use super::super::memory::Shared;
 use super::super::simd::Avx512;
 use super::super::simd::{Isa, PANEL, Simd, dispatch, maker};
 use super::floats::{From, kept_at, several_tiles, walk};
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 use super::{Ahead, Share, panels_at, store};
 
 /// Consecutive k that lie together.
@@ -236,15 +239,27 @@ pub(super) fn bf16(share: &Share<'_>, isa: Isa) {
             // SAFETY: the instructions are enabled here; the share is the caller's promise.
             unsafe { panels::<Native, Avx512>(share) };
         }
-        // SAFETY: a backend with this instruction set is only made where the processor has it.
-        return unsafe { native(share) };
+        #[target_feature(
+            enable = "avx2,fma,f16c,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
+        )]
+        unsafe fn with_tiles(share: &Share<'_>) {
+            // SAFETY: AVX-512 is enabled here, AMX is assembly; the share is the caller's promise.
+            unsafe { tiles::panels(share) };
+        }
+        // SAFETY: a backend with one of these instruction sets is only made where the processor has it.
+        return unsafe {
+            match isa {
+                Isa::Amx => with_tiles(share),
+                _ => native(share),
+            }
+        };
     }
     dispatch!(isa, widened(share: &Share<'_>));
 }
 
 /// Whether an instruction takes pairs of activations as they are, two in a word.
 fn takes_pairs(round: bool, isa: Isa) -> bool {
-    round && isa == Isa::Avx512Bf16
+    round && matches!(isa, Isa::Avx512Bf16 | Isa::Amx)
 }
 
 /// Brings rows `x` [rows, k], rounded or not, to the tile of `interleave` rows that begins at row `at`.

@@ -3,6 +3,8 @@
 use super::super::matrix::Elements;
 use super::super::memory::{Buffer, Shared};
 use super::super::simd::{self, Isa, Simd, dispatch};
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 use super::{Share, TILE_ROWS, floats, pairs, unpacked};
 use crate::Error;
 use crate::quantize::BLOCK;
@@ -151,6 +153,8 @@ impl Activations {
 pub(super) fn interleave(rows: usize, elements: Elements, isa: Isa) -> usize {
     match (rows, elements) {
         (1, _) => 1,
+        #[cfg(target_arch = "x86_64")]
+        (_, Elements::RoundedPairs) if isa == Isa::Amx => tiles::INTERLEAVE,
         (_, Elements::Quants) => TILE_ROWS,
         _ => isa.float_rows(),
     }
@@ -333,7 +337,7 @@ impl Isa {
     fn float_rows(self) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 | Self::Avx512Bf16 => simd::Avx512::FLOAT_ROWS,
+            Self::Avx512 | Self::Avx512Bf16 | Self::Amx => simd::Avx512::FLOAT_ROWS,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => simd::Avx2::<simd::Maddubs>::FLOAT_ROWS,
             #[cfg(target_arch = "x86_64")]

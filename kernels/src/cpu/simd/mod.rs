@@ -8,6 +8,8 @@
 //! processor. `V` is as wide as the processor likes; what keeps every sum inside one lane uses it.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -46,6 +48,8 @@ pub enum Isa {
     Avx512,
     /// The same with products of bfloat16.
     Avx512Bf16,
+    /// The same as [`Isa::Avx512`] with AMX's products of matrices of bfloat16.
+    Amx,
     /// NEON, as all 64-bit ARM processors have it.
     Neon,
     /// NEON with dot products of bytes: `dotprod`, optional from Armv8.2, there from Armv8.4.
@@ -54,7 +58,8 @@ pub enum Isa {
 
 impl Isa {
     /// All of them, best first.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
+        Self::Amx,
         Self::Avx512Bf16,
         Self::Avx512,
         Self::AvxVnni,
@@ -99,8 +104,10 @@ impl Isa {
             Self::Avx512Bf16 => {
                 Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512.is_available() && amx::is_available(),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::AvxVnni | Self::Avx512 | Self::Avx512Bf16 => false,
+            Self::Avx2 | Self::AvxVnni | Self::Avx512 | Self::Avx512Bf16 | Self::Amx => false,
             #[cfg(target_arch = "aarch64")]
             Self::Neon => true,
             #[cfg(target_arch = "aarch64")]
@@ -118,6 +125,7 @@ impl Isa {
             Self::AvxVnni => "AVX2+FMA+F16C+VNNI",
             Self::Avx512 => "AVX-512+VNNI",
             Self::Avx512Bf16 => "AVX-512+VNNI+BF16",
+            Self::Amx => "AVX-512+VNNI+AMX",
             Self::Neon => "NEON",
             Self::NeonDotprod => "NEON+dotprod",
         }
@@ -395,10 +403,10 @@ macro_rules! dispatch {
         }
         match $isa {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: a backend with this instruction set is only made where the processor has it. (Products of bfloat16 have a body of their own.)
-            $crate::cpu::simd::Isa::Avx512 | $crate::cpu::simd::Isa::Avx512Bf16 => unsafe {
-                with_avx512($($arg),*)
-            },
+            // SAFETY: a backend with this instruction set is only made where the processor has it. (Products of bfloat16 have bodies of their own.)
+            $crate::cpu::simd::Isa::Avx512
+            | $crate::cpu::simd::Isa::Avx512Bf16
+            | $crate::cpu::simd::Isa::Amx => unsafe { with_avx512($($arg),*) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a backend with this instruction set is only made where the processor has it.
             $crate::cpu::simd::Isa::Avx2 => unsafe { with_avx2($($arg),*) },
