@@ -55,6 +55,7 @@ struct Shapes {
 /// system would have to save when the thread sleeps.
 pub(crate) struct Tiles(());
 
+#[allow(clippy::unused_self)] // that there is one says that there are shapes
 impl Tiles {
     /// For up to `rows` rows of activations in a tile.
     ///

@@ -403,10 +403,12 @@ macro_rules! dispatch {
         }
         match $isa {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: a backend with this instruction set is only made where the processor has it. (Products of bfloat16 have bodies of their own.)
             $crate::cpu::simd::Isa::Avx512
             | $crate::cpu::simd::Isa::Avx512Bf16
-            | $crate::cpu::simd::Isa::Amx => unsafe { with_avx512($($arg),*) },
+            | $crate::cpu::simd::Isa::Amx => {
+                // SAFETY: a backend with this instruction set is only made where the processor has it. (Products of bfloat16 have bodies of their own.)
+                unsafe { with_avx512($($arg),*) }
+            }
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a backend with this instruction set is only made where the processor has it.
             $crate::cpu::simd::Isa::Avx2 => unsafe { with_avx2($($arg),*) },
